@@ -20,7 +20,6 @@ Start SGLang with `--disable-radix-cache` for scoring, else it is asked for the 
 `--enable-deterministic-inference`, without which it takes no seeds.
 """
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
@@ -37,10 +36,10 @@ from lopd.engines.inputs import (
     check_top_k,
     in_order,
     sampling_settings,
-    stop_ids,
     stream_seed,
 )
 from lopd.engines.server.dialect import Draw, Probe, Widths
+from lopd.engines.server.ends import eos_ids
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
@@ -51,7 +50,6 @@ from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance, SamplingParams
 from lopd.records.optional import need
-from lopd.records.paths import read_regular
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _PROBE_TOKENS = 16
@@ -210,7 +208,7 @@ class ServerSource:
         tokenizer = fingerprint_tokenizer(load_tokenizer(path))
         with looking_for(folder):
             # those that are asked for take the place of the model's
-            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else _eos_ids(path, tokenizer)
+            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else eos_ids(path, tokenizer)
             return cls(servers, tokenizer, identity, sampling, ends, Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
@@ -287,25 +285,3 @@ class ServerSource:
         draw = Draw(name, self.generation, prompt.token_ids.tolist(), room, seed, settings, self.tokenizer_id.vocab_size)
         read = lambda answer: [dialect.rollout(draw, answer, processed=processed())]  # noqa: E731
         return Request(f"Rollout {name!r}", dialect.sampling(draw), read)
-
-
-def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
-    """Return those of generation_config.json, or else config.json, in the folder or in that of the base model; and the tokenizer's."""
-    from lopd.engines.finding import local_folder
-
-    files, adapters = _settings(folder), folder / "adapter_config.json"
-    if not files and adapters.exists():
-        base = json.loads(read_regular(adapters)).get("base_model_name_or_path")
-        try:
-            files = _settings(local_folder(base, weights=False))
-        except LopdError as error:
-            raise EngineError(
-                f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
-                "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."
-            ) from error
-    configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
-    return stop_ids(SamplingParams(), configured, tokenizer)
-
-
-def _settings(folder: Path) -> list[Path]:
-    return [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
