@@ -162,9 +162,9 @@ def test_a_path_that_names_nothing_is_one_sentence(path: str, said: str) -> None
 
 @pytest.mark.parametrize("give", [lambda one: one, lambda one: iter([one])], ids=["one", "an iterator"])
 def test_an_engine_takes_lists_alone(give: Any, llama: Any, tokenizer: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"Prompts: it is .*, which has no `count`; pass a list"):
+    with pytest.raises(ArgumentError, match=r"Prompts: it is .*, expected a list; pass"):
         HFSource(llama, tokenizer, SamplingParams(max_new_tokens=2)).sample(give(Prompt("p", [3, 4])))
-    with pytest.raises(ArgumentError, match=r"Rollouts: it is .*, which has no `count`; pass a list"):
+    with pytest.raises(ArgumentError, match=r"Rollouts: it is .*, expected a list; pass"):
         HFScorer(llama, tokenizer).score(give(tiny_rollout("p/0")))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_kind, check_number
+from lopd.records.checks import check_at_least, check_kind, check_list, check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, floor_logprobs
@@ -29,7 +29,7 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: in
         ContextOverflowError: the first that leaves none.
         InvalidRecordError: the first with an id outside the vocabulary.
     """
-    check_kind("Prompts", prompts, Sequence, "pass a list")
+    check_list("Prompts", prompts)
     for prompt in prompts:
         check_kind("Prompt", prompt, Prompt, "pass those of `make_prompts` or `read_prompts`")
         owner = f"Prompt {prompt.prompt_id!r}"
@@ -48,7 +48,7 @@ def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context:
         ContextOverflowError: the first that does not fit.
         InvalidRecordError: the first with an id outside the vocabulary, or without the candidates.
     """
-    check_kind("Rollouts", rollouts, Sequence, "pass a list")
+    check_list("Rollouts", rollouts)
     for rollout in rollouts:
         check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
         owner = f"Rollout {rollout.rollout_id!r}"

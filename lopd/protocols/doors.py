@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, RolloutSource, Student, TeacherScorer
-from lopd.records.checks import a_kind, check_kind
+from lopd.records.checks import a_kind, check_kind, check_list
 from lopd.records.ranks import inner
 from lopd.records.rollouts import Prompt
 
@@ -53,8 +53,7 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
             f"Prompts: they are {str(prompts)!r:.80}, expected a list; read a file with `lopd.read_prompts(path, tokenizer)`, or make them of texts "
             "with `lopd.make_prompts`."
         )
-    if not hasattr(prompts, "__getitem__"):
-        raise ArgumentError(f"Prompts: it is {a_kind(prompts)}, expected a list; pass `list(...)` or `[...]`.")
+    check_list("Prompts", prompts)
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
     if wrong is not None:
         raise InvalidRecordError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")

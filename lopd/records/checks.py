@@ -127,6 +127,16 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
         raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
 
 
+def check_list(owner: str, values: object) -> None:
+    """Refuse what cannot be indexed.
+
+    Raises:
+        ArgumentError: it is a generator, or a single item.
+    """
+    if not hasattr(values, "__getitem__"):
+        raise ArgumentError(f"{owner}: it is {a_kind(values)}, expected a list; pass `list(...)` or `[...]`.")
+
+
 def texts_of(owner: str, values: Any) -> list[str]:
     """Return several texts as a list.
 
