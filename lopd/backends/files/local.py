@@ -84,13 +84,12 @@ class LocalFiles:
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Return parts of one file, which stays open for the next time; views of one read where they are neighbours."""
-        file = self._open.get(path)
-        if file is None:
-            self._open[path] = file = self._opened(partial(_Open, self.root / path))
+        file = self._open.get(path) or self._opened(partial(_Open, self.root / path))
+        with suppress(KeyError):  # a thread that reads ahead of training may have closed it since; it is open as long as it is read here
+            self._open[path] = file
+            self._open.move_to_end(path)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(path)
         if starts and starts[1:] == ends[:-1]:
             first, whole = starts[0], memoryview(file.read(starts[:1], ends[-1:])[0])
             return [whole[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
