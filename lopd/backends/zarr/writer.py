@@ -203,8 +203,10 @@ class Writer:
         self._state.refresh()
         for column in (None, *self._state.columns):
             for _ in range(_ATTEMPTS):
-                jobs = compaction.plan(self._state.segments_of(column), target_tokens, neighbours=column is None)
-                done = [self._merge(column, segments, target_tokens) for segments in jobs]
+                there = self._state.segments_of(column)
+                target = target_tokens if column is None else compaction.fitting(there, target_tokens)
+                jobs = compaction.plan(there, target, neighbours=column is None)
+                done = [self._merge(column, segments, target) for segments in jobs]
                 if all(done):
                     break
 
