@@ -117,7 +117,7 @@ class ManifestMismatchError(LopdError, ValueError):
 
 
 class ConflictError(LopdError, ValueError):
-    """Different content under an id, or another model under a column, that is already committed.
+    """Different content under an id, another model under a column, or another policy under a round, that is already committed.
     To do: Write to another column or store; what is committed is never replaced.
     """
 

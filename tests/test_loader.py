@@ -1,6 +1,7 @@
 """The steps of a run: which rollouts are in step k, how a step is split, and what is refused."""
 
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from itertools import islice
@@ -81,11 +82,13 @@ def test_a_card_that_this_process_does_not_use_pins_nothing(gpu: list[str], monk
 
 
 class Reads:
-    """A store that records in which thread it is read, and cannot be where it is one of these rows."""
+    """A store that records in which thread it is read and how many read at once, and cannot be where it is one of these rows."""
 
     def __init__(self, store: MemoryStore, damaged: set[int]) -> None:
         self._store, self._damaged = store, damaged
         self.threads: list[str] = []
+        self.under_way: list[str] = []
+        self.at_once = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
@@ -95,6 +98,10 @@ class Reads:
 
     def read(self, rows: Sequence[int], /, **columns: Any) -> Any:
         self.threads.append(threading.current_thread().name)
+        self.under_way.append(self.threads[-1])
+        self.at_once = max(self.at_once, len(self.under_way))
+        time.sleep(0.005)
+        self.under_way.pop()
         if set(rows) == self._damaged:
             raise MissingScoresError("it cannot be read")
         return self._store.read(rows, **columns)
@@ -123,6 +130,12 @@ def test_a_run_that_ends_early_ends_the_thread_and_reads_at_most_two_steps_ahead
     del steps
     assert 1 <= len(store.threads) <= 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lopd-overlap")]
+
+
+def test_one_thread_at_a_time_reads_the_store(gpu: list[str]) -> None:
+    store = Reads(make_store(numbered_records(12)), damaged=set())
+    assert len(list(evolve(numbered_stream(12, 3), store=store)[:9])) == 9
+    assert store.at_once == 1
 
 
 def test_iterating_twice_gives_the_same_steps_twice() -> None:

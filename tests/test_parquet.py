@@ -34,7 +34,7 @@ from lopd.errors import (
     UncheckedDataWarning,
 )
 from lopd.protocols import LogprobReader
-from lopd.records import Rollout
+from lopd.records import ModelId, Rollout
 from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
 from lopd.tools.interop import export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
 
@@ -234,6 +234,20 @@ def test_other_content_under_an_id_is_a_conflict(memory: MemoryStore, tmp_path: 
     other.append([tiny_rollout("masked", [9])])
     with pytest.raises(ConflictError, match="masked"):
         import_parquet(tmp_path / "run.parquet", other)
+
+
+def test_a_round_of_another_policy_is_a_conflict_and_nothing_is_added(tmp_path: Path) -> None:
+    theirs, ours = MemoryStore(tiny_manifest()), MemoryStore(tiny_manifest())
+    for number, policy in ((1, "theirs"), (2, "theirs")):
+        theirs.begin_generation(number, ModelId("policy", policy, "float32"))
+        theirs.append([tiny_rollout(f"r{number}", generation=number)])
+    ours.begin_generation(2, ModelId("policy", "ours", "float32"))
+    export_parquet(theirs, tmp_path / "run.parquet")
+    with pytest.raises(ConflictError, match=r"generation 2 was sampled by policy@ours, expected policy@theirs"):
+        import_parquet(tmp_path / "run.parquet", ours)
+    with pytest.raises(ConflictError, match="generation 2"):
+        from_hf_dataset(to_hf_dataset(theirs), ours)
+    assert (len(ours), [*ours.generations]) == (0, [0, 2])
 
 
 def test_what_is_no_export_of_lopd_is_one_typed_error_that_names_the_file(memory: MemoryStore, tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
 """Storage that loses what writers were told is kept is refused by name, before anything is written."""
 
+import errno
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -149,6 +152,37 @@ def test_a_file_system_that_keeps_less_gets_no_store(unfit: tuple[str, str]) -> 
     with pytest.raises(StorePathError, match=said):
         ZarrStore.create(f"{scheme}://here/run", tiny_manifest())
     assert MemoryFileSystem().find("/here") == []
+
+
+NO_LINKS = r"Folder .*: its file system has no hard links \(refused\), .*; use a local disk and copy"
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def refuse_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return what takes hard links from the file system."""
+
+    def refuse(source: Path, target: Path) -> None:
+        raise FileExistsError(errno.EEXIST, "there", target) if target.exists() else OSError(request.param, "refused", source)
+
+    return lambda: monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_a_file_system_without_hard_links_gets_no_store(kind: Any, refuse_links: Callable[[], None], tmp_path: Path) -> None:
+    refuse_links()
+    with pytest.raises(StorePathError, match=NO_LINKS):
+        kind.create(tmp_path / "run", tiny_manifest())
+    assert [*(tmp_path / "run").iterdir()] == []
+
+
+def test_a_store_that_was_copied_to_one_is_read_there_and_not_written(refuse_links: Callable[[], None], tmp_path: Path) -> None:
+    ZarrStore.create(tmp_path / "run", tiny_manifest()).append([tiny_rollout("a")])
+    before, store = sorted((tmp_path / "run").rglob("*")), ZarrStore.open(tmp_path / "run")
+    refuse_links()
+    with pytest.raises(StorePathError, match=NO_LINKS):
+        store.append([tiny_rollout("b")])
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    assert store.read([0]).rollout_ids[0] == "a"
 
 
 def test_memory_is_fit() -> None:

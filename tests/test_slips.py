@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 from attrs import asdict, evolve
 from chat_tokenizers import byte_tokenizer
 from fsspec.implementations.memory import MemoryFileSystem
@@ -64,6 +65,23 @@ def test_an_empty_store_is_true_and_its_repr_says_what_is_in_it(kind: str, tmp_p
     store.append([tiny_rollout("a"), tiny_rollout("b")])
     store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("a"))])
     assert repr(store) == f"{store.name}: rollouts 2; policy policy@rev-p; column teacher 1 of 2 scored by teacher@rev-teacher"
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_what_a_store_is_asked_for_is_several_rows_and_several_texts(kind: str, tmp_path: Path) -> None:
+    store, rollouts = STORES[kind](tmp_path / "run"), [tiny_rollout(f"r{i}") for i in range(4)]
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in rollouts[2:]])
+    for rows in (store.scored("teacher"), [True, False], [1.7], "12", ["r1"], 2, None, slice(0, 2), [slice(0, 2)], {0}):
+        with pytest.raises(InvalidRecordError, match=r"rows have dtype .*, expected a vector of whole numbers; of a mask pass"):
+            store.read(rows)
+    scored = np.flatnonzero(store.scored("teacher"))
+    for rows in ([], range(0), scored[:0], range(2, 4), (2, 3), scored.astype(np.int32), [*scored], scored, torch.tensor([2, 3])):
+        assert list(store.read(rows, ["teacher"]).rollout_ids) == ["r2", "r3"][: len(rows)]
+    for names, shown in (("teacher", r"a str \('teacher'\)"), (None, r"None \(None\)")):
+        for ask in (lambda n: store.read([2], n), lambda n: store.read([2], top_k=n), store.find):
+            with pytest.raises(ArgumentError, match=rf": it was given {shown}, expected a list of texts; pass"):
+                ask(names)
 
 
 # What a folder is

@@ -16,7 +16,7 @@ from lopd import collate
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import ForkedStoreError, MissingScoresError
+from lopd.errors import ArgumentError, ForkedStoreError, InvalidRecordError, MissingScoresError
 from lopd.records import Scores
 from lopd.testing import assert_same_rollout, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_top_k
 from lopd.tools.interop import TorchDataset
@@ -52,6 +52,16 @@ def test_a_torch_dataset_without_complete_columns_is_refused_before_it_is_read(m
     )
     with pytest.raises(MissingScoresError, match="no top-k support"):
         TorchDataset(memory, [], ["plain"])
+
+
+def test_what_a_torch_dataset_is_asked_for_is_a_row_and_several_columns(memory: MemoryStore) -> None:
+    for columns, top_k in (("behavior", ()), ((), "behavior")):
+        with pytest.raises(ArgumentError, match=r"TorchDataset: it was given a str \('behavior'\), expected a list of texts; pass"):
+            TorchDataset(memory, columns, top_k)
+    index: Any
+    for index in (slice(0, 1), "a", None, [0]):
+        with pytest.raises(InvalidRecordError, match="expected a vector of whole numbers"):
+            TorchDataset(memory)[index]
 
 
 def first(batch: Sequence[Any]) -> Sequence[Any]:

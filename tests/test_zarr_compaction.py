@@ -5,13 +5,15 @@ import pickle
 from pathlib import Path
 from uuid import uuid4
 
+import numpy as np
 import pytest
 from attrs import evolve
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
+from lopd.backends.zarr import compaction
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError
-from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_scores, tiny_top_k
+from lopd.testing import assert_holds, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_scores, tiny_top_k
 
 
 def test_compaction_leaves_few_large_segments_and_sorts_scores_by_row(tmp_path: Path) -> None:
@@ -29,6 +31,31 @@ def test_compaction_leaves_few_large_segments_and_sorts_scores_by_row(tmp_path: 
     assert before < {path.name for path in place(store).glob("segments/*/")}
     commits = len(store.history())
     store.compact(target_tokens=16)
+    assert len(store.history()) == commits
+    assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(9, [9] * 4), (20, [18, 18]), (1, [3] * 12)])
+def test_merged_scores_have_no_more_bytes_than_fit_into_memory(
+    most: int, tokens: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, a_token = 64, 4 + 64 * (2 + 4) + 4  # log-prob, ids of a vocabulary of 300 and their log-probs, tail
+    monkeypatch.setattr(compaction, "_MERGED_BYTES", most * a_token)
+    store, items = ZarrStore.create(tmp_path / "run", tiny_manifest()), many(0, 12)
+    store.append(items)
+    for i in (7, 3, 11, 0, 5, 1, 2, 4, 6, 8, 9, 10):
+        store.append_scores("teacher", tiny_provenance(top_k=k), [evolve(tiny_scores(items[i], -i), top_k=tiny_top_k(3, k))])
+    before = store.read(range(12), ("teacher",), ("teacher",))
+    store.compact()
+    segments, commits = store._state.columns["teacher"].segments, len(store.history())
+    assert [segment.meta.tokens for segment in segments] == tokens
+    for segment in segments:
+        found = [np.prod(array.shape) * np.dtype(array.dtype).itemsize for name, array in segment.meta.arrays.items() if name != "lines"]
+        assert sum(found) <= max(most, 3) * a_token, "a rollout has 3 tokens"
+    after = ZarrStore.open(place(store)).read(range(12), ("teacher",), ("teacher",))
+    assert after.scores["teacher"].tolist() == before.scores["teacher"].tolist()
+    assert_same_top_k(after.top_k["teacher"], before.top_k["teacher"])
+    store.compact()
     assert len(store.history()) == commits
     assert list(store.verify()) == []
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -268,6 +269,19 @@ def test_more_files_than_may_be_open_are_read(tmp_path: Path, monkeypatch: pytes
     rows = store.read([4, 0, 1, 2, 3, 4, 0])
     assert [row.rollout.rollout_id for row in rows] == ["r4", "r0", "r1", "r2", "r3", "r4", "r0"]
     assert_holds(store, many(0, 5))
+
+
+class ClosedMeanwhile(OrderedDict[str, Any]):
+    """Open files that another thread closes between two steps of a read."""
+
+    def move_to_end(self, key: str, last: bool = True) -> None:
+        self.clear()
+        super().move_to_end(key, last)
+
+
+def test_a_file_that_another_thread_closes_meanwhile_is_read(filled: ZarrStore) -> None:
+    filled._files._open = ClosedMeanwhile()
+    assert rows_of(filled) == rows_of(filled) == ["m", "b", "r0", "r1"]
 
 
 # Data loader workers

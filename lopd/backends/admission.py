@@ -10,9 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from attrs import evolve
+from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.records.checks import a_kind
+from lopd.protocols.reading import row_numbers
+from lopd.records.checks import a_kind, several
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
@@ -219,14 +221,16 @@ def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> 
         )
 
 
-def check_supports(owner: str, top_k: Sequence[str], columns: Mapping[str, Provenance]) -> None:
+def check_asked(owner: str, columns: Sequence[str], top_k: Sequence[str], provenances: Mapping[str, Provenance]) -> None:
     """Refuse to read the support of a column that keeps none; one that is absent is refused with its scores.
 
     Raises:
+        ArgumentError: one text is given in place of several.
         MissingScoresError: it names the column.
     """
-    for name in top_k:
-        if name in VIRTUAL_COLUMNS or (name in columns and columns[name].top_k == 0):
+    several(owner, columns)
+    for name in several(owner, top_k):
+        if name in VIRTUAL_COLUMNS or (name in provenances and provenances[name].top_k == 0):
             raise MissingScoresError(f"{owner}: column {name!r} has no top-k support; score with a scorer whose provenance names a top_k.")
 
 
@@ -281,14 +285,14 @@ def with_columns(owner: str, rows: Rows, columns: Sequence[str], provenances: Ma
     return evolve(rows, scores={name: scores[name] if len(rows) else np.zeros(0, np.float32) for name in columns}, top_k=supports)
 
 
-def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
-    """Return the indices as plain ints.
+def check_rows(owner: str, indices: Sequence[int], length: int) -> NDArray[np.int64]:
+    """Return the indices as (n,).
 
     Raises:
         NoSuchRowError: one is negative or past the end; a store has no rows to count backwards from while it grows.
+        InvalidRecordError: they are not whole numbers; a mask of rows is not.
     """
-    rows = [int(index) for index in indices]
-    for row in rows:
-        if not 0 <= row < length:
-            raise NoSuchRowError(f"{owner}: row {row} was asked for, expected 0 to {length - 1}; ask for rows that are there.")
+    rows = row_numbers(owner, indices)
+    for row in rows[(rows < 0) | (rows >= length)][:1]:
+        raise NoSuchRowError(f"{owner}: row {row} was asked for, expected 0 to {length - 1}; ask for rows that are there.")
     return rows

@@ -207,7 +207,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
-        return self._snapshot.read(np.array(admission.check_rows(self._owner, indices, len(self)), np.int64), columns, top_k)
+        return self._snapshot.read(admission.check_rows(self._owner, indices, len(self)), columns, top_k)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

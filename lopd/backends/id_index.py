@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
 from lopd.errors import ArgumentError
-from lopd.records.checks import a_kind
+from lopd.records.checks import a_kind, several
 
 #: Type of a hashed id: 128 bits, which two ids never share in practice.
 ID_HASH = np.dtype("V16")
@@ -55,7 +55,7 @@ class IdIndex:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): the row of each id, -1 where it is not known."""
-        hashes = _halves(hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]))
+        hashes = _halves(hash_ids([encode_id(rollout_id) for rollout_id in several("Rollout ids", rollout_ids)]))
         rows = np.full(len(hashes), -1, np.int64)
         for known, places in self._blocks:
             at = np.searchsorted(known[:, 0], hashes[:, 0])

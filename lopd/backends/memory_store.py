@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import admission
 from lopd.protocols.reading import describe
+from lopd.records.checks import several
 from lopd.records.glance import Glance, Glanced
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
@@ -66,7 +67,7 @@ class MemoryStore(Glanced):
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
         """Return rows of rollouts, -1 for one that is not there."""
-        return np.array([self._rows.get(rollout_id, -1) for rollout_id in rollout_ids], np.int64)
+        return np.array([self._rows.get(rollout_id, -1) for rollout_id in several("Rollout ids", rollout_ids)], np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
         """Return (len, 2): prompt and response tokens of each rollout."""
@@ -89,8 +90,8 @@ class MemoryStore(Glanced):
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked."""
-        rows = admission.check_rows("MemoryStore", indices, len(self))
-        admission.check_supports("MemoryStore", top_k, self._columns)
+        rows = admission.check_rows("MemoryStore", indices, len(self)).tolist()
+        admission.check_asked("MemoryStore", columns, top_k, self._columns)
         scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name not in VIRTUAL_COLUMNS}
         read = Rows.joined(
             [self._rollouts[row] for row in rows],

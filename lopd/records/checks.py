@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from inspect import signature
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from attrs import fields
 
 from lopd.errors import ArgumentError, InvalidRecordError
+
+_Texts = TypeVar("_Texts", bound=Iterable[str])
 
 
 def check_number(owner: str, name: str, value: object, fits: bool, expected: str) -> None:
@@ -147,6 +149,17 @@ def texts_of(owner: str, values: Any) -> list[str]:
     if wrong:
         raise ArgumentError(f"{owner}: it is {a_kind(wrong[0])}, expected text; pass a str, or several.")
     return list(values)
+
+
+def several(owner: str, texts: _Texts) -> _Texts:
+    """Return several texts as they are: a single one would be taken for its letters.
+
+    Raises:
+        ArgumentError: they are one text, or cannot be gone through.
+    """
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise ArgumentError(f"{owner}: it was given {a_kind(texts)} ({texts!r:.60}), expected a list of texts; pass `[...]`.")
+    return texts
 
 
 def check_call(owner: str, value: object, arguments: str) -> None:

@@ -1,9 +1,10 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import accumulate, count, pairwise
+from threading import Lock
 from typing import final
 
 import numpy as np
@@ -93,12 +94,13 @@ class StepStream(Glanced):
         """Yield steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
         indices = count(self.start) if self.stop is None else range(self.start, self.stop)
         # a card that nothing here has used yet is not the student's, and pinning would make a context on it
-        read, ahead = (self._pinned, 2) if torch.cuda.is_initialized() else (self.step, 1)
+        read, ahead = (partial(self._pinned, Lock()), 2) if torch.cuda.is_initialized() else (self.step, 1)
         for _, step in overlapped(read, indices, ahead):
             yield step
 
-    def _pinned(self, index: int) -> Step:
-        step = self.step(index)
+    def _pinned(self, reading: Lock, index: int) -> Step:
+        with reading:  # a store is for one thread at a time
+            step = self.step(index)
         return evolve(step, batches=tuple(batch.pinned() for batch in step.batches))
 
     def __getitem__(self, steps: slice) -> "StepStream":

@@ -67,6 +67,7 @@ class Files(Protocol):
 
         Raises:
             StoreWriteError: the file was made, but may not survive a power cut.
+            StorePathError: the storage has no means to let one writer make it; it is not made.
         """
         ...
 

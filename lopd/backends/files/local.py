@@ -18,7 +18,7 @@ from uuid import uuid4
 from weakref import finalize
 
 from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, read_spans
-from lopd.errors import StoreWriteError
+from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.paths import open_regular
 
@@ -29,6 +29,8 @@ TEMPORARY_PREFIX = ".tmp-"
 _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 # Reading so many bytes along costs less than another read; to look for them does not, where parts are few, or larger than this on average.
 _GAP, _FEW, _SMALL = 4096, 64, 1024
+# What an attempt to link ends in where there are no links; the file is new, so it belongs to this process, and has one name.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 @final
@@ -84,13 +86,12 @@ class LocalFiles:
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Return parts of one file, which stays open for the next time; views of one read where they are neighbours."""
-        file = self._open.get(path)
-        if file is None:
-            self._open[path] = file = self._opened(partial(_Open, self.root / path))
+        file = self._open.get(path) or self._opened(partial(_Open, self.root / path))
+        with suppress(KeyError):  # a thread that reads ahead of training may have closed it since; it is open as long as it is read here
+            self._open[path] = file
+            self._open.move_to_end(path)
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(path)
         if starts and starts[1:] == ends[:-1]:
             first, whole = starts[0], memoryview(file.read(starts[:1], ends[-1:])[0])
             return [whole[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
@@ -199,12 +200,21 @@ class LocalFiles:
 
 
 def _link(file: Path, name: Path) -> bool:
-    """Give a file another name; False if that is taken.  A file server may answer with an error after it has done so."""
+    """Give a new file another name; False if that is taken.  A file server may answer with an error after it has done so.
+
+    Raises:
+        StorePathError: this file system has no hard links.
+    """
     try:
         os.link(file, name)
     except OSError as error:
         if file.stat().st_nlink > 1:
             return True
+        if error.errno in _NO_LINKS:
+            raise StorePathError(
+                f"Folder {name.parent}: its file system has no hard links ({error.strerror}), by which one of several writers makes a file; "
+                "use a local disk and copy the store afterwards, or the URL of the bucket if one is mounted there."
+            ) from error
         if not isinstance(error, FileExistsError):
             raise
         return False

@@ -159,8 +159,9 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
-        supports, provenances = {name: self._catalog.top_k(name) for name in top_k}, self.provenances()
-        admission.check_supports(self._owner, top_k, provenances)
+        provenances = self.provenances()
+        admission.check_asked(self._owner, columns, top_k, provenances)
+        supports = {name: self._catalog.top_k(name) for name in top_k}
         if self.rollouts is None or not rows.size:
             return admission.with_columns(self._owner, Rows.of(()), columns, provenances)
         lines = self.rollouts.lines_of(rows)

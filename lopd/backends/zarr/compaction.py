@@ -1,5 +1,6 @@
 """Many small segments -> few large ones with the same rows in the same order.  Plans and arrays; what is written where is the store's."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -8,12 +9,14 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.backends.zarr import decode, encode
-from lopd.backends.zarr.segment import Segment, SegmentData
+from lopd.backends.zarr.segment import LINES, Segment, SegmentData
 from lopd.records.rows import ends
 
 _FAN_IN = 16
 # What a single append made larger than this stays as it is; a merge by a writer moves no more bytes than that, which it has in memory.
 _LARGE_TOKENS, _MOST_BYTES = 1 << 19, 1 << 28
+# A compaction makes no segment of scores with more bytes of values: a support of 64 tokens has 520 a token, and twice as many are in memory.
+_MERGED_BYTES = 1 << 30
 
 
 def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]:
@@ -35,6 +38,13 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
         elif neighbours or room < 0:
             break
     return () if len(same) < _FAN_IN else tuple(reversed(same))
+
+
+def fitting(scores: Sequence[Segment], target_tokens: int) -> int:
+    """Return how many tokens a merged segment of these scores may have: `target_tokens`, or fewer where a token has many bytes."""
+    arrays = ((name, array) for segment in scores[:1] for name, array in segment.meta.arrays.items())
+    sizes = [np.dtype(a.dtype).itemsize * math.prod(a.shape[1:]) for name, a in arrays if name not in (LINES, encode.SCORED_ROWS)]
+    return max(min(target_tokens, _MERGED_BYTES // max(sum(sizes), 1)), 1)
 
 
 def plan(segments: Sequence[Segment], target_tokens: int, *, neighbours: bool) -> list[tuple[Segment, ...]]:
@@ -112,9 +122,12 @@ def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentD
     order = np.argsort(lines[:, encode.S["row"]], kind="stable")
     lines, owners = lines[order], owners[order]
     lengths = lines[:, encode.S["length"]]
-    # Each part has about `target` tokens.
-    for part in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(np.cumsum(lengths) // target)) + 1):
-        yield _gather_scores(segments, lines[part], owners[part], lengths[part])
+    first, bounds = 0, ends(lengths)
+    while first < len(lines):
+        # as many as have `target` tokens, or one that alone has more
+        last = max(int(np.searchsorted(bounds, bounds[first] + target, "right")) - 1, first + 1)
+        yield _gather_scores(segments, lines[first:last], owners[first:last], lengths[first:last])
+        first = last
 
 
 def _gather_scores(

@@ -21,6 +21,7 @@ from lopd.backends.zarr import decode
 from lopd.backends.zarr.encode import ID_HASH, ID_INDEX, LENGTHS, REPORTED, R, id_index
 from lopd.backends.zarr.segment import SegmentGoneError
 from lopd.backends.zarr.state import State
+from lopd.records.checks import several
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS
@@ -98,7 +99,7 @@ class Snapshot:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return rows of rollouts, -1 for one that is not there."""
-        hashes = hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]).view("<i8").reshape(-1, 2)
+        hashes = hash_ids([encode_id(rollout_id) for rollout_id in several("Rollout ids", rollout_ids)]).view("<i8").reshape(-1, 2)
         rows = self._now(partial(self._find, hashes))
         return np.where(rows < self.rows, rows, -1)
 
@@ -146,7 +147,7 @@ class Snapshot:
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rows with these columns; everything is verified."""
         provenances = self.provenances()
-        admission.check_supports(self._owner, top_k, provenances)
+        admission.check_asked(self._owner, columns, top_k, provenances)
         names = [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
         return admission.with_columns(self._owner, self._now(partial(self._read, rows, names, top_k)), columns, provenances)
 

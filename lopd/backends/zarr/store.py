@@ -61,6 +61,9 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
 
+        Merged scores have at most a gigabyte of values a segment, so fewer tokens where a support is large (2 million of a top-64).  What is
+        merged is in memory twice, one new segment at a time: at most about two gigabytes.
+
         Writers merge what is small by themselves, sixteen appends into one and sixteen of those; this does the rest.  What others append
         meanwhile is left for the next time.  Of two compactions of the same segments, one wins and the other looks again.
         Replaced segments are removed some 64 commits later, or by `sweep`.

@@ -23,7 +23,7 @@ from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
 from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
-from lopd.errors import InvalidRecordError, LopdError, StoreWriteError
+from lopd.errors import InvalidRecordError, LopdError, StorePathError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -194,7 +194,7 @@ class Writer:
             except StoreWriteError:
                 # The record is there, only its durability is in doubt: its segments must stay.
                 raise
-            except OSError:
+            except (OSError, StorePathError):
                 self._remove(paths)
                 raise
 
@@ -203,8 +203,10 @@ class Writer:
         self._state.refresh()
         for column in (None, *self._state.columns):
             for _ in range(_ATTEMPTS):
-                jobs = compaction.plan(self._state.segments_of(column), target_tokens, neighbours=column is None)
-                done = [self._merge(column, segments, target_tokens) for segments in jobs]
+                there = self._state.segments_of(column)
+                target = target_tokens if column is None else compaction.fitting(there, target_tokens)
+                jobs = compaction.plan(there, target, neighbours=column is None)
+                done = [self._merge(column, segments, target) for segments in jobs]
                 if all(done):
                     break
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from xxhash import xxh3_128
 
+from lopd.backends import admission
 from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import named, parts
@@ -107,14 +108,15 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling.
         CorruptStoreError: a row does not match its checksum or its hash, rows are missing, or a table does not match the description.
-        ConflictError: other content is under an id, or another model under a column, of the store.
+        ConflictError: other content is under an id, another model under a column, or another policy under a round, of the store.
     """
     difference = store.manifest.difference(description.manifest)
     if difference is not None:
         raise ManifestMismatchError(f"{named(store)}: {difference}, the manifest of {owner}; create the store with that manifest.")
+    for number, policy in description.generations.items():  # all of them, before one is begun
+        admission.check_generation(named(store), number, store.generations.get(number), policy)
     for number, policy in description.generations.items():
-        if number not in store.generations:
-            store.begin_generation(number, policy)
+        store.begin_generation(number, policy)
     if description.rows is None:
         warnings.warn(
             f"{owner}: it has no checksums, so damage to it cannot be noticed; export it again with this version of lopd.",

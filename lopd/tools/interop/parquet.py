@@ -95,7 +95,7 @@ def import_parquet(
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         ManifestMismatchError: the store has another manifest.
-        ConflictError: other content is under an id, or another model under a column, of the store.
+        ConflictError: other content is under an id, another model under a column, or another policy under a round, of the store.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     with open_parquet(path, storage_options) as (file, owner):

@@ -9,8 +9,13 @@ from torch.utils.data import Dataset
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import named
+from lopd.records.checks import several
 from lopd.records.rollouts import ScoredRollout
 from lopd.records.rows import Rows
+
+
+def _names(columns: Sequence[str]) -> tuple[str, ...]:
+    return tuple(several("TorchDataset", columns))
 
 
 @final
@@ -41,12 +46,13 @@ class TorchDataset(Dataset[ScoredRollout]):
         top_k: columns whose top-k support comes along.
 
     Raises:
+        ArgumentError: `columns` or `top_k` is one text in place of several.
         MissingScoresError: a column is not there, not complete, or keeps no top-k support.
     """
 
     reader: LogprobReader
-    columns: Sequence[str] = field(default=(), converter=tuple)
-    top_k: Sequence[str] = field(default=(), converter=tuple)
+    columns: Sequence[str] = field(default=(), converter=_names)
+    top_k: Sequence[str] = field(default=(), converter=_names)
 
     def __attrs_post_init__(self) -> None:
         for column in (*self.columns, *self.top_k):
