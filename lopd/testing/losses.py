@@ -2,8 +2,8 @@ r"""The contract of an `OPDLoss`, one test a clause: a path that saves memory or
 
 Each value and gradient is judged against the plain loss in float64, on the very same inputs: per element,
 \(\lvert x - x_{64}\rvert \le \lvert x_{plain} - x_{64}\rvert + \epsilon\), where \(\epsilon\) is a few roundings of float32, and one of the
-gradient's own dtype.  On CUDA the gradient of a student that computes in bfloat16 may also be off by what follows from rounding, once each, both
-factors of its products to bfloat16 (`operand_roundings`); log-probs and sums may not, as weights and hidden states here need no rounding.
+gradient's own dtype.  A gradient may also be off by what follows from rounding, once each, both factors of its products (`operand_roundings`) to
+float32, or on CUDA to bfloat16 if the student computes in that; log-probs and sums may not, as weights and hidden states here need no rounding.
 
 Shape suffixes: N tokens of a batch, D hidden size, V vocabulary.
 """
@@ -112,9 +112,9 @@ class LossConformance:
         truth, true_gradients = evaluate_case(self.reference(), rounded.rounded(torch.float64), upstream)
         label = f"{case.name}, {dtype}"
         computes = case.head.compute_dtype or dtype
-        rounding = self.rounds_operands() and computes == torch.bfloat16
-        none: Gradients = [torch.zeros((), device=self.device)] * 3
-        slack = operand_roundings(self.reference(), rounded.rounded(torch.float64), computes) if rounding else none
+        coarse = self.rounds_operands() and computes == torch.bfloat16
+        factors = computes if coarse else torch.promote_types(dtype, torch.float32)
+        slack = operand_roundings(self.reference(), rounded.rounded(torch.float64), factors)
         largest = _absolute_sum(self.reference(), rounded.rounded(torch.float64))
         for name in _SUMS:
             got, expected, exact = (getattr(output, name).detach() for output in (mine, plain, truth))
