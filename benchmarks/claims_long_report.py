@@ -99,6 +99,7 @@ def long_part(result: Mapping[str, Any], folder: str) -> Part:
         "Costs are CPU seconds of one thread for the whole OPD stage.  The last columns say how many times as much as each arm",
         f"*{BEST_LIVE.name}* costs: at equal steps, and until both have the accuracy with which the worse of them ends.",
         "A curve has few points and rises by less than a tenth, so figures at equal accuracy have wide intervals; those at equal steps have not.",
+        'Where an arm ended no higher than SFT with one of the seeds, there was nothing to reach: "below SFT".',
         "",
         *table(("", "accuracy", "minus online OPD", *_PARTS, "equal steps", "equal accuracy"), _arms(found)),
         "",

@@ -42,9 +42,12 @@ class Interval:
         return self.mean + self.half < 0
 
     def show(self, form: str = ".3f") -> str:
-        """Return the text that tables show; "never" stands for an infinite cost, that of an accuracy which is never reached."""
+        """Return the text that tables show.
+
+        "never" stands for an infinite cost, that of an accuracy which is never reached; "below SFT" for that of one which is not above the start.
+        """
         if not math.isfinite(self.mean):
-            return "never"
+            return "below SFT" if math.isnan(self.mean) else "never"
         return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
 
 
@@ -91,17 +94,19 @@ def spent(row: Row) -> float:
 def seconds_to(row: Row, target: float) -> float:
     """Return the CPU seconds at which the curve first reaches this accuracy, by straight lines between its points.
 
-    They are infinite if it never does.
+    They are those of its first point if it starts there or above, and infinite if it never does.
     """
     return _reached(row, target, 2)
 
 
 def steps_to(row: Row, target: float) -> float:
-    """Return the steps after which the curve first reaches this accuracy, by straight lines between its points; infinite if it never does."""
+    """Return the steps after which the curve first reaches this accuracy, as `seconds_to` does."""
     return _reached(row, target, 0)
 
 
 def _reached(row: Row, target: float, by: int) -> float:
+    if target <= row["curve"][0][1]:
+        return float(row["curve"][0][by])
     for first, then in pairwise(row["curve"]):
         if first[1] < target <= then[1]:
             return float(first[by] + (then[by] - first[by]) * (target - first[1]) / (then[1] - first[1]))
@@ -112,16 +117,24 @@ def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Interval]
     """Return how many times as much as `arm` does `base` cost, seed by seed.
 
     At equal steps; until both have the accuracy with which the worse of them ends; and until both have half of what online OPD gains.
+    Where that is not above the start in a seed, there is nothing to reach, and the figure is NaN.
     """
     online, slow, fast = (runs.where(setting, name) for name in (ONLINE.name, base, arm))
     ended = {seed: min(accuracy(slow[seed]), accuracy(fast[seed])) for seed in fast}
     half = {seed: (online[seed]["start"] + online[seed]["accuracy"]) / 2 for seed in fast}
 
     def until(targets: dict[int, float]) -> Interval:
-        return Interval.of([seconds_to(slow[seed], targets[seed]) / seconds_to(fast[seed], targets[seed]) for seed in fast])
+        return Interval.of([_over(slow[seed], fast[seed], targets[seed]) for seed in fast])
 
     steps = Interval.of([spent(slow[seed]) / spent(fast[seed]) for seed in fast])
     return {"equal steps": steps, "equal accuracy": until(ended), "half of the gain": until(half)}
+
+
+def _over(slow: Row, fast: Row, target: float) -> float:
+    if target <= max(slow["start"], fast["start"]):
+        return math.nan
+    spent_by_slow = seconds_to(slow, target)
+    return spent_by_slow if math.isinf(spent_by_slow) else spent_by_slow / seconds_to(fast, target)
 
 
 def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
@@ -130,15 +143,19 @@ def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
 
 
 def as_goal(name: str, goal: str, measured: Interval, met: bool) -> dict[str, Any]:
-    """Return the goal as result files have it; JSON has no infinity, so an accuracy that is never reached has null as its cost."""
+    """Return the goal as result files have it.
+
+    JSON has neither infinity nor NaN, so a cost that is no number is null, with the word that tables show.
+    """
     mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
-    return {"name": name, "goal": goal, "measured": mean, "ci95": half, "seeds": measured.seeds, "met": bool(met)}
+    word = {} if mean is not None else {"shown": measured.show()}
+    return {"name": name, "goal": goal, "measured": mean, **word, "ci95": half, "seeds": measured.seeds, "met": bool(met)}
 
 
 def show_measured(goal: dict[str, Any]) -> str:
     """Return the text that tables show."""
     if goal["measured"] is None:
-        return "never"
+        return str(goal["shown"])
     form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
     half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
     return f"{goal['measured']:{form}}{half}"

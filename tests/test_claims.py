@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 from claims_report import claims_part
-from claims_summary import Interval, Runs, find_goals, ratios, seconds_to
+from claims_summary import Interval, Runs, as_goal, find_goals, ratios, seconds_to, show_measured
 from record import result_file
 from results_page import make_page
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
@@ -57,6 +57,7 @@ def test_seconds_to_an_accuracy_go_along_straight_lines():
     assert seconds_to(row, 0.3) == pytest.approx(2.0)
     assert seconds_to(row, 0.5) == pytest.approx(7.0)
     assert seconds_to(row, 0.7) == math.inf
+    assert (seconds_to(row, 0.2), seconds_to(row, 0.1)) == (1.0, 1.0), "it has that before its first step"
 
 
 def fake(arm, seed, accuracy, seconds, start=0.2):
@@ -80,6 +81,20 @@ def test_an_accuracy_that_is_never_reached_is_no_number():
     never = ratios(Runs(slow), "s", PLAIN.name, ONLINE.name)["half of the gain"]
     assert (never.mean, never.show()) == (math.inf, "never")
     assert ratios(Runs(slow), "s", ONLINE.name, PLAIN.name)["half of the gain"].mean == 0
+    slow = [row if row["arm"] == ONLINE.name else {**row, "arm": name} for row in slow for name in (PLAIN.name, RATIO.name)]
+    assert ratios(Runs(slow), "s", PLAIN.name, RATIO.name)["half of the gain"].show() == "never", "neither of them reaches it"
+    goal = as_goal("a", ">= 6", never, met=False)
+    assert (goal["measured"], show_measured(goal)) == (None, "never")
+
+
+def test_an_arm_that_ended_below_sft_is_not_said_to_cost_an_infinity():
+    rows = [fake(ONLINE.name, seed, 0.6, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.3 - 0.1 * seed, 3.0) for seed in (0, 1)]
+    found = ratios(Runs(rows), "s", ONLINE.name, PLAIN.name)["equal accuracy"]
+    assert (math.isnan(found.mean), found.show()) == (True, "below SFT")
+    goal = as_goal("a", ">= 6", found, met=False)
+    assert (json.loads(json.dumps(goal, allow_nan=False)), show_measured(goal)) == (goal, "below SFT")
+    fallen = [fake(ONLINE.name, seed, 0.1, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.5, 3.0) for seed in (0, 1)]
+    assert ratios(Runs(fallen), "s", ONLINE.name, PLAIN.name)["half of the gain"].show() == "below SFT"
 
 
 def test_the_time_of_a_run_is_split_without_rest(folder):

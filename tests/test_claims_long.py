@@ -114,6 +114,13 @@ def test_the_cost_is_compared_with_the_limit_that_the_split_allows(rows):
     assert Found(rows, TINY.name).names == [ONLINE.name, BEST_LIVE.name, TRL, BEST.name]
 
 
+def test_the_share_of_the_limit_of_an_arm_that_ended_below_sft_is_no_number(rows):
+    fallen = [{**row, "accuracy": 0.1} if row["kind"] == "run" and row["arm"] == BEST.name else row for row in rows]
+    found = Found(fallen, TINY.name)
+    assert found.of_limit(BEST_LIVE.name, BEST.name, "equal accuracy").show() == "below SFT"
+    assert found.of_limit(BEST_LIVE.name, BEST.name, "equal steps").mean == pytest.approx(4.4 / 5)
+
+
 def test_the_part_says_what_the_rows_say(rows, tmp_path):
     result = result_file("claims_long", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, find_goals(rows, TINY.name), tmp_path)
     part = long_part(json.loads(result.read_text()), "plots")
