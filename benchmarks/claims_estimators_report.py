@@ -59,7 +59,7 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
             if {best, other} <= set(found.names):
                 more, cost = found.beside(best, other), found.share(best, other)[at]
                 goals.append(as_goal(f"{best}, minus {other}: accuracy", "0 or more, within the interval", more, not more.negative))
-                goals.append(as_goal(f"{best}, as a share of {other}: cost at {at}", f"<= {limit}", cost, cost.mean <= limit))
+                goals.append(as_goal(f"{best}, as a share of {other}: cost at {at}", f"<= {limit}", cost, cost.at_most(limit)))
     for arm in FALLEN:
         if cell := found.runs.where(fall, arm.name):
             moved = found.runs.mean(cell, change)

@@ -120,7 +120,7 @@ def measure(setting: Setting, seeds: Sequence[int], folder: Path, workers: int, 
     builds = [partial(claims.build, [setting], seed, folder, ("A",)) for seed in seeds]
     rows: claims.Rows = [{"kind": "setting", **asdict(setting)}]
     rows += claims.run_all(builds, [job for seed in seeds for job in runs(setting, seed, folder, quick=quick)], workers)
-    return result_file(RESULT.stem, describe_machine(), rows, find_goals(rows, setting.name), home)
+    return result_file(RESULT.stem, describe_machine(), rows, find_goals(rows), home)
 
 
 def main() -> None:

@@ -48,7 +48,9 @@ def test_an_interval_is_that_of_students_t():
     assert found.show("+.2f") == "+3.00 ± 1.96"
     assert found.positive
     assert not found.negative
+    assert (found.at_least(1), found.at_least(2), found.at_most(5), found.at_most(4)) == (True, False, True, False)
     assert math.isnan(Interval.of([1.0]).half)
+    assert not (Interval.of([1.0]).at_least(0) or Interval.of([1.0]).at_most(2))
     assert not Interval.of([1.0]).positive, "one seed does not measure chance"
 
 
@@ -162,6 +164,15 @@ def test_the_report_says_what_the_rows_say(rows, tmp_path):
     for name in ("claims", "claims_failure", "claims_ablations"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
         assert f"plots/{name}.png" in text
+
+
+def test_online_opd_is_not_said_to_cost_six_times_as_much_by_its_mean(rows):
+    def dearer(row):
+        online = row["kind"] == "run" and row["arm"] == ONLINE.name
+        return {**row, "cpu_s": {**row["cpu_s"], "all": 1000.0 * (1 + row["seed"])}} if online else row
+
+    goals = [goal for goal in find_goals([*map(dearer, rows)], CLAIM.name, FALL.name) if "at equal steps (table 2)" in goal["name"]]
+    assert [(goal["measured"] > 6, goal["met"]) for goal in goals] == [(True, False)] * 2
 
 
 def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import publish
 from docs_tables import IN_WORDS
-from results_page import Part, Reading, make_page
+from results_page import NoLower, Part, Reading, make_page, undecided
 
 READINGS = [
     Reading(
@@ -34,6 +34,18 @@ def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files
     assert parts[0].sentences()[0] in (publish.DOCS / "index.md").read_text().splitlines(), "run benchmarks/publish.py"
 
 
+def test_goals_of_the_result_files_are_what_their_rows_give():
+    for name in publish.measured():
+        found = publish.read(name)
+        assert found["goals"] == publish.JUDGES[name](found["rows"]), f"{name}: run benchmarks/publish.py"
+
+
+def test_no_goal_is_met_whose_interval_holds_its_bound():
+    named = [(name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]]
+    assert len(named) > 20
+    assert [goal["name"] for _, goal in named if goal["met"] and undecided(goal)] == []
+
+
 def test_goals_that_pages_leave_to_this_one_are_in_it():
     assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} <= {*publish.PARTS}
 
@@ -45,6 +57,20 @@ def test_three_sentences_tell_what_held_and_what_did_not():
         "- **What did not:** *a* costs 2.00 ± 0.50, too much.",
         "- **For you:** be careful.",
     ]
+
+
+def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
+    reading = Reading("Cheap", "^cost", "it costs {measured}", "it costs as much as {measured}", open="not shown to be at most {bound} ({measured})")
+    assert reading.say(goal("cost", 1.2, met=False)) == "not shown to be at most 1 (1.20 ± 0.50)"
+    assert reading.say(goal("cost", 1.6, met=False)) == "it costs as much as 1.60 ± 0.50"
+    assert reading.say(goal("cost", 0.4, met=True)) == "it costs 0.40 ± 0.50"
+
+
+@pytest.mark.parametrize(("measured", "met", "words"), [(-0.1, True, ", and may end 0.600 lower"), (0.6, True, ""), (-0.6, False, "")])
+def test_words_tell_how_much_an_arm_may_lose_that_was_not_shown_to(measured, met, words):
+    reading = NoLower("No lower", "^a", "a was not shown to end lower", "a ends lower")
+    said = "a was not shown to end lower" if met else "a ends lower"
+    assert reading.say(goal("a", measured, met, "0 or more, within the interval")) == said + words
 
 
 def test_a_part_in_which_nothing_was_missed_says_so():
