@@ -294,11 +294,13 @@ def _recommendation(found: Report) -> list[str]:
         f"where Lightning works, the ratio changes accuracy by {beside.show('+.3f')}.  So lopd recommends {name} as the loss to start with.",
         "Both need the same stored columns, and their gradients are equal at the first step.",
     ]
-    top = {arm.name: [runs.where(setting, arm.name) for setting in (found.claim, found.fall)] for arm in ABLATIONS["top-k"]}
-    stored = [f"{name}: {', '.join(runs.mean(cell, change).show('+.3f') for cell in cells)}" for name, cells in top.items() if all(cells)]
-    if stored:
+    cells = {arm.name: cell for arm in ABLATIONS["top-k"] if (cell := runs.where(found.claim, arm.name))}
+    more = {name: runs.difference(cell, runs.where(found.claim, RATIO.name), accuracy) for name, cell in cells.items()}
+    if more:
+        worth, other = ([f"{n} ({m.show('+.3f')})" for n, m in more.items() if m.positive == better] or ["none"] for better in (True, False))
         sentences += [
-            f"Where the teacher's most likely tokens can be stored, they are worth it ({found.claim}, then {found.fall}): {'; '.join(stored)}."
+            f"Where the teacher's most likely tokens can be stored, worth it beside the ratio ({found.claim}, accuracy at the end): {'; '.join(worth)};",
+            f"not: {'; '.join(other)}.",
         ]
     return ["### Which loss", "", *sentences]
 

@@ -50,7 +50,8 @@ def test_an_interval_is_that_of_students_t():
     assert not found.negative
     assert (found.at_least(1), found.at_least(2), found.at_most(5), found.at_most(4)) == (True, False, True, False)
     assert math.isnan(Interval.of([1.0]).half)
-    assert not (Interval.of([1.0]).at_least(0) or Interval.of([1.0]).at_most(2))
+    assert not Interval.of([1.0]).at_least(0)
+    assert not Interval.of([1.0]).at_most(2)
     assert not Interval.of([1.0]).positive, "one seed does not measure chance"
 
 
@@ -173,6 +174,25 @@ def test_online_opd_is_not_said_to_cost_six_times_as_much_by_its_mean(rows):
 
     goals = [goal for goal in find_goals([*map(dearer, rows)], CLAIM.name, FALL.name) if "at equal steps (table 2)" in goal["name"]]
     assert [(goal["measured"] > 6, goal["met"]) for goal in goals] == [(True, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.9, 0.1), "reverse KL (+0.500 ± 0.000); not: stored top-8, forward KL (-0.300 ± 0.000)"),
+        ((0.1, 0.1), ": none; not: stored top-8"),
+    ],
+)
+def test_a_loss_is_worth_its_bytes_only_where_it_ends_above_the_ratio(rows, ends, words):
+    reverse, forward = (next(arm.name for arm in ABLATIONS["top-k"] if kind in arm.name) for kind in ("reverse", "forward"))
+    fixed = {RATIO.name: 0.4, reverse: ends[0], forward: ends[1]}
+    like = [row for row in rows if row["kind"] == "run" and row["arm"] == RATIO.name]
+    rows = [row for row in rows if row.get("arm") not in fixed] + [
+        {**row, "arm": arm, "accuracy": end} for row in like for arm, end in fixed.items()
+    ]
+    part = claims_part({"rows": rows, "goals": find_goals(rows, CLAIM.name, FALL.name)}, "", claim=CLAIM.name, fall=FALL.name)
+    (section,) = [" ".join(section) for section in part.sections if section[0] == "### Which loss"]
+    assert words in section
 
 
 def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):
