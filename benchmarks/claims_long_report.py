@@ -64,7 +64,7 @@ class Found:
 
 
 def limit(row: Row) -> float:
-    """Return how many times as much a run costs as its training alone: what a store saves at most, at equal steps."""
+    """Return how many times as much a run costs as its training alone: what a store saves at most, at equal steps, if training costs it the same."""
     return float(row["cpu_s"]["all"] / row["cpu_s"]["training"])
 
 
@@ -225,8 +225,8 @@ def _limits(found: Found) -> list[str]:
         if arm.support == BEST.support and found.cell(arm.name)
     ]
     return [
-        "A store saves sampling and scoring, never training.  So at equal steps it saves at most what online OPD costs over its training alone:",
-        f"that limit is, for {'; '.join(ends)}.",
+        "A store saves sampling and scoring, never training.  If training costs it the same, at equal steps it saves at most what online OPD costs",
+        f"over its training alone: that limit is, for {'; '.join(ends)}.",
         "Training is all that is neither sampling nor scoring.  Online it has in it what a round costs: at every step the student is identified by",
         "its weights, and a store and a plan are made; for so small a model that is as much as the step.  A stored run does it once, so it can pass",
         f"the limit: its training is {own.show('.2f')} of online's.  If online's training cost no more than that, online OPD would",

@@ -96,6 +96,17 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
         assert f"(plots/{name}.png)" in text
 
 
+def test_models_that_were_built_again_are_not_said_to_be_those_of_the_claims(rows):
+    def said(claims):
+        (lines,) = estimators_part({"rows": rows, "goals": []}, "", claim=CLAIM.name, fall=FALL.name, claims=claims).sections
+        return lines[0]
+
+    assert "those of the claims, with the same models" in said(rows)
+    again = [{**row, "start": row["start"] + 0.01 * (row["setting"] == FALL.name and row["seed"])} for row in rows]
+    assert "models built again: they differ from those above" in said(again)
+    assert "models built again" in said([row for row in rows if row["seed"] == 0])
+
+
 def test_the_plan_has_every_arm_once_a_seed_and_the_rate_of_the_faster_ones_for_trl_too():
     jobs = claims_estimators.runs(200, Path("testbed"), quick=False)
     named = [(job.args[0].name, job.args[3].name) for job in jobs if job.func is claims.one]

@@ -8,8 +8,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import publish
+from claims_summary import Runs, ratios
 from docs_tables import IN_WORDS
 from results_page import NoLower, Part, Reading, make_page, undecided
+from testbed.arms import ONLINE, PLAIN
+from testbed.trl_peer import ARM as TRL
 
 READINGS = [
     Reading(
@@ -44,6 +47,23 @@ def test_no_goal_is_met_whose_interval_holds_its_bound():
     named = [(name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]]
     assert len(named) > 20
     assert [goal["name"] for _, goal in named if goal["met"] and undecided(goal)] == []
+
+
+def test_pages_state_what_both_files_of_costs_have():
+    files = [Runs.of(publish.read(name)["rows"]) for name in ("claims", "claims_estimators")]
+
+    def times(base, arm, at="equal steps"):
+        return [ratios(runs, publish.WORKS, base, arm)[at].mean for runs in files]
+
+    assert [1.95 < cost < 3 for cost in times(ONLINE.name, PLAIN.name)] == [True, True]
+    at_equal_accuracy = times(ONLINE.name, PLAIN.name, "equal accuracy")
+    assert all(less < cost for less, cost in zip(at_equal_accuracy, times(ONLINE.name, PLAIN.name), strict=True))
+    for page in (publish.ROOT / "README.md", publish.DOCS / "index.md", publish.DOCS / "decisions" / "0008-recommended-loss.md"):
+        assert "two to three times as much" in page.read_text(), page
+    assert [1.9 < cost < 2.2 for cost in times(TRL, PLAIN.name)] == [True, True], "the comparison: about twice as much as Lightning"
+    assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
+    table, supports = times(TRL, ONLINE.name)
+    assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
 
 
 def test_goals_that_pages_leave_to_this_one_are_in_it():
