@@ -5,7 +5,8 @@
     python benchmarks/claims_long.py --quick    # two seeds and few arms; writes to runs/claims-quick, in ten minutes
     python benchmarks/claims_long.py --seeds 100    # others: for choosing; likewise
 
-Every run is kept in a file when it ends, so after a kill the same command goes on.  All was chosen on seeds from 100 on.
+Every run is kept in a file when it ends, so after a kill the same command goes on.  All was chosen on seeds from 100 on, except
+one change of lengths after the first seed of the report, which its page tells.
 """
 
 import argparse

@@ -35,9 +35,9 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             r"^online OPD over (?P<arm>.+), cost of the OPD stage at (?P<what>.+) \(",
             "online OPD costs {measured} times as much as *{arm}* at {what}",
             "online OPD costs only {measured} times as much as *{arm}* at {what}",
-            f"A store saves sampling and scoring, never training.  If training costs it what it costs online, it saves at most {limit} here; rounds make "
-            "that of online OPD dearer, so a store can pass this.  In the paper, where long responses of a large model are decoded token by token, it is "
-            f"{paper_limit}.",
+            f"A store saves sampling and scoring, never training.  If training costs it what it costs online, it saves at most {limit} here; "
+            "rounds make that of online OPD dearer, so a store can pass this.  In the paper, where long responses of a large model are "
+            f"decoded token by token, it is {paper_limit}.",
             told="ratio to ref, cost of the OPD stage at equal accuracy",
             open="online OPD was not shown to cost {bound} times as much as *{arm}* at {what} ({measured} times)",
         ),
@@ -90,7 +90,8 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
             "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
             "This teacher is all but certain and finds the errors of a young student impossible.  Without the ratio such a token goes on being "
-            "pushed down after the student has dropped it; a smaller rate, a smaller clip or some new rollouts slow that and do not turn it.",
+            "pushed down after the student has dropped it; a smaller rate, a smaller clip or new rollouts every 20 steps slow that and do not "
+            "turn it.",
             told="^Lightning(, ratio to ref)? does",
         ),
     ]

@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import publish
-from claims_summary import Runs, ratios
+from claims_summary import Runs, change, ratios
 from docs_tables import IN_WORDS
 from results_page import NoLower, Part, Reading, make_page, undecided
 from testbed.arms import ONLINE, PLAIN
@@ -64,6 +65,19 @@ def test_pages_state_what_both_files_of_costs_have():
     assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
     table, supports = times(TRL, ONLINE.name)
     assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
+
+
+def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
+    rows = [row for row in publish.read("drift")["rows"] if row.get("setting") == "failing" and "curve" in row]
+    ends = {run: mean(row["accuracy_at_end"] - row["accuracy_at_start"] for row in rows if row["run"] == run) for run in {row["run"] for row in rows}}
+    assert ends["plain"] < -0.2
+    assert -0.05 < ends["ratio to ref"] < 0, "it keeps nearly all of its accuracy"
+    assert 0.01 < ends["online"] - ends["ratio to ref"] < 0.05, "a little below"
+    runs = Runs.of(publish.read("claims")["rows"])
+    moved = {arm: runs.mean(runs.where(publish.FAILS, arm), change) for arm in ("Lightning", "refresh every 20 steps", "refresh every 50 steps")}
+    assert moved["Lightning"].mean < moved["refresh every 20 steps"].mean
+    assert moved["refresh every 50 steps"].mean < moved["Lightning"].mean, "new rollouts every 50 steps do not slow the fall"
+    assert runs.mean(runs.where(publish.FAILS, "stored top-8, reverse KL"), change).positive, "the README: supports gain a little"
 
 
 def test_goals_that_pages_leave_to_this_one_are_in_it():
