@@ -151,12 +151,13 @@ def _cost(found: Report) -> list[str]:
         "",
         f"That online OPD costs 6 times as much **{found.holds(f'online OPD over {PLAIN.name}, cost of the OPD stage at equal')}** here.",
         "Offline OPD saves sampling and scoring, never training.  If training costs it what it costs online, it saves at most all over training of",
-        f"online OPD, {found.limit.show('.2f')} in this testbed; rounds make the training of online OPD dearer, so a store can pass this.  In the paper",
-        f"training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so it is {_PAPER_ONLINE / _PAPER_TRAINING:.1f} there: long responses",
-        "of a large model, decoded token by token, and a larger teacher cost far more than a training step; here responses have 10 tokens and the",
-        "teacher is nearly as small as the student.",
+        f"online OPD, {found.limit.show('.2f')} in this testbed; rounds make the training of online OPD dearer, so a store can pass this.",
+        f"In the paper training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so it is",
+        f"{_PAPER_ONLINE / _PAPER_TRAINING:.1f} there: long responses of a large model, decoded token by token, and a larger teacher cost far more",
+        "than a training step; here responses have 10 tokens and the teacher is nearly as small as the student.",
         "",
-        "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  It costs",
+        "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  Of its",
+        "teacher the layers count as scoring, the head and its log-softmax as training.  It costs",
         f"{peer[0]} times as much as Lightning at equal steps, and {peer[1]} times at equal accuracy; beside the same divergence on the stored",
         f"top {TOP_K.support.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
     ]
@@ -298,10 +299,11 @@ def _recommendation(found: Report) -> list[str]:
     cells = {arm.name: cell for arm in ABLATIONS["top-k"] if (cell := runs.where(found.claim, arm.name))}
     more = {name: runs.difference(cell, runs.where(found.claim, RATIO.name), accuracy) for name, cell in cells.items()}
     if more:
-        worth, other = ([f"{n} ({m.show('+.3f')})" for n, m in more.items() if m.positive == better] or ["none"] for better in (True, False))
+        said = {better: [f"{n} ({m.show('+.3f')})" for n, m in more.items() if m.positive == better] for better in (True, False)}
+        worth, other = ("; ".join(names or ["none"]) for names in said.values())
         sentences += [
-            f"Where the teacher's most likely tokens can be stored, worth it beside the ratio ({found.claim}, accuracy at the end): {'; '.join(worth)};",
-            f"not: {'; '.join(other)}.",
+            f"Where the teacher's most likely tokens can be stored, worth it beside the ratio ({found.claim}, accuracy at the end): {worth};",
+            f"not: {other}.",
         ]
     return ["### Which loss", "", *sentences]
 

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_train
 import publish
 from claims_summary import Runs, change, ratios
 from docs_tables import IN_WORDS
@@ -44,8 +45,19 @@ def test_goals_of_the_result_files_are_what_their_rows_give():
         assert found["goals"] == publish.JUDGES[name](found["rows"]), f"{name}: run benchmarks/publish.py"
 
 
+def test_the_step_of_trl_is_said_to_hold_a_part_of_its_teacher():
+    found = publish.read("bench_train")
+    judged = bench_train.goals(bench_train.summarise(bench_train.measured()))
+    assert found["goals"] == judged, "run bench_train.py --report"
+    (name,) = (goal["name"] for goal in judged if "TRL" in goal["name"])
+    assert name.endswith("its teacher's layers not counted")
+    assert "with its teacher's layers not counted (`benchmarks/results/bench_train.json`)" in (publish.DOCS / "comparison.md").read_text()
+
+
 def test_no_goal_is_met_whose_interval_holds_its_bound():
-    named = [(name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]]
+    named = [
+        (name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]
+    ]
     assert len(named) > 20
     assert [goal["name"] for _, goal in named if goal["met"] and undecided(goal)] == []
 
@@ -69,12 +81,17 @@ def test_pages_state_what_both_files_of_costs_have():
 
 def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
     rows = [row for row in publish.read("drift")["rows"] if row.get("setting") == "failing" and "curve" in row]
-    ends = {run: mean(row["accuracy_at_end"] - row["accuracy_at_start"] for row in rows if row["run"] == run) for run in {row["run"] for row in rows}}
+    ends = {
+        run: mean(row["accuracy_at_end"] - row["accuracy_at_start"] for row in rows if row["run"] == run)
+        for run in {row["run"] for row in rows}
+    }
     assert ends["plain"] < -0.2
     assert -0.05 < ends["ratio to ref"] < 0, "it keeps nearly all of its accuracy"
     assert 0.01 < ends["online"] - ends["ratio to ref"] < 0.05, "a little below"
     runs = Runs.of(publish.read("claims")["rows"])
-    moved = {arm: runs.mean(runs.where(publish.FAILS, arm), change) for arm in ("Lightning", "refresh every 20 steps", "refresh every 50 steps")}
+    moved = {
+        arm: runs.mean(runs.where(publish.FAILS, arm), change) for arm in ("Lightning", "refresh every 20 steps", "refresh every 50 steps")
+    }
     assert moved["Lightning"].mean < moved["refresh every 20 steps"].mean
     assert moved["refresh every 50 steps"].mean < moved["Lightning"].mean, "new rollouts every 50 steps do not slow the fall"
     assert runs.mean(runs.where(publish.FAILS, "stored top-8, reverse KL"), change).positive, "the README: supports gain a little"
@@ -94,7 +111,9 @@ def test_three_sentences_tell_what_held_and_what_did_not():
 
 
 def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
-    reading = Reading("Cheap", "^cost", "it costs {measured}", "it costs as much as {measured}", open="not shown to be at most {bound} ({measured})")
+    reading = Reading(
+        "Cheap", "^cost", "it costs {measured}", "it costs as much as {measured}", open="not shown to be at most {bound} ({measured})"
+    )
     assert reading.say(goal("cost", 1.2, met=False)) == "not shown to be at most 1 (1.20 ± 0.50)"
     assert reading.say(goal("cost", 1.6, met=False)) == "it costs as much as 1.60 ± 0.50"
     assert reading.say(goal("cost", 0.4, met=True)) == "it costs 0.40 ± 0.50"
