@@ -1,12 +1,14 @@
 """Teacher consistency on the testbed: SFT teacher x OPD teacher, offline and online, and what residualisation makes of a mismatch.
 
-    python benchmarks/bench_consistency.py        # writes benchmarks/results/consistency.json; about ten minutes on two cores
+    python benchmarks/bench_consistency.py           # writes benchmarks/results/consistency.json; about ten minutes on two cores
+    python benchmarks/bench_consistency.py --report  # its cells and goals again, from its runs
 
 The two teachers write their working in different orders and get the same sums right.  Held-out accuracy is of sampled responses.  The form is
 that of table 4 of Lightning OPD (arXiv 2604.13010v2).
 """
 
 import argparse
+import json
 import os
 import statistics
 import warnings
@@ -17,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import ROOT, describe_machine, result_file
+from record import ROOT, describe_machine, judge_again, result_file
 from testbed.models import HEALTHY, STYLES, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
 
 from lopd import ConsistencyPolicy, FusedOPDLoss, residualise
 from lopd.records.estimates import mean
 
+RESULT = ROOT / "benchmarks" / "results" / "consistency.json"
 METHODS = ("offline", "offline, ratio to ref", "online", "offline, residual", "offline, residual, ratio to ref")
 
 
@@ -84,11 +87,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answer each question by a mean over seeds."""
+    """Answer each question by a mean over seeds, and over cells; what must change no cell by that which it changes most."""
+
+    def changes(method: str, *, consistent: bool) -> list[float]:
+        return [c["change"] for c in cells if c["method"] == method and (c["sft_teacher"] == c["opd_teacher"]) == consistent]
 
     def change(method: str, *, consistent: bool) -> float:
-        chosen = [c["change"] for c in cells if c["method"] == method and (c["sft_teacher"] == c["opd_teacher"]) == consistent]
-        return statistics.mean(chosen)
+        return statistics.mean(changes(method, consistent=consistent))
 
     found = []
     for ratio in ("", ", ratio to ref"):
@@ -104,32 +109,48 @@ def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         repaired = change(f"offline, residual{ratio}", consistent=False) - change(f"offline{ratio}", consistent=False)
         name = f"offline{ratio}: residualisation repairs the mismatched cells (gain over raw scores)"
         found.append({"name": name, "goal": "> 0", "measured": repaired, "met": repaired > 0})
-        kept = change(f"offline, residual{ratio}", consistent=True) - change(f"offline{ratio}", consistent=True)
-        name = f"offline{ratio}: residualisation leaves the consistent cells alone (change by it)"
+        both = [changes(f"offline{residual}{ratio}", consistent=True) for residual in (", residual", "")]
+        kept = max((after - before for after, before in zip(*both, strict=True)), key=abs)
+        name = f"offline{ratio}: residualisation leaves the consistent cells alone (change of the one that it changes most)"
         found.append({"name": name, "goal": "within 0.02 of 0", "measured": kept, "met": abs(kept) <= 0.02})
     return found
 
 
+def measured() -> list[dict[str, Any]]:
+    """Return the runs of the result file."""
+    return [row for row in json.loads(RESULT.read_text())["rows"] if not row.get("cell")]
+
+
+def measure(seeds: Sequence[int], workers: int, folder: Path) -> list[dict[str, Any]]:
+    """Build the models, and run all cells."""
+    rows = []
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(build, [(seed, style, folder) for seed in seeds for style in STYLES]))
+        for row in pool.map(run, [(*cell, folder) for cell in product(seeds, STYLES, STYLES, METHODS)]):
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
-    """Build the models, run all cells, and write the result file."""
+    """Run all cells, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    seeds = range(options.seeds)
-    rows = []
-    with ProcessPoolExecutor(options.workers) as pool:
-        list(pool.map(build, [(seed, style, options.folder) for seed in seeds for style in STYLES]))
-        for row in pool.map(run, [(*cell, options.folder) for cell in product(seeds, STYLES, STYLES, METHODS)]):
-            print(row, flush=True)
-            rows.append(row)
+    rows = measured() if options.report else measure(range(options.seeds), options.workers, options.folder)
     cells = summarise(rows)
     found = goals(cells)
     for goal in found:
         print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:+.3f}")
-    result_file("consistency", describe_machine(), [*({"cell": True, **cell} for cell in cells), *rows], found)
+    every = [*({"cell": True, **cell} for cell in cells), *rows]
+    if options.report:
+        judge_again(RESULT, every, found)
+    else:
+        result_file(RESULT.stem, describe_machine(), every, found)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Tokens a second of a training step: rollouts in rows of like length, packed, plainly padded, and TRL's trainer on the same rollouts.
 
-    python benchmarks/bench_train.py        # writes benchmarks/results/bench_train.json; six minutes
+    python benchmarks/bench_train.py           # writes benchmarks/results/bench_train.json; six minutes
+    python benchmarks/bench_train.py --report  # its summary and goals again, from its steps
 
 All train the same Llama model on the same steps of a Zarr store on disk, on one thread, and take turns.  TRL's DistillationTrainer is given
-the stored responses in place of those that it would sample, so its step is the teacher's forward pass, its own two and the optimizer; the
-teacher's is counted apart.  It pads all rollouts of a step to the longest, and its loss is the reverse KL over the whole vocabulary, twice
-over with the teacher's, where lopd's needs the log-prob of one token.  CPU seconds, tokens without padding.
+the stored responses in place of those that it would sample, so its step is the teacher's forward pass, its own two and the optimizer; of the
+teacher's the layers are counted apart, its head and log-softmax are not.  It pads all rollouts of a step to the longest, and its loss is the
+reverse KL over the whole vocabulary, twice over with the teacher's, where lopd's needs the log-prob of one token.  CPU seconds, tokens
+without padding.
 """
 
 import argparse
+import json
 import statistics
 import tempfile
 import warnings
@@ -24,7 +27,7 @@ import torch
 from attrs import define, field
 from numpy.typing import NDArray
 from random_rollouts import fill, random_manifest
-from record import describe_machine, result_file
+from record import ROOT, describe_machine, judge_again, result_file
 from testbed.runs import Clock
 from testbed.trl_peer import ARM as TRL
 from testbed.trl_peer import counted, make_trainer
@@ -38,6 +41,7 @@ from lopd.engines.causal_lm import hidden_states, packed_hidden_states
 from lopd.records import fingerprint_tokenizer
 from lopd.verbs import StepStream
 
+RESULT = ROOT / "benchmarks" / "results" / "bench_train.json"
 VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
 
 
@@ -182,6 +186,11 @@ def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> l
     return [row for row in turns.rows if row["step"] > 0]
 
 
+def measured() -> list[dict[str, Any]]:
+    """Return the steps of the result file."""
+    return [row for row in json.loads(RESULT.read_text())["rows"] if "step" in row]
+
+
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for every path the median tokens a second, and how much faster than TRL it was on the same step: median and range."""
     peer = {row["step"]: row["cpu_s"] for row in rows if row["path"] == TRL}
@@ -195,7 +204,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         shares = {name: statistics.median(p[name] / row["cpu_s"] for p, row in zip(parts, mine, strict=True)) for name in parts[0]}
         found.append({**summary, "share_of_a_step": shares})
     teacher = statistics.median(row["teacher_cpu_s"] / row["cpu_s"] for row in rows if row["path"] == TRL)
-    return [*found, {"path": TRL, "teacher_forward_over_the_rest_of_the_step": teacher}]
+    return [*found, {"path": TRL, "teacher_layers_over_the_rest_of_the_step": teacher}]
 
 
 def goals(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -204,17 +213,19 @@ def goals(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     wait = ours["share_of_a_step"]["reading and collating"]
     return [
         {
-            "name": "training step over TRL's on the same rollouts, its teacher not counted",
+            "name": "training step over TRL's on the same rollouts, its teacher's layers not counted",
             "goal": ">= 1.5",
             "measured": ours["faster_than_trl"],
+            "met": ours["faster_than_trl"] >= 1.5,
         },
-        {"name": "data wait, share of a step", "goal": "<= 0.02", "measured": wait},
+        {"name": "data wait, share of a step", "goal": "<= 0.02", "measured": wait, "met": wait <= 0.02},
     ]
 
 
 def main() -> None:
     """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--steps", type=int, default=6, help="of which the first is a warm-up")
     parser.add_argument("--rollouts", type=int, default=16, help="a step")
     parser.add_argument("--tokens-per-batch", type=int, default=2048)
@@ -222,14 +233,19 @@ def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.steps, options.rollouts, options.tokens_per_batch)
+    if options.report:
+        rows = measured()
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure(Path(folder), options.steps, options.rollouts, options.tokens_per_batch)
     found = summarise(rows)
-    first, second = goals(found)
-    judged = [{**first, "met": first["measured"] >= 1.5}, {**second, "met": second["measured"] <= 0.02}]
+    judged = goals(found)
     for row in (*found, *judged):
         print(row)
-    result_file("bench_train", describe_machine(), [*found, *rows], judged)
+    if options.report:
+        judge_again(RESULT, [*found, *rows], judged)
+    else:
+        result_file(RESULT.stem, describe_machine(), [*found, *rows], judged)
 
 
 if __name__ == "__main__":

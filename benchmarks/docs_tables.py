@@ -324,6 +324,11 @@ def pairs() -> list[str]:
     return table(pair_titles(), pair_lines(read("pairs")["rows"]))
 
 
+def start_words() -> list[str]:
+    """State what the threshold of the first verdict was fitted to, and how it does elsewhere."""
+    return pairs_claims.words(read("pairs")["goals"])
+
+
 def starts() -> list[str]:
     """Show the starts of the claims by the tail of their advantages, and what became of them."""
     return table(pairs_claims.table_titles(), pairs_claims.table_lines(read("claims")["rows"]))
@@ -550,6 +555,7 @@ TABLES = {
         "engines": engines,
         "parity": parity,
         "teachers": teachers,
+        "start words": start_words,
         "starts": starts,
         "pair words": pair_words,
         "pairs": pairs,

@@ -57,12 +57,14 @@ def _readings(training: str) -> list[Reading]:
             "of the 16 tokens that the near student finds most likely, only {measured} are among its teacher's",
             "At temperature 1 this teacher spreads its mass over many tokens, and which of them come after the first few is decided by little.",
             told=".",
+            open="of the 16 tokens that the near student finds most likely, {measured} are among its teacher's, not shown to be {bound}",
         ),
         Reading(
             _REGIME,
             r"^reverse KL of the near student",
             "its reverse KL to the teacher is {measured} nats a token before training",
             "its reverse KL to the teacher is as much as {measured} nats a token before training",
+            open="its reverse KL to the teacher was not shown to be at most {bound} nats a token before training ({measured})",
         ),
         Compared(
             _CHEAP,
@@ -78,6 +80,7 @@ def _readings(training: str) -> list[Reading]:
             "it costs {measured} of *{rival}*",
             "it costs as much as {measured} of *{rival}*",
             told=".",
+            open="it was not shown to cost at most {bound} of *{rival}* ({measured})",
         ),
         Compared(
             "With all of its steps a stored run ends no worse than a live one",

@@ -157,8 +157,8 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
     overlap = Interval.of([row["start"]["overlap"]["16"] for row in found.stores().values()])
     start = Interval.of([mean_kl(row) for row in found.starts().values()])
     goals = [
-        as_goal("overlap@16 of the near student before training", f">= {OVERLAP}", overlap, overlap.mean >= OVERLAP),
-        as_goal("reverse KL of the near student before training (nats per token)", f"<= {START}", start, start.mean <= START),
+        as_goal("overlap@16 of the near student before training", f">= {OVERLAP}", overlap, overlap.at_least(OVERLAP)),
+        as_goal("reverse KL of the near student before training (nats per token)", f"<= {START}", start, start.at_most(START)),
     ]
     form, rivals = found.form(), found.rivals()
     for name, rival in rivals.items():
@@ -166,7 +166,7 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
             found.cell(form.arm), found.cell(rival.arm), lambda ours, theirs, r=rival: cost(ours, form.step) / cost(theirs, r.step)
         )
         goals.append(_no_worse(found, shown(form), form, name, rival))
-        goals.append(as_goal(f"{shown(form)}, as a share of {name}: cost", f"<= {SHARE}", share, share.mean <= SHARE))
+        goals.append(as_goal(f"{shown(form)}, as a share of {name}: cost", f"<= {SHARE}", share, share.at_most(SHARE)))
     end = Form(found.best, next(iter(found.cell(found.best).values()))["steps"])
     if form != end:
         goals += [_no_worse(found, f"{found.best}, all of its steps", end, name, rival) for name, rival in rivals.items()]

@@ -39,8 +39,9 @@ def _consistent(row: Row) -> bool:
 
 
 #: Verdict -> whether it would have been right for a start.
+_LITTLE_GAIN = f"nothing gains more than {LITTLE:g}"
 WANTED = {
-    f"nothing gains more than {LITTLE:g}": lambda start: max(start["gains"].values()) <= LITTLE,
+    _LITTLE_GAIN: lambda start: max(start["gains"].values()) <= LITTLE,
     f"{PLAIN.name} falls below its start": lambda start: start["gains"][PLAIN.name] < 0,
 }
 
@@ -71,6 +72,18 @@ def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
         shown = f"{mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
         stayed = sum(max(gains.values()) <= LITTLE for gains in mine)
         yield f"{low:.0%} to {high:.0%}", str(len(mine)), *map(str, fell), str(stayed), shown
+
+
+def words(goals: Sequence[Row]) -> list[str]:
+    """Return what the threshold of `lopd.guards.advise` was fitted to, and how often it is wrong there and where it was not, out of `pairs.json`."""
+    goal = next(goal for goal in goals if _LITTLE_GAIN in goal["name"])
+    constant = goal["goal"].split(",")[0].removeprefix("< ")
+    return [
+        f"Its threshold was fitted to the {goal['of']} starts of the claims (8 settings of the testbed, 5 seeds each;",
+        f"`benchmarks/results/claims.json`), to tell those from which nothing gains more than {LITTLE:g} in accuracy:",
+        f"it is wrong on {goal['fitted']} of them.  Fitted without the setting that it is judged on, it is wrong on {goal['measured']} of",
+        f"{goal['of']} (the better constant answer: {constant}; `benchmarks/results/pairs.json`, its goals).",
+    ]
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:

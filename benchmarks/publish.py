@@ -1,37 +1,64 @@
 """Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first page, out of benchmarks/results/*.json.
 
-Nothing is measured here.
+Nothing is measured here; goals are judged again, out of the rows of their files.
 
 python benchmarks/publish.py     # half a minute
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
+import claims_estimators_report
+import claims_long_report
+import claims_summary
+import evidence_summary
 from claims_estimators_report import estimators_part
 from claims_long_report import long_part
 from claims_report import claims_part
 from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
 from evidence_report import evidence_part
-from record import ROOT, fill
+from record import ROOT, fill, judge_again
 from results_page import Maker, Part, make_page
 
 PAGE, TITLE = ROOT / "benchmarks" / "RESULTS.md", "What holds, and what does not"
+
+
+def _estimators_part(result: Mapping[str, Any], folder: str) -> Part:
+    return estimators_part(result, folder, claim=WORKS, fall=FAILS, claims=read("claims")["rows"])
+
+
 #: The parts of the page, in its order, by result file; one that was not measured yet is left out.
 PARTS: dict[str, Maker] = {
     "claims": partial(claims_part, claim=WORKS, fall=FAILS),
-    "claims_estimators": partial(estimators_part, claim=WORKS, fall=FAILS),
+    "claims_estimators": _estimators_part,
     "claims_long": long_part,
     "evidence": evidence_part,
 }
+#: What judges the goals of each, out of its rows.
+JUDGES: dict[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]] = {
+    "claims": partial(claims_summary.find_goals, claim=WORKS, fall=FAILS),
+    "claims_estimators": partial(claims_estimators_report.find_goals, claim=WORKS, fall=FAILS),
+    "claims_long": claims_long_report.find_goals,
+    "evidence": evidence_summary.find_goals,
+}
+
+
+def measured() -> list[str]:
+    """Return the names of those that were measured."""
+    return [name for name in PARTS if (RESULTS / f"{name}.json").exists()]
 
 
 def parts() -> list[Part]:
     """Return the parts that were measured."""
-    return [make(read(name), "../docs") for name, make in PARTS.items() if (RESULTS / f"{name}.json").exists()]
+    return [PARTS[name](read(name), "../docs") for name in measured()]
 
 
 def publish() -> None:
-    """Write and draw all of it."""
+    """Judge, write and draw all of it."""
+    for name in measured():
+        rows = read(name)["rows"]
+        judge_again(RESULTS / f"{name}.json", rows, JUDGES[name](rows))
     found = parts()
     PAGE.write_text(make_page(TITLE, found))
     for part in found:

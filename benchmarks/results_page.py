@@ -28,6 +28,7 @@ class Reading:
         missed: likewise, where it is not.
         reason: why it is missed, as far as that is known: whole sentences, said once for the claim.
         told: which of them the three sentences tell; of the others only the first that was missed, if none of these was.
+        open: what was seen where one is missed because its interval holds the `{bound}` that it names; as `missed` where it is empty.
     """
 
     claim: str
@@ -36,6 +37,7 @@ class Reading:
     missed: str
     reason: str = ""
     told: str = ""
+    open: str = ""
 
     def find(self, goals: Sequence[Goal]) -> list[Goal]:
         """Return the goals that this reading covers."""
@@ -44,14 +46,31 @@ class Reading:
     def say(self, goal: Goal) -> str:
         """Return the clause on one of these goals."""
         named = re.search(self.pattern, goal["name"])
-        words = {**(named.groupdict() if named else {}), "measured": show_measured(goal)}
-        return (self.held if goal["met"] else self.missed).format(**words)
+        words = {**(named.groupdict() if named else {}), "measured": show_measured(goal), "bound": goal["goal"].split()[-1]}
+        missed = self.open if self.open and undecided(goal) else self.missed
+        return (self.held if goal["met"] else missed).format(**words)
 
     def tell(self, goals: Sequence[Goal], *, met: bool) -> list[str]:
         """Return the clauses of the three sentences on the goals that were met, or missed."""
         found = [goal for goal in self.find(goals) if goal["met"] == met]
         told = [goal for goal in found if self.told and re.search(self.told, goal["name"])]
         return [self.say(goal) for goal in (told if told or met else found[:1])]
+
+
+@frozen
+class NoLower(Reading):
+    """Of goals that are met where an interval holds 0: the words say how large a loss it holds."""
+
+    def say(self, goal: Goal) -> str:
+        """Return the clause on a goal, with the largest loss that is not excluded where it is met."""
+        lost = (goal["ci95"] or 0.0) - goal["measured"]
+        return f"{super().say(goal)}{f', and may end {lost:.3f} lower' if goal['met'] and lost > 0 else ''}"
+
+
+def undecided(goal: Goal) -> bool:
+    """Return whether the interval of a goal holds the bound that it names, so that it is neither met nor excluded."""
+    bound = re.fullmatch(r"[<>]=? (\S+)", goal["goal"])
+    return bool(bound and goal["ci95"] is not None and abs(goal["measured"] - float(bound[1])) <= goal["ci95"])
 
 
 @frozen(eq=False)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 from claims_report import claims_part
-from claims_summary import Interval, Runs, find_goals, ratios, seconds_to
+from claims_summary import Interval, Runs, as_goal, find_goals, ratios, seconds_to, show_measured
 from record import result_file
 from results_page import make_page
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
@@ -48,7 +48,10 @@ def test_an_interval_is_that_of_students_t():
     assert found.show("+.2f") == "+3.00 ± 1.96"
     assert found.positive
     assert not found.negative
+    assert (found.at_least(1), found.at_least(2), found.at_most(5), found.at_most(4)) == (True, False, True, False)
     assert math.isnan(Interval.of([1.0]).half)
+    assert not Interval.of([1.0]).at_least(0)
+    assert not Interval.of([1.0]).at_most(2)
     assert not Interval.of([1.0]).positive, "one seed does not measure chance"
 
 
@@ -57,6 +60,7 @@ def test_seconds_to_an_accuracy_go_along_straight_lines():
     assert seconds_to(row, 0.3) == pytest.approx(2.0)
     assert seconds_to(row, 0.5) == pytest.approx(7.0)
     assert seconds_to(row, 0.7) == math.inf
+    assert (seconds_to(row, 0.2), seconds_to(row, 0.1)) == (1.0, 1.0), "it has that before its first step"
 
 
 def fake(arm, seed, accuracy, seconds, start=0.2):
@@ -80,6 +84,20 @@ def test_an_accuracy_that_is_never_reached_is_no_number():
     never = ratios(Runs(slow), "s", PLAIN.name, ONLINE.name)["half of the gain"]
     assert (never.mean, never.show()) == (math.inf, "never")
     assert ratios(Runs(slow), "s", ONLINE.name, PLAIN.name)["half of the gain"].mean == 0
+    slow = [row if row["arm"] == ONLINE.name else {**row, "arm": name} for row in slow for name in (PLAIN.name, RATIO.name)]
+    assert ratios(Runs(slow), "s", PLAIN.name, RATIO.name)["half of the gain"].show() == "never", "neither of them reaches it"
+    goal = as_goal("a", ">= 6", never, met=False)
+    assert (goal["measured"], show_measured(goal)) == (None, "never")
+
+
+def test_an_arm_that_ended_below_sft_is_not_said_to_cost_an_infinity():
+    rows = [fake(ONLINE.name, seed, 0.6, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.3 - 0.1 * seed, 3.0) for seed in (0, 1)]
+    found = ratios(Runs(rows), "s", ONLINE.name, PLAIN.name)["equal accuracy"]
+    assert (math.isnan(found.mean), found.show()) == (True, "below SFT")
+    goal = as_goal("a", ">= 6", found, met=False)
+    assert (json.loads(json.dumps(goal, allow_nan=False)), show_measured(goal)) == (goal, "below SFT")
+    fallen = [fake(ONLINE.name, seed, 0.1, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.5, 3.0) for seed in (0, 1)]
+    assert ratios(Runs(fallen), "s", ONLINE.name, PLAIN.name)["half of the gain"].show() == "below SFT"
 
 
 def test_the_time_of_a_run_is_split_without_rest(folder):
@@ -147,6 +165,34 @@ def test_the_report_says_what_the_rows_say(rows, tmp_path):
     for name in ("claims", "claims_failure", "claims_ablations"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
         assert f"plots/{name}.png" in text
+
+
+def test_online_opd_is_not_said_to_cost_six_times_as_much_by_its_mean(rows):
+    def dearer(row):
+        online = row["kind"] == "run" and row["arm"] == ONLINE.name
+        return {**row, "cpu_s": {**row["cpu_s"], "all": 1000.0 * (1 + row["seed"])}} if online else row
+
+    goals = [goal for goal in find_goals([*map(dearer, rows)], CLAIM.name, FALL.name) if "at equal steps (table 2)" in goal["name"]]
+    assert [(goal["measured"] > 6, goal["met"]) for goal in goals] == [(True, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        ((0.9, 0.1), "reverse KL (+0.500 ± 0.000); not: stored top-8, forward KL (-0.300 ± 0.000)"),
+        ((0.1, 0.1), ": none; not: stored top-8"),
+    ],
+)
+def test_a_loss_is_worth_its_bytes_only_where_it_ends_above_the_ratio(rows, ends, words):
+    reverse, forward = (next(arm.name for arm in ABLATIONS["top-k"] if kind in arm.name) for kind in ("reverse", "forward"))
+    fixed = {RATIO.name: 0.4, reverse: ends[0], forward: ends[1]}
+    like = [row for row in rows if row["kind"] == "run" and row["arm"] == RATIO.name]
+    rows = [row for row in rows if row.get("arm") not in fixed] + [
+        {**row, "arm": arm, "accuracy": end} for row in like for arm, end in fixed.items()
+    ]
+    part = claims_part({"rows": rows, "goals": find_goals(rows, CLAIM.name, FALL.name)}, "", claim=CLAIM.name, fall=FALL.name)
+    (section,) = [" ".join(section) for section in part.sections if section[0] == "### Which loss"]
+    assert words in section
 
 
 def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):

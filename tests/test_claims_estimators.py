@@ -14,7 +14,7 @@ import claims_estimators
 from claims_estimators_report import estimators_part, find_goals
 from claims_summary import steps_to
 from record import result_file
-from results_page import make_page
+from results_page import make_page, undecided
 from test_claims import CLAIM, FALL
 from testbed.arms import MAIN, ONLINE, TOP_K
 from testbed.estimator_arms import BEST, FALLEN, FAST, LIVE, STORED, faster
@@ -61,8 +61,23 @@ def test_goals_are_met_by_what_meets_them_and_by_nothing_else(rows):
     until = goals[f"{BEST.name}, as a share of {ONLINE.name}: cost at equal accuracy"]
     assert until["measured"] == pytest.approx((2.5 + 2.5 * 0.3 / 0.4) / 45)
     assert not any(goal["met"] for name, goal in goals.items() if "does not fall" in name)
+    cheap = f"{BEST.name}, as a share of {TRL}: cost at equal steps"
+    wide = [{**row, "cpu_s": {**row["cpu_s"], "all": 5.0 - 0.2 * row["seed"]}} if row["arm"] == BEST.name else row for row in rows]
+    wide = {goal["name"]: goal for goal in find_goals(wide, CLAIM.name, FALL.name)}[cheap]
+    assert (wide["measured"], wide["met"]) == (pytest.approx(0.49), False), "0.49 is below the goal, its interval is not"
     worse = [{**row, "accuracy": row["accuracy"] - (0.1 + row["seed"] / 1000) * (row["arm"] == BEST.name)} for row in rows]
     assert not next(goal["met"] for goal in find_goals(worse, CLAIM.name, FALL.name) if f"minus {TRL}" in goal["name"])
+
+
+def test_what_the_decision_says_of_the_goals_of_cost_is_what_the_file_has():
+    found = json.loads(claims_estimators.RESULT.read_text())["goals"]
+    of_trl, of_online = (next(g for g in found if f"as a share of {other}: cost" in g["name"]) for other in (TRL, ONLINE.name))
+    assert undecided(of_trl)
+    assert undecided(of_online)
+    assert (of_online["measured"] < 0.3, of_trl["measured"] > 0.55) == (True, True)
+    page = (Path(__file__).parents[1] / "docs" / "decisions" / "0008-recommended-loss.md").read_text()
+    assert "0.3 of online OPD at equal accuracy and 0.55 of TRL at equal steps: the mean is below the first" in page
+    assert [g["goal"] for g in (of_online, of_trl)] == ["<= 0.3", "<= 0.55"]
 
 
 def test_the_part_says_what_the_rows_say(rows, tmp_path):
@@ -79,6 +94,17 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     for name in ("claims_estimators", "claims_estimators_ends"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
         assert f"(plots/{name}.png)" in text
+
+
+def test_models_that_were_built_again_are_not_said_to_be_those_of_the_claims(rows):
+    def said(claims):
+        (lines,) = estimators_part({"rows": rows, "goals": []}, "", claim=CLAIM.name, fall=FALL.name, claims=claims).sections
+        return lines[0]
+
+    assert "those of the claims, with the same models" in said(rows)
+    again = [{**row, "start": row["start"] + 0.01 * (row["setting"] == FALL.name and row["seed"])} for row in rows]
+    assert "models built again: they differ from those above" in said(again)
+    assert "models built again" in said([row for row in rows if row["seed"] == 0])
 
 
 def test_the_plan_has_every_arm_once_a_seed_and_the_rate_of_the_faster_ones_for_trl_too():

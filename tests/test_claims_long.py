@@ -102,7 +102,7 @@ def rows():
 
 
 def test_the_cost_is_compared_with_the_limit_that_the_split_allows(rows):
-    goals = {goal["name"]: goal for goal in find_goals(rows, TINY.name)}
+    goals = {goal["name"]: goal for goal in find_goals(rows)}
     beside = goals[f"{BEST_LIVE.name} over {BEST.name}, cost at equal accuracy"]
     assert (beside["measured"], beside["met"]) == (pytest.approx(4.4), True)
     for at in ("equal accuracy", "equal steps"):
@@ -114,8 +114,28 @@ def test_the_cost_is_compared_with_the_limit_that_the_split_allows(rows):
     assert Found(rows, TINY.name).names == [ONLINE.name, BEST_LIVE.name, TRL, BEST.name]
 
 
+def test_a_mean_beyond_its_goal_is_not_enough(rows, tmp_path):
+    rows = [fake(row["seed"], row["arm"], row["accuracy"], 44.0 * (1 + row["seed"])) if spread(row) else row for row in rows]
+    goals = {goal["name"]: goal for goal in find_goals(rows)}
+    beside = goals[f"{BEST_LIVE.name} over {BEST.name}, cost at equal accuracy"]
+    assert (beside["measured"] > 4, beside["met"]) == (True, False)
+    part = long_part({"rows": rows, "goals": [*goals.values()]}, "plots")
+    assert f"*{BEST_LIVE.name}* was not shown to cost 4 times as much at equal accuracy (6.60 ± " in part.sentences()[1]
+
+
+def spread(row):
+    return row["kind"] == "run" and row["arm"] == BEST_LIVE.name
+
+
+def test_the_share_of_the_limit_of_an_arm_that_ended_below_sft_is_no_number(rows):
+    fallen = [{**row, "accuracy": 0.1} if row["kind"] == "run" and row["arm"] == BEST.name else row for row in rows]
+    found = Found(fallen, TINY.name)
+    assert found.of_limit(BEST_LIVE.name, BEST.name, "equal accuracy").show() == "below SFT"
+    assert found.of_limit(BEST_LIVE.name, BEST.name, "equal steps").mean == pytest.approx(4.4 / 5)
+
+
 def test_the_part_says_what_the_rows_say(rows, tmp_path):
-    result = result_file("claims_long", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, find_goals(rows, TINY.name), tmp_path)
+    result = result_file("claims_long", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, find_goals(rows), tmp_path)
     part = long_part(json.loads(result.read_text()), "plots")
     text = make_page("Long", [part])
     assert f"*{BEST_LIVE.name}* costs 4.40 times as much at equal accuracy" in text

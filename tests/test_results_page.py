@@ -2,14 +2,19 @@
 
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_train
 import publish
+from claims_summary import Runs, change, ratios
 from docs_tables import IN_WORDS
-from results_page import Part, Reading, make_page
+from results_page import NoLower, Part, Reading, make_page, undecided
+from testbed.arms import ONLINE, PLAIN
+from testbed.trl_peer import ARM as TRL
 
 READINGS = [
     Reading(
@@ -34,6 +39,64 @@ def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files
     assert parts[0].sentences()[0] in (publish.DOCS / "index.md").read_text().splitlines(), "run benchmarks/publish.py"
 
 
+def test_goals_of_the_result_files_are_what_their_rows_give():
+    for name in publish.measured():
+        found = publish.read(name)
+        assert found["goals"] == publish.JUDGES[name](found["rows"]), f"{name}: run benchmarks/publish.py"
+
+
+def test_the_step_of_trl_is_said_to_hold_a_part_of_its_teacher():
+    found = publish.read("bench_train")
+    judged = bench_train.goals(bench_train.summarise(bench_train.measured()))
+    assert found["goals"] == judged, "run bench_train.py --report"
+    (name,) = (goal["name"] for goal in judged if "TRL" in goal["name"])
+    assert name.endswith("its teacher's layers not counted")
+    assert "with its teacher's layers not counted (`benchmarks/results/bench_train.json`)" in (publish.DOCS / "comparison.md").read_text()
+
+
+def test_no_goal_is_met_whose_interval_holds_its_bound():
+    named = [
+        (name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]
+    ]
+    assert len(named) > 20
+    assert [goal["name"] for _, goal in named if goal["met"] and undecided(goal)] == []
+
+
+def test_pages_state_what_both_files_of_costs_have():
+    files = [Runs.of(publish.read(name)["rows"]) for name in ("claims", "claims_estimators")]
+
+    def times(base, arm, at="equal steps"):
+        return [ratios(runs, publish.WORKS, base, arm)[at].mean for runs in files]
+
+    assert [1.95 < cost < 3 for cost in times(ONLINE.name, PLAIN.name)] == [True, True]
+    at_equal_accuracy = times(ONLINE.name, PLAIN.name, "equal accuracy")
+    assert all(less < cost for less, cost in zip(at_equal_accuracy, times(ONLINE.name, PLAIN.name), strict=True))
+    for page in (publish.ROOT / "README.md", publish.DOCS / "index.md", publish.DOCS / "decisions" / "0008-recommended-loss.md"):
+        assert "two to three times as much" in page.read_text(), page
+    assert [1.9 < cost < 2.2 for cost in times(TRL, PLAIN.name)] == [True, True], "the comparison: about twice as much as Lightning"
+    assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
+    table, supports = times(TRL, ONLINE.name)
+    assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
+
+
+def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
+    rows = [row for row in publish.read("drift")["rows"] if row.get("setting") == "failing" and "curve" in row]
+    ends = {
+        run: mean(row["accuracy_at_end"] - row["accuracy_at_start"] for row in rows if row["run"] == run)
+        for run in {row["run"] for row in rows}
+    }
+    assert ends["plain"] < -0.2
+    assert -0.05 < ends["ratio to ref"] < 0, "it keeps nearly all of its accuracy"
+    assert 0.01 < ends["online"] - ends["ratio to ref"] < 0.05, "a little below"
+    runs = Runs.of(publish.read("claims")["rows"])
+    moved = {
+        arm: runs.mean(runs.where(publish.FAILS, arm), change) for arm in ("Lightning", "refresh every 20 steps", "refresh every 50 steps")
+    }
+    assert moved["Lightning"].mean < moved["refresh every 20 steps"].mean
+    assert moved["refresh every 50 steps"].mean < moved["Lightning"].mean, "new rollouts every 50 steps do not slow the fall"
+    assert runs.mean(runs.where(publish.FAILS, "stored top-8, reverse KL"), change).positive, "the README: supports gain a little"
+
+
 def test_goals_that_pages_leave_to_this_one_are_in_it():
     assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} <= {*publish.PARTS}
 
@@ -45,6 +108,22 @@ def test_three_sentences_tell_what_held_and_what_did_not():
         "- **What did not:** *a* costs 2.00 ± 0.50, too much.",
         "- **For you:** be careful.",
     ]
+
+
+def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
+    reading = Reading(
+        "Cheap", "^cost", "it costs {measured}", "it costs as much as {measured}", open="not shown to be at most {bound} ({measured})"
+    )
+    assert reading.say(goal("cost", 1.2, met=False)) == "not shown to be at most 1 (1.20 ± 0.50)"
+    assert reading.say(goal("cost", 1.6, met=False)) == "it costs as much as 1.60 ± 0.50"
+    assert reading.say(goal("cost", 0.4, met=True)) == "it costs 0.40 ± 0.50"
+
+
+@pytest.mark.parametrize(("measured", "met", "words"), [(-0.1, True, ", and may end 0.600 lower"), (0.6, True, ""), (-0.6, False, "")])
+def test_words_tell_how_much_an_arm_may_lose_that_was_not_shown_to(measured, met, words):
+    reading = NoLower("No lower", "^a", "a was not shown to end lower", "a ends lower")
+    said = "a was not shown to end lower" if met else "a ends lower"
+    assert reading.say(goal("a", measured, met, "0 or more, within the interval")) == said + words
 
 
 def test_a_part_in_which_nothing_was_missed_says_so():

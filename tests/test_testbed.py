@@ -13,6 +13,7 @@ from lopd.records import Lineage, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+from testbed import runs
 from testbed.models import HEALTHY, Setting, prepare, source_of
 from testbed.products import Product
 from testbed.runs import Training, offline, online, scored_rollouts
@@ -112,6 +113,13 @@ def test_no_prompt_is_used_twice(bed):
     every = make_problems(64 + 16 + 24 + 8, 2, seed=0)
     assert len(set(every)) == len(every)
     assert not opd & held_out
+
+
+def test_a_round_is_named_by_its_step_and_nothing_is_hashed_for_it(bed, monkeypatch):
+    training, kept, sample = Training.of(bed.students["A"], 1e-3), [], runs.sample_round
+    monkeypatch.setattr(runs, "sample_round", lambda source, *rest: kept.append(source.manifest.policy) or sample(source, *rest))
+    assert len([*online(bed, training, FusedOPDLoss(), "A")]) == 2
+    assert [(policy.name, policy.revision) for policy in kept] == [("online", "step-0"), ("online", "step-1")]
 
 
 def test_the_same_seed_gives_the_same_run_offline_and_online(bed):

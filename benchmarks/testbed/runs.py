@@ -26,6 +26,7 @@ from lopd.records import (
     Estimate,
     Lineage,
     Manifest,
+    ModelId,
     Prompt,
     Provenance,
     Rollout,
@@ -223,7 +224,8 @@ def online(
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
         source = training.source(bed, generation=generation)
-        source = TimedSource(evolve(source, sampling=support.sampling(source.sampling)), clock)
+        named = ModelId("online", f"step-{start}", "as trained")  # a hash of all weights at each step would be paid as training
+        source = TimedSource(evolve(source, sampling=support.sampling(source.sampling), identity=named), clock)
         store = MemoryStore(source.manifest)
         count = min(every * setting.batch, len(bed.opd_prompts))
         prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(count)]

@@ -93,7 +93,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, 
 
 @contextmanager
 def counted(trainer: Any, clock: Clock) -> Iterator[None]:
-    """Count sampling, and the teacher's forward passes."""
+    """Count sampling, and the forward passes of the teacher's layers; its head and log-softmax stay in what is called training."""
     sample, read, teacher = trainer._generate, trainer._get_last_hidden_state, trainer.accelerator.unwrap_model(trainer.teacher_model)
 
     def reading(model: Any, *arguments: Any, **options: Any) -> Any:

@@ -1,0 +1,49 @@
+"""The benchmark of teacher consistency: intervals and goals are those of its runs, and the page says what these say."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_consistency
+import docs_tables
+
+
+def test_the_cells_that_the_page_shows_are_those_of_the_runs():
+    cells = bench_consistency.summarise(bench_consistency.measured())
+    file = docs_tables.read("consistency")
+    assert [row for row in file["rows"] if row.get("cell")] == [{"cell": True, **cell} for cell in cells], (
+        "run bench_consistency.py --report"
+    )
+    assert file["goals"] == bench_consistency.goals(cells), "run bench_consistency.py --report"
+    shown = "\n".join(docs_tables.teachers())
+    for cell in cells:
+        assert "ratio" in cell["method"] or f"{cell['change']:+.3f} ± {cell['change_ci95']:.3f}" in shown
+
+
+def test_intervals_of_two_seeds_are_those_of_students_t():
+    known = {"sft_teacher": "A", "opd_teacher": "A", "method": "offline", "accuracy_at_start": 0.5}
+    (cell,) = bench_consistency.summarise([{**known, "accuracy": accuracy} for accuracy in (0.6, 0.7)])
+    assert (cell["change"], cell["change_ci95"]) == (pytest.approx(0.15), pytest.approx(12.706 * 0.05, rel=1e-4))
+
+
+def cell(sft, opd, method, change):
+    return {"sft_teacher": sft, "opd_teacher": opd, "method": method, "change": change}
+
+
+def test_changes_of_opposite_signs_do_not_leave_the_consistent_cells_alone():
+    cells = [cell(*pair, method, 0.1) for pair in ("AA", "AB", "BA", "BB") for method in bench_consistency.METHODS]
+    moved = [{**c, "change": 0.1 + {"AA": 0.04, "BB": -0.05}.get(c["sft_teacher"] + c["opd_teacher"], 0)} for c in cells]
+    found = bench_consistency.goals([m if "residual" in c["method"] else c for c, m in zip(cells, moved, strict=True)])
+    kept = [goal for goal in found if "leaves the consistent cells alone" in goal["name"]]
+    assert [(goal["measured"], goal["met"]) for goal in kept] == [(pytest.approx(-0.05), False)] * 2
+
+
+def test_the_page_says_what_a_residual_did_with_either_seed():
+    runs = {(row["sft_teacher"] + row["opd_teacher"], row["method"], row["seed"]): row["accuracy"] for row in bench_consistency.measured()}
+    by = {pair: [runs[pair, "offline, residual", s] - runs[pair, "offline", s] for s in (0, 1)] for pair in ("AA", "AB", "BA", "BB")}
+    assert min(*by["AB"], *by["BA"]) > 0, "it repairs a part"
+    assert max(by["AA"]) < 0, "it took something from one pair"
+    assert max(by["BB"]) > 0, "and not from the other"
