@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat_tokenizers import CHATML, CONCLUDED, PARTS, STRICT, TWICE_ENDED, byte_tokenizer
 
-from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
+from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps, rows_of
 from lopd.engines.hf import folder_model_id
 from lopd.errors import (
     ArgumentError,
@@ -212,6 +212,24 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
         import_text([("q" * 50, "a")], tokenizer, teacher=WRITER, max_tokens=short, too_long="cut")
     with pytest.raises(InvalidRecordError, match="too_long is 'trim', expected 'refuse', 'drop' or 'cut'"):
         import_text(pairs, tokenizer, teacher=WRITER, too_long="trim")
+
+
+@pytest.mark.filterwarnings("ignore:.*were left out")
+@pytest.mark.parametrize("long", [0, 1])
+def test_texts_that_are_left_out_leave_no_gap_among_the_samples_of_their_prompt(long, tokenizer, tmp_path):
+    responses = ["a", "b"]
+    responses.insert(long, "xyz" * 9)
+    for _ in range(2):
+        store = import_text(
+            [("q", response) for response in responses],
+            tokenizer,
+            teacher=WRITER,
+            store=lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m),
+            max_tokens=20,
+            too_long="drop",
+        )
+        assert rows_of(store, make_prompts(["q"], tokenizer)).tolist() == [0, 1]
+        assert [response for _, response in texts_of(tokenizer, store)] == ["a<|eos|>", "b<|eos|>"]
 
 
 @pytest.mark.parametrize(
