@@ -257,6 +257,21 @@ def test_what_is_no_text_is_refused_by_name(tokenizer, texts, message):
         import_text(texts, tokenizer, teacher=WRITER)
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (5, "its content is 5"),
+        (["a"], "a part is 'a'"),
+        ({"content_type": "text", "parts": ["a"]}, "its content is {'content_type'"),
+        ([{"type": "image", "url": "x"}], "a part is {'type': 'image'"),
+        ([{"type": "text", "content": "x"}], "a part is {'type': 'text', 'content'"),
+    ],
+)
+def test_an_answer_that_is_not_text_is_refused_by_name(tokenizer, content, found):
+    with pytest.raises(PromptError, match=f"^Text number 0, its answer: {found}.*, expected "):
+        import_text([[MESSAGES[0][0], {"role": "assistant", "content": content}]], tokenizer, teacher=WRITER)
+
+
 def test_keys_that_nothing_reads_are_named_and_what_makes_no_store_or_end_is_refused():
     tokenizer = byte_tokenizer(None)
     with pytest.warns(PromptWarning, match="the keys 'level' are not read"):

@@ -10,7 +10,7 @@ from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.arrays import Int32Array, to_ids
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, Names, checked, in_template, with_value
+from lopd.records.contents import KEYS, Names, check_message, checked, in_template, with_value
 from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
@@ -139,6 +139,7 @@ def _text(response: Any, where: str) -> str:
             raise PromptError(
                 f"{where}: its answer has {others[0]!r}, expected text alone; write into its content all that the model wrote."
             )
+        check_message(message, f"{where}, its answer")
         message = text_of(message)
     if not isinstance(message, str) or not message:
         raise PromptError(f"{where}: its response is {message!r:.80}, expected text, or one message of the assistant; drop the record.")
