@@ -366,6 +366,14 @@ def test_messages_are_rendered_turn_by_turn_and_only_the_policy_is_learnt():
 
 
 @drawn_as_written
+def test_empty_keys_of_an_answer_change_nothing():
+    tokenizer, empty = byte_tokenizer(TOOLS), {"annotations": [], "refusal": "", "provider": {"id": None}}
+    (plain,) = rollouts_of(imported([AGENT], tokenizer))
+    (rollout,) = rollouts_of(imported([[{**message, **empty} for message in AGENT]], tokenizer))
+    assert (rollout.content_hash, rollout.rollout_id) == (plain.content_hash, plain.rollout_id)
+
+
+@drawn_as_written
 def test_each_turn_of_messages_reads_what_make_prompts_makes_of_all_before_it():
     tokenizer = byte_tokenizer(TOOLS)
     made = rollouts_of(imported([AGENT], tokenizer, tools=ADD, turns="each"))
