@@ -244,6 +244,16 @@ def test_texts_that_are_left_out_leave_no_gap_among_the_samples_of_their_prompt(
         ),
         ([MESSAGES[0][:1]], "its last message has the role 'user', expected 'assistant'"),
         ([[{"role": "assistant", "content": "a"}]], r"'prompt' is \[\]"),
+        (
+            [{"prompt": MESSAGES[0][:1], "completion": MESSAGES[0][1:]}],
+            "role 'user', expected 'assistant', and its keys with a value are 'prompt', 'completion'; name the response's key with `response`.$",
+        ),
+        ([{"prompt": MESSAGES[0][:1], "answer": "5"}], "'prompt', 'answer'; name the response's key"),
+        (
+            [{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}],
+            "^Text number 0: message 0 has the keys 'from', 'value', expected 'role' and 'content'; rename them, and call the roles",
+        ),
+        ([{"prompt": "q", "response": {"from": "gpt", "value": "a"}}], "its response: message 0 has the keys 'from', 'value', expected"),
         ([[MESSAGES[0][0], {**MESSAGES[0][1], "reasoning_content": "hm"}]], "its answer has 'reasoning_content', expected text alone"),
         ([{**RECORDS[0], "finish_reason": "tool_calls"}], "its finish_reason is 'tool_calls'"),
         ([{"prompt": "q", "response": "a<|eos|>", "finish_reason": "length"}], r"ends with '<\|eos\|>', and its finish_reason is 'length'"),

@@ -281,6 +281,10 @@ def as_arrays(value):
         ("text", "it is a str, expected a mapping, messages or triplets"),
         ({"messages": "{"}, "'messages' is text that is not JSON"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "it has 0 answers of the assistant"),
+        (
+            {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            ": message 0 has the keys 'from', 'value', expected 'role' and 'content'; rename them, and call the roles",
+        ),
         ({"messages": [AGENT[0], {"role": "assistant", "content": 3}]}, "turn 0: its content is 3, expected text"),
     ],
 )

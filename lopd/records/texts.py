@@ -10,7 +10,7 @@ from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.arrays import Int32Array, to_ids
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, Names, check_message, checked, in_template, with_value
+from lopd.records.contents import KEYS, Names, check_message, check_roles, checked, in_template, with_value
 from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
@@ -121,7 +121,16 @@ def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str |
                 f"{where}: its keys with a value are {with_value(record)}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
                 "them with `field` and `response`."
             )
+        check_roles(messages, where)
         prompt, response = messages[:-1], messages[-1]
+        # what verifiers read as an answer may be meant as the response
+        known = used | {*_KEYS} - {"answer"}
+        others = any(value is not None and key not in known for key, value in record.items())
+        if others and isinstance(response, Mapping) and response.get("role") == "user":
+            raise PromptError(
+                f"{where}: its last message has the role 'user', expected 'assistant', and its keys with a value are {with_value(record)}; name "
+                "the response's key with `response`."
+            )
     text = _text(response, where)
     return in_template(fields.template, checked(prompt, fields.prompt, where), where), text, used
 
@@ -130,6 +139,7 @@ def _text(response: Any, where: str) -> str:
     """Return the text of a response: as it is, or that of one message of the assistant."""
     message = response[0] if isinstance(response, list) and len(response) == 1 else response
     if isinstance(message, Mapping):
+        check_roles([message], f"{where}, its response")
         if message.get("role") != "assistant":
             raise PromptError(
                 f"{where}: its last message has the role {message.get('role')!r}, expected 'assistant'; drop what follows its answer."
