@@ -255,7 +255,10 @@ def test_a_column_of_ints_with_a_gap_gives_ints(tmp_path):
         (np.int64(12), "12"),
         (np.float32(0.5), "0.5"),
         (Decimal("12.00"), "12"),
-        (Decimal("0.1234567890123456789"), "0.1234567890123456789"),
+        (Decimal("1.50"), "1.5"),
+        (Decimal("1" * 36), "1" * 36),
+        (Decimal(f"-0.{'1' * 35}0"), f"-0.{'1' * 35}"),
+        (Decimal("2E+30"), f"2{'0' * 30}"),
         (True, "true"),
         (np.False_, "false"),
         (datetime.date(2026, 1, 2), "2026-01-02"),
@@ -291,6 +294,12 @@ def test_typed_columns_of_parquet_are_text_as_json_has_it(tmp_path):
 def test_an_id_that_is_not_text_or_a_number_is_refused(value):
     with pytest.raises(PromptError, match=r"Prompt number 1: it(s id is| holds a bytes)"):
         make_prompts(["fine", {"prompt": "a", "id": value}], byte_tokenizer())
+
+
+def test_an_id_of_36_digits_keeps_all_of_them():
+    digits = "123456789" * 4
+    (prompt,) = make_prompts([{"prompt": "a", "id": Decimal(digits)}], byte_tokenizer())
+    assert prompt.prompt_id == digits
 
 
 def test_ids_and_answers_beside_contents_are_text_and_one_for_each():

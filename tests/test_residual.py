@@ -5,7 +5,7 @@ import pytest
 from attrs import evolve
 
 from lopd import ConsistencyPolicy, LanceStore, MemoryStore, ZarrStore, batches, residualise
-from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, TeacherConsistencyError
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError, TeacherConsistencyError
 from lopd.guards import Residualiser
 from lopd.guards.consistency import inconsistencies
 from lopd.records import ModelId, Scores, prompt_id_of
@@ -239,6 +239,35 @@ def test_rollouts_in_quarantine_stay_there_and_missing_ones_are_named():
         residualise(store, "teacher-residual", into="twice")
     with pytest.raises(InvalidRecordError, match="what the policy itself reported"):
         residualise(store, "behavior")
+
+
+def test_without_the_log_probs_of_the_policy_it_says_how_to_get_them():
+    store = MemoryStore(tiny_manifest())
+    rollouts = [evolve(r, behavior_logprobs=None) for r in make_rollouts(prompts=2)]
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance("other"), [Scores.of(r, np.full(r.response_ids.size, -1.0)) for r in rollouts])
+    message = r"'behavior' has scores for 0 rollouts, expected 4; sample with an engine that .* another column and pass `ref=`\.$"
+    with pytest.raises(MissingScoresError, match=message):
+        residualise(store)
+
+
+def test_one_teacher_of_several_is_fitted_on_its_own_rollouts_alone(new_store):
+    rng = np.random.default_rng(3)
+    rollouts = make_rollouts(prompts=20)
+    gaps = {r.rollout_id: rng.normal(-1, 1, r.response_ids.size) for r in rollouts}
+    alone = filled(rollouts[:20], lambda r: gaps[r.rollout_id])
+    store = filled(rollouts[:20], lambda r: gaps[r.rollout_id], new_store())
+    store.append(rollouts[20:])
+    store.quarantine("teacher", tiny_provenance("other"), {rollouts[-1].rollout_id: "too long"})
+    with pytest.raises(MissingScoresError, match=r"20 rollouts, expected 40; run .*, or pass the rows of its own prompts as `rows=`\.$"):
+        residualise(store)
+    assert residualise(store, rows=np.arange(20)) == residualise(alone)
+    assert store.quarantined("teacher-residual") == {}
+    assert np.flatnonzero(store.scored("teacher-residual")).tolist() == list(range(20))
+    for mine, theirs in zip(store.read(range(20), columns=("teacher-residual",)), columns_of(alone), strict=True):
+        np.testing.assert_array_equal(mine.scores["teacher-residual"], theirs[2])
+    with pytest.raises(NoSuchRowError, match="row 40 was chosen"):
+        residualise(store, rows=np.array([40]))
 
 
 @pytest.mark.parametrize("numbers", [{"folds": 1}, {"positions": 0}, {"prior": -1.0}, {"prior": float("nan")}])

@@ -356,6 +356,10 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
         ('{"history": [{}]}', "entry 0 cannot be read"),
         ('{"history": [], "phases": [{"tokens": 1}]}', "its phases or versions cannot be read"),
         ('{"history": [], "phases": [{"name": "p", "seconds": "1"}]}', "its phases or versions cannot be read"),
+        (
+            '{"history": [], "phases": [{"name": "p", "wall_s": 1, "held_out_reverse_kl": "0.1", "ci95": 0.2}]}',
+            r"History .*metrics\.json: its phases or versions cannot be read",
+        ),
         ('{"history": [], "versions": ["torch"]}', "its phases or versions cannot be read"),
     ],
 )

@@ -33,7 +33,7 @@ from lopd.errors import (
 )
 from lopd.records import StoreId
 from lopd.records.estimates import Estimate
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.share import About, dataset_card, model_card, pull_store, push_store, push_student
 
@@ -407,6 +407,14 @@ def test_a_name_stays_text_on_a_card(export: Path) -> None:
     assert "| a \\| b # c &lt;script>@1, float32 |" in str(model_card(export))
 
 
+def test_markup_in_a_store_stays_text_on_its_card(store: MemoryStore) -> None:
+    engine = r"![x](http://evil.example/t.png) [click](http://evil.example) \[a](b) `c` **d**"
+    rollout = store.read([0])[0].rollout
+    store.append_scores("other", evolve(tiny_provenance(), engine=engine), [tiny_scores(rollout)])
+    (line,) = (line for line in str(dataset_card(store, "rollouts")).splitlines() if "evil" in line)
+    assert r"!\[x\](http://evil.example/t.png) \[click\](http://evil.example) \\\[a\](b) \`c\` \*\*d\*\* |" in line
+
+
 PLACES = [
     "/models/of/",
     "~/",
@@ -423,9 +431,10 @@ PLACES = [
 def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path) -> None:
     for place in PLACES:
         Lineage(opd_teacher=ModelId(f"{place}Qwen3-32B", "weights:ab/cd", "float32")).write(export)
-        card = str(model_card(export, About(training={"prompts": f"{place}prompts.jsonl"})))
+        card = str(model_card(export, About(training={"prompts": f"{place}prompts.jsonl", "both": f"{place}x and {place}y"})))
         assert "| Qwen3-32B@weights:ab/cd, float32 |" in card, place
         assert "| prompts | prompts.jsonl |" in card, place
+        assert "| both | x and y |" in card, place
         assert "https://arxiv.org/abs/2604.13010" in card
 
 

@@ -294,6 +294,11 @@ def test_what_cannot_be_measured_is_one_clear_error(known):
         measure_start(store, ref="nobody")
     with pytest.raises(InvalidRecordError, match=r"column 'teacher' was scored by teacher@rev-teacher.*expected the policy that sampled"):
         measure_start(store, ref="teacher")
+    bare = MemoryStore(MANIFEST)
+    bare.append([evolve(r, behavior_logprobs=None) for r in known.rollouts])
+    bare.append_scores("teacher", tiny_provenance(), known.column(known.teacher))
+    with pytest.raises(MissingScoresError, match=r"'teacher' and 'behavior', .*; sample with an engine that .* and pass `ref=`\.$"):
+        measure_start(bare)
     with pytest.raises(InvalidRecordError, match="it has 0 rollouts"):
         measure_start(MemoryStore(MANIFEST))
     with pytest.raises(NoSuchRowError):

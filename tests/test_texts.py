@@ -9,7 +9,7 @@ import pytest
 import torch
 from chat_tokenizers import CHATML, CONCLUDED, PARTS, STRICT, TWICE_ENDED, byte_tokenizer
 
-from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
+from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps, rows_of
 from lopd.engines.hf import folder_model_id
 from lopd.errors import (
     ArgumentError,
@@ -214,6 +214,24 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
         import_text(pairs, tokenizer, teacher=WRITER, too_long="trim")
 
 
+@pytest.mark.filterwarnings("ignore:.*were left out")
+@pytest.mark.parametrize("long", [0, 1])
+def test_texts_that_are_left_out_leave_no_gap_among_the_samples_of_their_prompt(long, tokenizer, tmp_path):
+    responses = ["a", "b"]
+    responses.insert(long, "xyz" * 9)
+    for _ in range(2):
+        store = import_text(
+            [("q", response) for response in responses],
+            tokenizer,
+            teacher=WRITER,
+            store=lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m),
+            max_tokens=20,
+            too_long="drop",
+        )
+        assert rows_of(store, make_prompts(["q"], tokenizer)).tolist() == [0, 1]
+        assert [response for _, response in texts_of(tokenizer, store)] == ["a<|eos|>", "b<|eos|>"]
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -226,6 +244,16 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
         ),
         ([MESSAGES[0][:1]], "its last message has the role 'user', expected 'assistant'"),
         ([[{"role": "assistant", "content": "a"}]], r"'prompt' is \[\]"),
+        (
+            [{"prompt": MESSAGES[0][:1], "completion": MESSAGES[0][1:]}],
+            "role 'user', expected 'assistant', and its keys with a value are 'prompt', 'completion'; name the response's key with `response`.$",
+        ),
+        ([{"prompt": MESSAGES[0][:1], "answer": "5"}], "'prompt', 'answer'; name the response's key"),
+        (
+            [{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}],
+            "^Text number 0: message 0 has the keys 'from', 'value', expected 'role' and 'content'; rename them, and call the roles",
+        ),
+        ([{"prompt": "q", "response": {"from": "gpt", "value": "a"}}], "its response: message 0 has the keys 'from', 'value', expected"),
         ([[MESSAGES[0][0], {**MESSAGES[0][1], "reasoning_content": "hm"}]], "its answer has 'reasoning_content', expected text alone"),
         ([{**RECORDS[0], "finish_reason": "tool_calls"}], "its finish_reason is 'tool_calls'"),
         ([{"prompt": "q", "response": "a<|eos|>", "finish_reason": "length"}], r"ends with '<\|eos\|>', and its finish_reason is 'length'"),
@@ -237,6 +265,21 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
 def test_what_is_no_text_is_refused_by_name(tokenizer, texts, message):
     with pytest.raises(PromptError, match=message):
         import_text(texts, tokenizer, teacher=WRITER)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (5, "its content is 5"),
+        (["a"], "a part is 'a'"),
+        ({"content_type": "text", "parts": ["a"]}, "its content is {'content_type'"),
+        ([{"type": "image", "url": "x"}], "a part is {'type': 'image'"),
+        ([{"type": "text", "content": "x"}], "a part is {'type': 'text', 'content'"),
+    ],
+)
+def test_an_answer_that_is_not_text_is_refused_by_name(tokenizer, content, found):
+    with pytest.raises(PromptError, match=f"^Text number 0, its answer: {found}.*, expected "):
+        import_text([[MESSAGES[0][0], {"role": "assistant", "content": content}]], tokenizer, teacher=WRITER)
 
 
 def test_keys_that_nothing_reads_are_named_and_what_makes_no_store_or_end_is_refused():

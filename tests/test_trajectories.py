@@ -281,6 +281,10 @@ def as_arrays(value):
         ("text", "it is a str, expected a mapping, messages or triplets"),
         ({"messages": "{"}, "'messages' is text that is not JSON"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "it has 0 answers of the assistant"),
+        (
+            {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+            ": message 0 has the keys 'from', 'value', expected 'role' and 'content'; rename them, and call the roles",
+        ),
         ({"messages": [AGENT[0], {"role": "assistant", "content": 3}]}, "turn 0: its content is 3, expected text"),
     ],
 )
@@ -363,6 +367,14 @@ def test_messages_are_rendered_turn_by_turn_and_only_the_policy_is_learnt():
         '[<call>add {"a": 2, "b": 3}</call><|im_end|>]\n<|im_start|>user\n<result>5</result><|im_end|>\n<|im_start|>assistant\n[It is 5.<|im_end|>]'
     )
     assert (rollout.finish_reason, rollout.behavior_logprobs) == ("stop", None)
+
+
+@drawn_as_written
+def test_empty_keys_of_an_answer_change_nothing():
+    tokenizer, empty = byte_tokenizer(TOOLS), {"annotations": [], "refusal": "", "provider": {"id": None}}
+    (plain,) = rollouts_of(imported([AGENT], tokenizer))
+    (rollout,) = rollouts_of(imported([[{**message, **empty} for message in AGENT]], tokenizer))
+    assert (rollout.content_hash, rollout.rollout_id) == (plain.content_hash, plain.rollout_id)
 
 
 @drawn_as_written

@@ -22,7 +22,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import in_batches, named, walk
+from lopd.protocols.reading import chosen, in_batches, named, walk, way_to
 from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import RESIDUAL, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, Scores, prompt_id_of
@@ -135,6 +135,7 @@ def residualise(
     into: str = "teacher-residual",
     how: Residualiser | None = None,
     rollouts_per_batch: int = 256,
+    rows: NDArray[np.int64] | None = None,
 ) -> ResidualReport:
     """Write a new column: the scores of `column` less the offsets of its model.  Run it again to resume.
 
@@ -148,10 +149,12 @@ def residualise(
         into: the new column.
         how: bins, folds and smoothing.
         rollouts_per_batch: committed together.
+        rows: fitted on, and written; None for all.  Of one teacher of several pass those of its own prompts: `rows_of(store, prompts)`.
 
     Raises:
         MissingScoresError: a column is not there, or not complete.
-        InvalidRecordError: `column` is a residual already, or is what the policy itself reported.
+        InvalidRecordError: `column` is a residual already, or is what the policy itself reported; or there are no rows.
+        NoSuchRowError: a row is not in the store.
         ConflictError: `into` holds something else, or a fit on other rollouts: write another column.
     """
     check_noun(store, LogprobStore)
@@ -159,8 +162,8 @@ def residualise(
     rollouts_per_batch = check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
     refuse_labels(store, column, ref)
     teacher = _teacher(store, column)
-    rows, reasons = _rows(store, (column, ref))
-    offsets = how.fit(store, rows, column, ref)
+    usable, reasons = _rows(store, (column, ref), chosen(store, rows))
+    offsets = how.fit(store, usable, column, ref)
     engine = (
         f"lopd residual {_VERSION}: {column} less offsets against {ref}, {how.folds} folds, {how.positions} positions, prior {how.prior:g}, "
         f"fit {offsets.digest()}"
@@ -168,7 +171,7 @@ def residualise(
     provenance = Provenance(teacher.model, teacher.vocab_hash, engine, RESIDUAL, eos_id=teacher.eos_id)
     store.append_scores(into, provenance, ())
     totals = np.zeros(6)
-    pending = rows[~store.scored(into)[rows]]
+    pending = usable[~store.scored(into)[usable]]
     for batch in in_batches(pending, rollouts_per_batch):
         scores = []
         for record in store.read(batch, columns=(column, ref)):
@@ -194,20 +197,22 @@ def _teacher(store: LogprobReader, column: str) -> Provenance:
     return provenance
 
 
-def _rows(store: LogprobReader, columns: tuple[str, str]) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """Return rows with scores in both columns, and why others have none."""
-    usable, reasons = np.ones(len(store), np.bool_), dict[int, str]()
+def _rows(store: LogprobReader, columns: tuple[str, str], every: NDArray[np.int64]) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Return those of the rows with scores in both columns, and why others have none."""
+    usable, reasons, wanted = np.ones(every.size, np.bool_), dict[int, str](), set(every.tolist())
     for column in columns:
-        scored = store.scored(column)
-        quarantined = store.quarantined(column)
-        if int(scored.sum()) + len(quarantined) < len(store) or not scored.any():
+        scored = store.scored(column)[every]
+        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in wanted}
+        done = int(scored.sum())
+        if done + len(quarantined) < every.size or not done:
+            own = ", or pass the rows of its own prompts as `rows=`" if done else ""
             raise MissingScoresError(
-                f"{named(store)}: column {column!r} has scores for {int(scored.sum())} rollouts, expected {len(store)}; run `score_rollouts` first."
+                f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {every.size}; {way_to(column)}{own}."
             )
         usable &= scored
         reasons.update({row: f"column {column!r}: {reason}" for row, reason in quarantined.items()})
     ids = [record.rollout.rollout_id for record in store.read(sorted(reasons))]
-    return np.flatnonzero(usable), dict(zip(ids, (reasons[row] for row in sorted(reasons)), strict=True))
+    return every[usable], dict(zip(ids, (reasons[row] for row in sorted(reasons)), strict=True))
 
 
 def _gap(record: ScoredRollout, column: str, ref: str) -> Float64Array:

@@ -19,7 +19,7 @@ from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import chosen, evenly, named, walk
+from lopd.protocols.reading import chosen, evenly, named, walk, way_to
 from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
@@ -120,8 +120,9 @@ def measure_start(
     ref = _reference(store) if ref is None else ref
     usable = every[(store.scored(teacher) & store.scored(ref))[every]]
     if not usable.size:
+        lacking = teacher if store.scored(ref)[every].any() else ref
         raise MissingScoresError(
-            f"{named(store)}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; run `score_rollouts`."
+            f"{named(store)}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; {way_to(lacking)}."
         )
     return _report(store, evenly(usable, count), teacher, ref, len(usable))
 

@@ -15,7 +15,7 @@ from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind
 from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import Prompt, Rollout, ScoredRollout, policy_column, rollout_id
+from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, rollout_id
 from lopd.records.rows import Rows
 
 
@@ -174,6 +174,13 @@ def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[
             ends.update([] if np.isin(taught, [*known]).any() else taught[-1:].tolist())
             count += 1
     return next((token for token, times in ends.most_common(1) if 2 * times > count), None)
+
+
+def way_to(column: str, *, label: bool = False) -> str:
+    """Return what gives rollouts a value in a column, for messages; `score_rollouts` refuses what the policy itself reports."""
+    if column in VIRTUAL_COLUMNS:
+        return "sample with an engine that reports its log-probs, or score the policy into another column and pass `ref=`"
+    return f"run `{'label' if label else 'score'}_rollouts(..., column={column!r})`"
 
 
 def named(reader: LogprobReader) -> str:

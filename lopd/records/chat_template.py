@@ -103,13 +103,14 @@ class ChatTemplate:
         return whole[len(prompt) :] if whole.startswith(prompt) else None
 
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what the template does not mention: `tools`, variables, keys of messages, and unusual roles."""
+        """Yield what the template does not mention: `tools`, variables, keys of messages that have a value, and unusual roles."""
         if not self._source:
             return
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
-        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words | _LINKS)
+        known = self._words | _LINKS
+        yield from (f"{key!r} of messages" for message in messages for key, value in message.items() if value and key not in known)
         yield from (f"the role {role!r}" for role in (message.get("role") for message in messages) if role not in self._words | _ROLES)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:

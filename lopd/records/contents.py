@@ -97,6 +97,20 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
     return content
 
 
+def check_roles(messages: Iterable[Any], where: str) -> None:
+    """Check that messages have roles, which those of ShareGPT have under another key.
+
+    Raises:
+        PromptError: one has none; it names the keys found.
+    """
+    for i, message in enumerate(messages):
+        if isinstance(message, Mapping) and "role" not in message:
+            raise PromptError(
+                f"{where}: message {i} has the keys {with_value(message)}, expected 'role' and 'content'; rename them, and call the roles 'system', "
+                "'user' and 'assistant'."
+            )
+
+
 def check_message(message: Mapping[str, Any], where: str) -> None:
     """Check that the content of a message is text, or parts that are text.
 

@@ -92,7 +92,11 @@ def as_text(value: Any) -> str | None:
     """
     if value is None or isinstance(value, str):
         return value
-    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False, default=as_text)
+    if isinstance(value, Decimal):
+        # `normalize` would round to the context's 28 digits
+        digits = f"{value:f}"
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
+    return json.dumps(value, ensure_ascii=False, default=as_text)
 
 
 def as_id(value: Any, owner: str) -> str | None:

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lopd.errors import ContextOverflowError, PromptError
+from lopd.records.arrays import Int32Array, to_ids
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, Names, checked, in_template, with_value
+from lopd.records.contents import KEYS, Names, check_message, check_roles, checked, in_template, with_value
 from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
@@ -43,6 +44,25 @@ class Limit:
     too_long: TooLong
 
 
+@frozen(eq=False)
+class _Text:
+    """A text in tokens, without a name: samples of a prompt are numbered when it is known which are kept."""
+
+    where: str
+    given: Any
+    prompt_ids: Int32Array
+    response_ids: Int32Array
+    reason: FinishReason
+
+    def __len__(self) -> int:
+        return self.prompt_ids.size + self.response_ids.size
+
+    def named(self, names: Names) -> Rollout:
+        """Return it as the next rollout of its prompt."""
+        name = names.next(self.where, self.given, self.prompt_ids)
+        return Rollout(name, self.prompt_ids, self.response_ids, np.ones(self.response_ids.size, np.bool_), self.reason)
+
+
 def make_texts(
     called: tuple[str, str], contents: Iterable[tuple[int, Any]], rendering: Rendering, fields: Fields, limit: Limit
 ) -> list[Rollout]:
@@ -60,7 +80,7 @@ def make_texts(
         ContextOverflowError: texts are too long, and shall be neither dropped nor cut.
     """
     owner, item = called
-    unread, names, made = dict[str, None](), Names(), list[Rollout]()
+    unread, names, made = dict[str, None](), Names(), list[_Text]()
     for i, content in contents:
         where = f"{item} {i}"
         record = _record(content, where, fields)
@@ -68,7 +88,7 @@ def make_texts(
         unread.update({key: None for key, value in record.items() if value is not None and key not in {*used, *_KEYS}})
         given = {key: plain(record.get(key), where) for key in _KEYS}
         prompt_ids, ids, reason = _tokenise(rendering, where, prompt, response, given)
-        made.append(Rollout(names.next(where, given["id"], prompt_ids), prompt_ids, ids, np.ones(len(ids), np.bool_), reason))
+        made.append(_Text(where, given["id"], to_ids(prompt_ids), to_ids(ids), reason))
     if not made:
         raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
     if unread:
@@ -76,7 +96,7 @@ def make_texts(
             owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the texts with `field` and `response`"
         )
     rendering.doubt_template()
-    return _within(owner, rendering, made, limit)
+    return [text.named(names) for text in _within(owner, rendering, made, limit)]
 
 
 def _record(content: Any, where: str, fields: Fields) -> Mapping[str, Any]:
@@ -101,7 +121,16 @@ def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str |
                 f"{where}: its keys with a value are {with_value(record)}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
                 "them with `field` and `response`."
             )
+        check_roles(messages, where)
         prompt, response = messages[:-1], messages[-1]
+        # what verifiers read as an answer may be meant as the response
+        known = used | {*_KEYS} - {"answer"}
+        others = any(value is not None and key not in known for key, value in record.items())
+        if others and isinstance(response, Mapping) and response.get("role") == "user":
+            raise PromptError(
+                f"{where}: its last message has the role 'user', expected 'assistant', and its keys with a value are {with_value(record)}; name "
+                "the response's key with `response`."
+            )
     text = _text(response, where)
     return in_template(fields.template, checked(prompt, fields.prompt, where), where), text, used
 
@@ -110,6 +139,7 @@ def _text(response: Any, where: str) -> str:
     """Return the text of a response: as it is, or that of one message of the assistant."""
     message = response[0] if isinstance(response, list) and len(response) == 1 else response
     if isinstance(message, Mapping):
+        check_roles([message], f"{where}, its response")
         if message.get("role") != "assistant":
             raise PromptError(
                 f"{where}: its last message has the role {message.get('role')!r}, expected 'assistant'; drop what follows its answer."
@@ -119,6 +149,7 @@ def _text(response: Any, where: str) -> str:
             raise PromptError(
                 f"{where}: its answer has {others[0]!r}, expected text alone; write into its content all that the model wrote."
             )
+        check_message(message, f"{where}, its answer")
         message = text_of(message)
     if not isinstance(message, str) or not message:
         raise PromptError(f"{where}: its response is {message!r:.80}, expected text, or one message of the assistant; drop the record.")
@@ -137,20 +168,16 @@ def _tokenise(
     return prompt_ids, ids, reason
 
 
-def _within(owner: str, rendering: Rendering, made: Sequence[Rollout], limit: Limit) -> list[Rollout]:
+def _within(owner: str, rendering: Rendering, made: Sequence[_Text], limit: Limit) -> Sequence[_Text]:
     """Return the texts, those that are too long left out or cut."""
     most = limit.tokens
-    long = {rollout.rollout_id for rollout in made if most is not None and len(rollout) > most}
+    long = 0 if most is None else sum(len(text) > most for text in made)
     if most is None or not long:
-        return list(made)
+        return made
     worst = max(made, key=len)
-    found = f"{len(long)} of {len(made)} texts have more than {most} tokens, the longest {len(worst)} ({worst.rollout_id!r})"
-    kept = [
-        _cut(rollout, most) if rollout.rollout_id in long else rollout
-        for rollout in made
-        if limit.too_long == "cut" or rollout.rollout_id not in long
-    ]
-    hopeless = [rollout for rollout in kept if len(rollout) > most]
+    found = f"{long} of {len(made)} texts have more than {most} tokens, the longest {len(worst)} ({worst.where})"
+    kept = [_cut(text, most) if limit.too_long == "cut" else text for text in made if limit.too_long == "cut" or len(text) <= most]
+    hopeless = [text for text in kept if len(text) > most]
     if hopeless:
         raise ContextOverflowError(
             f'{owner}: {found}, and the prompts of {len(hopeless)} leave no room for a response; pass `too_long="drop"`.'
@@ -163,9 +190,7 @@ def _within(owner: str, rendering: Rendering, made: Sequence[Rollout], limit: Li
     return kept
 
 
-def _cut(rollout: Rollout, most: int) -> Rollout:
-    """Return the text with so many tokens, and without its end; whole if its prompt leaves no room."""
-    room = most - rollout.prompt_ids.size
-    if room < 1:
-        return rollout
-    return Rollout(rollout.rollout_id, rollout.prompt_ids, rollout.response_ids[:room], rollout.loss_mask[:room], "length")
+def _cut(text: _Text, most: int) -> _Text:
+    """Return the text with at most so many tokens, and without the end of a longer one; whole if its prompt leaves no room."""
+    room = most - text.prompt_ids.size
+    return text if room < 1 or len(text) <= most else evolve(text, response_ids=text.response_ids[:room], reason="length")

@@ -11,7 +11,7 @@ from lopd.errors import InvalidRecordError, PromptError
 from lopd.records.arrays import Int32Array, to_ids
 from lopd.records.chat_template import folded
 from lopd.records.checks import a_kind, to_whole
-from lopd.records.contents import Names, check_message, checked
+from lopd.records.contents import Names, check_message, check_roles, checked
 from lopd.records.manifest import SamplingParams
 from lopd.records.plain import from_json, plain
 from lopd.records.recorded import FORMS, STEPS, reason_of, turns_in
@@ -132,6 +132,7 @@ def _render(record: Mapping[str, Any], where: str, rendering: Rendering) -> list
     messages = plain(from_json(record.get("messages"), where, "messages"), where)
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise PromptError(f"{where}: it has the keys {', '.join(map(repr, record))}, which fit no form; rename them to those of {FORMS}.")
+    check_roles(messages, where)
     tools, variables = (plain(record.get(key), where) for key in ("tools", "chat_template_kwargs"))
     answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
     reason, turns = reason_of(record, where), list[Turn]()

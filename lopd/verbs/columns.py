@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
-from lopd.protocols.reading import chosen, named, rows_of
+from lopd.protocols.reading import chosen, named, rows_of, way_to
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
@@ -147,9 +147,7 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                 raise MissingScoresError(
                     f"{named(store)}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
                 )
-            virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
-            verb = "label" if column in store.columns and store.columns[column].label else "score"
-            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `{verb}_rollouts(..., column={column!r})`"
+            remedy = way_to(column, label=column in store.columns and store.columns[column].label)
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row, reason in islice(quarantined.items(), 1):
             warn_user(

@@ -84,7 +84,9 @@ class RunHistory:
         try:
             phases = tuple(_phase(row) for row in data.get("phases", ()))
             versions = {str(name): str(version) for name, version in data.get("versions", {}).items()}
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            if isinstance(error, LopdError):
+                raise
             raise InvalidRecordError(
                 f"{owner}: its phases or versions cannot be read ({error!r}), expected name, wall_s and tokens of each; correct or remove them."
             ) from error

@@ -27,10 +27,13 @@ _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
 _SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
 #: What is before the name in a path that begins at a root, at home or at a folder of dots; a name of a hub and a revision begin otherwise.
+#: A folder's name may have spaces, and ends where another path begins behind one.
 _FOLDERS = re.compile(
     r"(?<![\w.:/])(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
-    r"(?:[^\s/\\@:,;][^/\\@:,;]*[/\\]+)*(?=[^\s/\\])"
+    r"(?:[^\s/\\@:,;](?:(?!\s(?:~[^\s/\\@:]*|\.{1,2})?[/\\])[^/\\@:,;])*[/\\]+)*(?=[^\s/\\])"
 )
+#: What would be markup in a table; an underscore within a name stays as it is.
+_MARKUP = str.maketrans({"<": "&lt;", **{mark: f"\\{mark}" for mark in "\\|[]`*"}})
 #: What a card states of its rollouts, by what the lineage records of them.
 _ON = {
     True: "Its lineage records these rollouts.\n",
@@ -258,8 +261,7 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 def _cell(text: str) -> str:
     """Return text as a cell has it: whatever a store or a folder puts in it stays text, and of a path its name is left."""
-    named = _FOLDERS.sub("", " ".join(printable(text).split()))
-    return named.replace("|", "\\|").replace("<", "&lt;")
+    return _FOLDERS.sub("", " ".join(printable(text).split())).translate(_MARKUP)
 
 
 def _join(data: Any, parts: Sequence[str]) -> str:
