@@ -340,7 +340,7 @@ def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, c
 
 
 def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd_as_after_it(here, monkeypatch):
-    def stop(folder, sampling, dtype=None, device="cpu"):
+    def stop(folder, sampling, dtype=None, device="cpu", **_):
         raise RuntimeError(f"{folder} in {dtype}")
 
     monkeypatch.setattr(HFSource, "from_folder", stop)

@@ -72,7 +72,7 @@ def assert_same(found, expected, *, rough=False):
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_ranks_that_find_different_checkpoints_are_refused(wrap, several):
     found, folder = several
-    said = f"Checkpoint {folder / f'checkpoints-{wrap}'}: the newest that rank 1 finds there is none, expected step-2.0 as on rank 0"
+    said = f"Checkpoint {folder / f'checkpoints-{wrap}'}: the newest that rank 1 finds there is none, expected step-00000002.0 as on rank 0"
     assert found[f"{wrap} different folders"].startswith(said)
 
 
