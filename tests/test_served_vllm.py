@@ -315,7 +315,7 @@ def test_a_server_that_is_killed_and_started_again_leaves_the_store_of_an_unbrok
     patient = ServerScorer(
         Servers(f"http://127.0.0.1:{port}", "tiny", patience_s=START_S, first_contact_s=START_S), build_tokenizer(), MODEL, 3
     )
-    again = Server(folder, port)
+    again = Server(folder, port, environment={})
     try:
         score_rollouts(ZarrStore.open(store), patient, rollouts_per_batch=16)
     finally:
