@@ -53,7 +53,7 @@ def described_text(folder: Path) -> Any:
     """Return the configuration of the text part of the model in a folder.
 
     Raises:
-        EngineError: there is none, or it cannot be read.
+        EngineError: the folder has no configuration, or it cannot be read.
     """
     with looking_for(folder):
         return transformers.AutoConfig.from_pretrained(folder).get_text_config()

@@ -166,7 +166,7 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
 
 def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[int]) -> int | None:
-    """Return the token that ends more than half of the responses that were not cut, beside those that are known; None if there is none."""
+    """Return the token, beside those that are known, with which more than half of the responses end that were not cut; None if no token does."""
     ends, count = Counter[int](), 0
     for record in walk(reader, rows):
         taught = record.rollout.response_ids[record.rollout.loss_mask]
