@@ -120,10 +120,10 @@ def sample_round(
         prompts_per_batch: sampled together and committed together, and as many rollouts are scored together; training waits for the round, so many.
 
     Warns:
-        TrainingWarning: another policy sampled a part of the round, and was stopped.
+        TrainingWarning: another policy sampled a part of the round, and was stopped or refused the rest.
 
     Raises:
-        ConflictError: it was stopped before any of these rollouts was committed.
+        ConflictError: none of these rollouts was committed by it.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
@@ -134,9 +134,9 @@ def sample_round(
     rows = rows_of(store, prompts, [manifest.generation])
     asked = len(prompts) * manifest.sampling.samples_per_prompt
     if len(rows) < asked and not sampled_by.same_weights(manifest.policy):
-        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}; {sampled_by} was stopped while it"
+        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}; {sampled_by} was stopped, or refused the rest"
         if not len(rows):
-            raise ConflictError(f"{found} sampled, and another policy cannot go on: give the round a number of its own (`generation`).")
-        warn_user(f"{found} sampled, and the student computes a little otherwise now, so this round trains on fewer.", TrainingWarning)
+            raise ConflictError(f"{found}, and another policy cannot go on: give the round a number of its own (`generation`).")
+        warn_user(f"{found}, and the student computes a little otherwise now, so this round trains on fewer.", TrainingWarning)
     score_rollouts(store, scorer, column=column, preflight=preflight, rows=rows, rollouts_per_batch=prompts_per_batch)
     return rows
