@@ -16,14 +16,17 @@ from lopd import (
     CausalLMStudent,
     FusedLoss,
     FusedOPDLoss,
+    MemoryStore,
     ReferenceOPDLoss,
     WeightedLoss,
     batches,
     by_rollout,
     by_token,
     opd_steps,
+    score_rollouts,
     watch_drift,
 )
+from lopd.engines.hf import HFScorer
 from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE, MIN_ESS, judge_baseline, judge_policy
 from lopd.losses.entropy import EntropyBonus
@@ -160,6 +163,19 @@ def test_a_student_far_from_its_teacher_is_said_with_a_ratio_too(small, scored):
     assert [warning.filename for warning in caught] == [__file__]
     assert metrics[0].reverse_kl > MAX_DISTANCE
     assert [warning.category for warning in caught] == [AdvantageWarning]
+
+
+@pytest.mark.parametrize(("reported", "top_k", "loss"), [(False, 0, FusedOPDLoss()), (True, 3, FusedOPDLoss(kl_baseline=True))])
+def test_a_student_far_from_its_teacher_is_said_where_no_guard_sees_it(reported, top_k, loss, small, scored, teacher_model, tokenizer):
+    rollouts = [record.rollout for record in scored.read(range(len(scored)))]
+    store = MemoryStore(scored.manifest)
+    store.append(rollouts if reported else [evolve(rollout, behavior_logprobs=None) for rollout in rollouts])
+    score_rollouts(store, HFScorer(teacher_model, tokenizer, top_k=top_k))
+    student, optimizer = small
+    steps = batches(store, rollouts_per_step=7, top_k=top_k > 0, weighting=by_token)[:2]
+    with pytest.warns(AdvantageWarning, match=r"nats a token from its teacher in step 0, expected at most 2.* are below 0") as caught:
+        list(opd_steps(student, steps, loss, optimizer))
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_student_that_finds_what_it_reads_far_less_likely_than_its_teacher_is_said_without_a_ratio(small, scored):

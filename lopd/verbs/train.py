@@ -154,7 +154,7 @@ def _train(
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
-            judge_distance(optimizer, loss, step.index, reverse_kl)
+            judge_distance(optimizer, loss, step, reverse_kl)
             judge_policy(optimizer, step, drift)
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, movement
