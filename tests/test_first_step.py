@@ -215,6 +215,15 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
         list(opd_steps(student, far, FusedOPDLoss(ratio_to_ref=True), optimizer))
 
 
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_another_policy_is_seen_in_a_first_step_of_few_rollouts(rollouts, scored, make_model):
+    other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
+    steps = batches(scored, rollouts_per_step=rollouts, ref="behavior")[:1]
+    with pytest.warns(DriftWarning, match=r"nats a token from the policy's log-probs, expected at most 0\.1 in the first step; it is not"):
+        list(opd_steps(other, steps, FusedOPDLoss(ratio_to_ref=True), torch.optim.SGD(other.parameters(), lr=1e-3)))
+
+
 def test_the_rounding_of_another_engine_is_not_another_policy(small, scored):
     step = batches(scored, rollouts_per_step=14, ref="behavior").step(0)
     rng, (rollouts, length) = np.random.default_rng(0), (64, 1000)
@@ -246,7 +255,7 @@ def test_a_student_that_is_not_the_policy_is_said_without_a_ref_column_too(llama
         assert [m.drift for m in metrics] == [None, None]
     other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
     with pytest.warns(
-        DriftWarning, match=r"nats a token from what the policy reported, expected at most 0\.1 in the first step; it is not"
+        DriftWarning, match=r"nats a token from the policy's log-probs, expected at most 0\.1 in the first step; it is not"
     ) as caught:
         first(other)
     assert [warning.filename for warning in caught if warning.category is DriftWarning] == [__file__]

@@ -109,13 +109,12 @@ def judge_policy(optimizer: Optimizer, step: Step, drift: Drift | None) -> None:
     """
     if step.index or drift is None:
         return
-    if step.batches[0].ref_logprobs is not None:
-        far, least = drift.ess < MIN_ESS and not drift.kl <= ROUNDING_KL, f"expected at least {MIN_ESS:.0%}"
-        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, {least}"
-    else:  # nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
-        far = drift.kl > MAX_KL
-        found = f"it is {drift.kl:.3g} nats a token from what the policy reported, expected at most {MAX_KL:g} in the first step"
-    if far:
+    # without a ref column nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
+    few = step.batches[0].ref_logprobs is not None and drift.ess < MIN_ESS and not drift.kl <= ROUNDING_KL
+    found = f"it is {drift.kl:.3g} nats a token from the policy's log-probs, expected at most {MAX_KL:g} in the first step"
+    if few:
+        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}"
+    if few or drift.kl > MAX_KL:  # of one or two rollouts at least half are effective
         _warn_once(
             optimizer,
             "policy",
