@@ -133,10 +133,10 @@ def stored_advantages(
     return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
 
 
-def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
-    """Warn if too many of these advantages are in the tail."""
+def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None, teacher: str = "teacher") -> None:
+    """Warn if too many of these advantages of a teacher's column are in the tail."""
     if summary is not None and summary.tail > MAX_TAIL:
-        warn_user(f"{named(store)}: {_objection(summary)}", AdvantageWarning)
+        warn_user(f"{named(store)}, column {teacher!r}: {_objection(summary)}", AdvantageWarning)
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:
