@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from helpers import OTHER_TEACHER, SFT_TEACHER, make_manifest, make_provenance, make_rollout, make_store, scored
+from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_rollout, make_store, scored
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
@@ -134,14 +134,13 @@ def test_a_mixture_of_teachers_is_the_sft_teacher_of_all_of_them_together_and_of
     three.append(records)
     for column, teacher in zip(BOTH, teachers, strict=True):
         score_rollouts(three, teacher, column=column)
-    with pytest.raises(TeacherConsistencyError, match="let each of them"):
-        batches(three, **options)
+    batches(three, **options)
 
 
 MATH, CODE = ([Prompt(f"{kind}-{i}", [i]) for i in range(3)] for kind in ("math", "code"))
 
 
-def of_two_kinds():
+def of_two_kinds(**changes):
     """Return rollouts of both kinds of prompts, and a column for each kind with scores of all: 9 nats below the policy on the other kind."""
     records = [
         scored(
@@ -152,7 +151,7 @@ def of_two_kinds():
         for prompt in prompts
     ]
     manifest = make_manifest(mixture_id([SFT_TEACHER, OTHER_TEACHER]))
-    made = {"math": make_provenance(SFT_TEACHER), "code": make_provenance(OTHER_TEACHER)}
+    made = {"math": make_provenance(SFT_TEACHER), "code": evolve(make_provenance(OTHER_TEACHER), **changes)}
     return make_store(records, columns=[*made], manifest=manifest, provenance=made.__getitem__)
 
 
@@ -162,6 +161,19 @@ def test_each_teacher_is_judged_on_the_rollouts_that_learn_from_it():
     with pytest.warns(AdvantageWarning, match=r"MemoryStore, column 'math': 66\.7% of its advantages are below -5") as caught:
         batches(store, teacher={"math": [*MATH[:1], *CODE[1:]], "code": CODE[:1]})
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_one_of_several_sft_teachers_passes_where_it_was_given_its_prompts():
+    store = of_two_kinds()
+    assert batches(store, teacher={"math": MATH}).lineage.opd_teacher == SFT_TEACHER
+    with pytest.raises(TeacherConsistencyError, match="let each of them score the rollouts of its own prompts"):
+        batches(store, teacher="math", ref="behavior")
+    outside = of_two_kinds(model=POLICY)
+    with pytest.raises(TeacherConsistencyError, match=rf"and the scoring teacher is {POLICY}, .*; score with the SFT teacher"):
+        batches(outside, teacher={"math": MATH, "code": CODE})
+    privileged = of_two_kinds(logprobs_mode="privileged 00")
+    with pytest.warns(TeacherConsistencyWarning, match="the scoring teacher is one of the SFT teachers after other prompts"):
+        batches(privileged, teacher={"code": CODE})
 
 
 def test_only_the_chosen_rows_are_trained_on(store, prompts):

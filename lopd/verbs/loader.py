@@ -225,7 +225,7 @@ def batches(
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances = columns.provenances(store)
-    check_teacher_consistency(store.manifest, provenances, consistency)
+    check_teacher_consistency(store.manifest, provenances, consistency, own_prompts=columns.place is not None)
     for place, column in enumerate(columns.teachers if ref is None and not top_k else ()):
         own = usable if columns.place is None else usable[columns.place[usable] == place]
         judge_advantages(store, stored_advantages(store, teacher=column, rows=own), column)
