@@ -117,6 +117,21 @@ def test_a_text_by_a_model_near_the_only_candidate_is_consistent_with_it_and_the
     assert far.verdict.startswith("Consistent with none of the candidates")
 
 
+def test_no_author_is_named_while_any_other_candidate_may_be_it():
+    """The third is further behind than the second on average, and varies so much that the text may be its own."""
+    store, rollouts = MemoryStore(tiny_manifest()), [tiny_rollout(f"r{i}", [5] * 10) for i in range(8)]
+    store.append(rollouts)
+    behind = {"a": [0.0] * 8, "b": [0.55, 0.45] * 4, "c": [6.0, -5.0, 6.0, -5.0, 6.0, -5.0, 7.0, -5.0]}
+    for name, sums in behind.items():
+        scores = [Scores.of(r, np.full(10, -(20 + total) / 10)) for r, total in zip(rollouts, sums, strict=True)]
+        store.append_scores(name, tiny_provenance(name), scores)
+    found = audit(store, [*behind])
+    assert [candidate.column for candidate in found.candidates] == ["a", "b", "c"]
+    assert (found.author, found.error) == (None, pytest.approx(0.39, abs=0.01))
+    assert found.verdict.startswith("Cannot be told: a text by 'c' puts 'a' this far before it with a chance of 0.39")
+    assert audit(store, ["a", "b"]).author == "a"
+
+
 def test_masked_tokens_do_not_count():
     store = MemoryStore(tiny_manifest())
     rollouts = [tiny_rollout(f"r{i}", loss_mask=[True, False, True]) for i in range(4)]

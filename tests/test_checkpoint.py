@@ -29,7 +29,7 @@ def advance(student, optimizer, store, start, stop):
     return [m.loss for m in opd_steps(student, steps, ReferenceOPDLoss(), optimizer)]
 
 
-@pytest.mark.filterwarnings("ignore:.*nats a token from what the policy reported:lopd.errors.DriftWarning")  # another model sampled
+@pytest.mark.filterwarnings("ignore:.*nats a token from the policy's log-probs:lopd.errors.DriftWarning")  # another model sampled
 @pytest.mark.parametrize("kind", ["gpt2_dropout", "llama_tied"])
 @pytest.mark.parametrize("make_optimizer", [adamw, momentum, plain_sgd])
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer, make_model, scored, tmp_path):

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_rollout, make_store, scored
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
+    AdvantageWarning,
     InvalidRecordError,
     MissingScoresError,
     NoSuchRowError,
@@ -20,7 +22,8 @@ from lopd.errors import (
 from lopd.guards import ConsistencyPolicy
 from lopd.guards.consistency import verdict
 from lopd.protocols.reading import rows_of
-from lopd.records import Lineage, ModelId, mixture_id
+from lopd.records import Lineage, ModelId, Prompt, mixture_id
+from lopd.records.rollouts import rollout_id
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
 BOTH = ("near", "other")
@@ -131,8 +134,46 @@ def test_a_mixture_of_teachers_is_the_sft_teacher_of_all_of_them_together_and_of
     three.append(records)
     for column, teacher in zip(BOTH, teachers, strict=True):
         score_rollouts(three, teacher, column=column)
-    with pytest.raises(TeacherConsistencyError, match="let each of them"):
-        batches(three, **options)
+    batches(three, **options)
+
+
+MATH, CODE = ([Prompt(f"{kind}-{i}", [i]) for i in range(3)] for kind in ("math", "code"))
+
+
+def of_two_kinds(**changes):
+    """Return rollouts of both kinds of prompts, and a column for each kind with scores of all: 9 nats below the policy on the other kind."""
+    records = [
+        scored(
+            evolve(make_rollout(rollout_id(prompt.prompt_id, 0, 0), prompt.token_ids, [1, 2]), behavior_logprobs=[-1.0, -1.0]),
+            {"math": [math] * 2, "code": [code] * 2},
+        )
+        for prompts, math, code in ((MATH, -1.0, -10.0), (CODE, -10.0, -1.0))
+        for prompt in prompts
+    ]
+    manifest = make_manifest(mixture_id([SFT_TEACHER, OTHER_TEACHER]))
+    made = {"math": make_provenance(SFT_TEACHER), "code": evolve(make_provenance(OTHER_TEACHER), **changes)}
+    return make_store(records, columns=[*made], manifest=manifest, provenance=made.__getitem__)
+
+
+def test_each_teacher_is_judged_on_the_rollouts_that_learn_from_it():
+    store = of_two_kinds()
+    batches(store, teacher={"math": MATH, "code": CODE})
+    with pytest.warns(AdvantageWarning, match=r"MemoryStore, column 'math': 66\.7% of its advantages are below -5") as caught:
+        batches(store, teacher={"math": [*MATH[:1], *CODE[1:]], "code": CODE[:1]})
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_one_of_several_sft_teachers_passes_where_it_was_given_its_prompts():
+    store = of_two_kinds()
+    assert batches(store, teacher={"math": MATH}).lineage.opd_teacher == SFT_TEACHER
+    with pytest.raises(TeacherConsistencyError, match="let each of them score the rollouts of its own prompts"):
+        batches(store, teacher="math", ref="behavior")
+    outside = of_two_kinds(model=POLICY)
+    with pytest.raises(TeacherConsistencyError, match=rf"and the scoring teacher is {POLICY}, .*; score with the SFT teacher"):
+        batches(outside, teacher={"math": MATH, "code": CODE})
+    privileged = of_two_kinds(logprobs_mode="privileged 00")
+    with pytest.warns(TeacherConsistencyWarning, match="the scoring teacher is one of the SFT teachers after other prompts"):
+        batches(privileged, teacher={"code": CODE})
 
 
 def test_only_the_chosen_rows_are_trained_on(store, prompts):

@@ -21,7 +21,7 @@ from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError, StoreNotFoundError, StoreReadError
 from lopd.guards.consistency import verdict
 from lopd.protocols import Counted
-from lopd.records import AdvantageSummary, Commit, ModelId, Parity, Rollout, Scores
+from lopd.records import AdvantageSummary, Commit, ModelId, Parity, Rollout, Scores, mixture_id
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.tools.command import main
 from lopd.tools.doctor import check_store, compare_columns, describe_advantages, inspect_store
@@ -176,11 +176,12 @@ def test_advantages_of_nothing_are_none_and_of_one_rollout_have_no_interval() ->
 
 def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) -> None:
     objections = {}
-    for name, sft in (("same", TEACHER), ("other", ModelId("other", "rev-o", "float32")), ("unknown", None)):
+    other = ModelId("other", "rev-o", "float32")
+    for name, sft in (("same", TEACHER), ("one of two", mixture_id([TEACHER, other])), ("other", other), ("unknown", None)):
         store = ZarrStore.create(tmp_path / name, evolve(tiny_manifest(), sft_teacher=sft))
         fill(store, 4)
         objections[name] = inspect_store(store).columns[0].objection
-    assert objections["same"] is None
+    assert objections["same"] is objections["one of two"] is None
     assert "its SFT teacher is other@rev-o, and the scoring teacher is teacher@rev-teacher, expected the same model" in str(
         objections["other"]
     )

@@ -35,7 +35,7 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
+from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, NoSuchRowError
 from lopd.guards import DriftLimits, judge_loss, stored_advantages, watch_drift
 from lopd.losses.divergences import forward_kl
 from lopd.losses.objective import OPDObjective
@@ -323,6 +323,17 @@ def test_stored_advantages_are_those_of_the_counted_tokens_of_evenly_spaced_roll
     assert stored_advantages(scored, rows=np.array([3]), count=9) == AdvantageSummary.of(gaps[3])
     assert stored_advantages(scored, count=2) == AdvantageSummary.of(np.concatenate([gaps[0], gaps[-1]]))
     assert stored_advantages(scored, teacher="nobody") is None
+
+
+def test_stored_advantages_take_rows_and_a_count_as_verbs_do(scored):
+    assert stored_advantages(scored, rows=[0, 3]) == stored_advantages(scored, rows=np.array([0, 3]))
+    with pytest.raises(InvalidRecordError, match="of a mask pass"):
+        stored_advantages(scored, rows=np.ones(len(scored), np.bool_))
+    with pytest.raises(NoSuchRowError, match="row 1000000 was chosen"):
+        stored_advantages(scored, rows=np.array([10**6]))
+    for count in (-1, 0):
+        with pytest.raises(InvalidRecordError, match=f"Advantages: count is {count}, expected at least 1"):
+            stored_advantages(scored, count=count)
 
 
 def self_scored(scored, llama, tokenizer):

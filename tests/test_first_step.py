@@ -16,14 +16,17 @@ from lopd import (
     CausalLMStudent,
     FusedLoss,
     FusedOPDLoss,
+    MemoryStore,
     ReferenceOPDLoss,
     WeightedLoss,
     batches,
     by_rollout,
     by_token,
     opd_steps,
+    score_rollouts,
     watch_drift,
 )
+from lopd.engines.hf import HFScorer
 from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE, MIN_ESS, judge_baseline, judge_policy
 from lopd.losses.entropy import EntropyBonus
@@ -162,6 +165,19 @@ def test_a_student_far_from_its_teacher_is_said_with_a_ratio_too(small, scored):
     assert [warning.category for warning in caught] == [AdvantageWarning]
 
 
+@pytest.mark.parametrize(("reported", "top_k", "loss"), [(False, 0, FusedOPDLoss()), (True, 3, FusedOPDLoss(kl_baseline=True))])
+def test_a_student_far_from_its_teacher_is_said_where_no_guard_sees_it(reported, top_k, loss, small, scored, teacher_model, tokenizer):
+    rollouts = [record.rollout for record in scored.read(range(len(scored)))]
+    store = MemoryStore(scored.manifest)
+    store.append(rollouts if reported else [evolve(rollout, behavior_logprobs=None) for rollout in rollouts])
+    score_rollouts(store, HFScorer(teacher_model, tokenizer, top_k=top_k))
+    student, optimizer = small
+    steps = batches(store, rollouts_per_step=7, top_k=top_k > 0, weighting=by_token)[:2]
+    with pytest.warns(AdvantageWarning, match=r"nats a token from its teacher in step 0, expected at most 2.* are below 0") as caught:
+        list(opd_steps(student, steps, loss, optimizer))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_a_student_that_finds_what_it_reads_far_less_likely_than_its_teacher_is_said_without_a_ratio(small, scored):
     student, optimizer = small
     step = batches(scored, rollouts_per_step=7, ref="behavior").step(0)
@@ -199,6 +215,15 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
         list(opd_steps(student, far, FusedOPDLoss(ratio_to_ref=True), optimizer))
 
 
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_another_policy_is_seen_in_a_first_step_of_few_rollouts(rollouts, scored, make_model):
+    other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
+    steps = batches(scored, rollouts_per_step=rollouts, ref="behavior")[:1]
+    with pytest.warns(DriftWarning, match=r"nats a token from the policy's log-probs, expected at most 0\.1 in the first step; it is not"):
+        list(opd_steps(other, steps, FusedOPDLoss(ratio_to_ref=True), torch.optim.SGD(other.parameters(), lr=1e-3)))
+
+
 def test_the_rounding_of_another_engine_is_not_another_policy(small, scored):
     step = batches(scored, rollouts_per_step=14, ref="behavior").step(0)
     rng, (rollouts, length) = np.random.default_rng(0), (64, 1000)
@@ -230,7 +255,7 @@ def test_a_student_that_is_not_the_policy_is_said_without_a_ref_column_too(llama
         assert [m.drift for m in metrics] == [None, None]
     other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
     with pytest.warns(
-        DriftWarning, match=r"nats a token from what the policy reported, expected at most 0\.1 in the first step; it is not"
+        DriftWarning, match=r"nats a token from the policy's log-probs, expected at most 0\.1 in the first step; it is not"
     ) as caught:
         first(other)
     assert [warning.filename for warning in caught if warning.category is DriftWarning] == [__file__]

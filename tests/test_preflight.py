@@ -1,5 +1,7 @@
 """The self-test of a scorer, before a column is paid for."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer
 from lopd.errors import EndTokenWarning, EngineChangeWarning, InvalidRecordError, ScorerError
 from lopd.records import Rollout, Scores, measure_parity
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.verbs import Preflight
 
 
@@ -109,6 +112,16 @@ def test_pain_08_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source,
         model.lm_head.bias[5] = -20.0
     with pytest.warns(EndTokenWarning, match=r"tokens that ended 4 responses have a mean log-prob of -2\d.*those before them -6"):
         score_rollouts(store, HFScorer(model, tokenizer))
+
+
+def test_the_tokens_of_tools_are_not_compared_with_the_ends_of_responses():
+    """A tool wrote two tokens, or the last one, or all before it; the policy's own have -1 nats, its ends -20."""
+    store, given = MemoryStore(tiny_manifest()), np.array([-1.0, -30.0, -30.0, -20.0])
+    masks = [[True, False, False, True]] * 3 + [[True, True, True, False], [False, False, False, True]]
+    store.append([tiny_rollout(f"r{i}", [5, 6, 7, 1], loss_mask=mask) for i, mask in enumerate(masks)])
+    scorer = SimpleNamespace(provenance=tiny_provenance(), score=lambda rollouts: [Scores.of(r, given) for r in rollouts])
+    with pytest.warns(EndTokenWarning, match="tokens that ended 3 responses have a mean log-prob of -20 nats, and those before them -1, "):
+        score_rollouts(store, scorer)
 
 
 def test_pain_08_a_teacher_whose_tokenizer_ends_texts_with_another_token_is_noticed(source, prompts, teacher_model, tokenizer):

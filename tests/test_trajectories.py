@@ -432,6 +432,7 @@ def test_the_policy_is_a_folder_and_its_lineage_is_read_there(tokenizer, make_mo
     assert imported([VERL], tokenizer, lineage=Lineage.of(TEACHER)).manifest.sft_teacher == TEACHER
 
 
+@pytest.mark.filterwarnings("ignore:.*it is not the policy that sampled:lopd.errors.DriftWarning")  # another model than that of the record
 def test_tokens_of_tools_are_scored_and_nothing_learns_from_them(tokenizer, make_model):
     model, teacher = make_model("llama_tied", seed=2), make_model("llama_tied", seed=3)
     together = imported([VERL], tokenizer, lineage=Lineage.of(TEACHER))

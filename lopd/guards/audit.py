@@ -63,9 +63,9 @@ class Audit:
     Args:
         candidates: the least surprised first.
         rollouts, tokens: that were looked at.
-        author: column of the likeliest author; None if the text is not consistent with any, or two cannot be told apart.
-        error: chance that a text by the second candidate puts the first this far before it (p-value of a paired t test over rollouts, at
-            least that of as many tossed coins; 1 without a second one).
+        author: column of the likeliest author; None if the text is not consistent with any, or another cannot be told from it.
+        error: chance that a text by another candidate puts the first this far before it, the largest of all others' (p-value of a paired t
+            test over rollouts, at least that of as many tossed coins; 1 without another one).
         verdict: all of it in a sentence.
     """
 
@@ -110,8 +110,10 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     best = sums[ordered[0]]
     candidates = tuple(Candidate(c, store.columns[c].model, sums[c].per_token(), sums[c].minus(best), deviations.get(c)) for c in ordered)
     tokens = int(best.counts.sum())
-    error = max(sums[ordered[1]].p_value(best), 0.5 ** len(best.sums)) if len(ordered) > 1 else 1.0
-    author, verdict = _judge(candidates, error, max_error)
+    # one that is further behind on average may also vary more
+    chances = [sums[column].p_value(best) for column in ordered[1:]]
+    error = max(*chances, 0.5 ** len(best.sums)) if chances else 1.0
+    author, verdict = _judge(candidates[0], candidates[1 + int(np.argmax(chances))] if chances else None, error, max_error)
     return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} response tokens).")
 
 
@@ -145,17 +147,16 @@ def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
     return moments
 
 
-def _judge(candidates: Sequence[Candidate], error: float, max_error: float) -> tuple[str | None, str]:
-    first, margin = candidates[0], ""
+def _judge(first: Candidate, rival: Candidate | None, error: float, max_error: float) -> tuple[str | None, str]:
+    margin = ""
     if first.z is not None and first.z > FOREIGN_Z:
         surprise = f"even to {first.column!r} it is more surprising than its own text, by {first.z:.1f} standard errors"
         return None, f"Consistent with none of the candidates: {surprise}"
-    if len(candidates) > 1:
-        second = candidates[1]
+    if rival is not None:
         if error > max_error:
-            doubt = f"a text by {second.column!r} puts {first.column!r} this far before it with a chance of {error:.2g}"
+            doubt = f"a text by {rival.column!r} puts {first.column!r} this far before it with a chance of {error:.2g}"
             return None, f"Cannot be told: {doubt}; audit more text"
-        margin = f", {second.behind.mean:.3g} nats a token before {second.column!r}, error {error:.1g}"
+        margin = f", {rival.behind.mean:.3g} nats a token before {rival.column!r}, error {error:.1g}"
     likeliest = f"{first.column!r} is the likeliest author among the candidates{margin}"
     if first.z is None:
         return first.column, f"{likeliest}; without a top-k nothing shows whether the text is consistent with it"

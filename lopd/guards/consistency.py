@@ -38,11 +38,12 @@ class ConsistencyPolicy(Enum):
 
 
 def check_teacher_consistency(
-    manifest: Manifest, teachers: Sequence[Provenance], policy: ConsistencyPolicy = ConsistencyPolicy.ERROR
+    manifest: Manifest, teachers: Sequence[Provenance], policy: ConsistencyPolicy = ConsistencyPolicy.ERROR, *, own_prompts: bool = False
 ) -> None:
     """Stop (or warn) unless the teachers of these columns wrote the SFT text of the policy that sampled.
 
-    Several teachers pass together if the recorded SFT teacher is a mixture of just these; else each is judged alone.
+    Several teachers pass together if the recorded SFT teacher is a mixture of just these; else each is judged alone.  One of several SFT teachers
+    passes alone where each column was given its `own_prompts`.
 
     Raises:
         ArgumentError: the policy is something else, such as its name.
@@ -52,7 +53,7 @@ def check_teacher_consistency(
         raise ArgumentError(
             f"Consistency: it is {policy!r:.80}, expected a ConsistencyPolicy; pass `lopd.ConsistencyPolicy.WARN` or another."
         )
-    for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers), strict=True):
+    for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers, own_prompts=own_prompts), strict=True):
         if wrong is None and teacher.privileged and policy is not ConsistencyPolicy.PRIVILEGED:
             warn_user(
                 f"Policy {manifest.policy}: the scoring teacher is {_who(manifest, teacher)} after other prompts than the policy's, of which teacher "
@@ -77,8 +78,8 @@ def judge_scorer(store: LogprobReader, scored: Provenance) -> None:
     Not of the policy's own, which are a reference; and not where the writer of the rollouts is unknown: then they are not a policy's samples.
     """
     policies = (store.manifest.policy, *store.generations.values())
-    (wrong,) = inconsistencies(store.manifest, [scored])
-    if wrong is None or UNKNOWN in policies or any(map(scored.is_of, policies)) or _is_one_of_several(store.manifest, scored):
+    (wrong,) = inconsistencies(store.manifest, [scored], own_prompts=True)
+    if wrong is None or UNKNOWN in policies or any(map(scored.is_of, policies)):
         return
     warn_user(_objection(store.manifest, scored, wrong), TeacherConsistencyWarning)
 
@@ -107,10 +108,10 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     return "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residualise`)"
 
 
-def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[str | None]:
+def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance], *, own_prompts: bool = False) -> list[str | None]:
     """Return what is wrong with each of the teachers that train together, in one clause.
 
-    None for one that is the recorded SFT teacher, or its part, or the policy itself after other prompts.
+    None for one that is the recorded SFT teacher, or the policy itself after other prompts, or, on its `own_prompts`, one of several SFT teachers.
     """
     sft = manifest.sft_teacher
     if sft is not None and teachers and sft.same_weights(mixture_id([teacher.model for teacher in teachers])):
@@ -120,14 +121,16 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[
         f"{', expected the same model' if sft else ''}"
         for teacher in teachers
     )
-    return [None if _who(manifest, teacher) else clause for teacher, clause in zip(teachers, clauses, strict=True)]
+    return [None if _who(manifest, teacher, own_prompts) else clause for teacher, clause in zip(teachers, clauses, strict=True)]
 
 
-def _who(manifest: Manifest, teacher: Provenance) -> str:
+def _who(manifest: Manifest, teacher: Provenance, own_prompts: bool = True) -> str:
     """Return what a teacher that may score is to the policy; "" for another."""
     if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
         return "the SFT teacher"
-    return "the policy itself" if teacher.privileged and manifest.policy.same_weights(teacher.model) else ""
+    if teacher.privileged and manifest.policy.same_weights(teacher.model):
+        return "the policy itself"
+    return "one of the SFT teachers" if own_prompts and _is_one_of_several(manifest, teacher) else ""
 
 
 def verdict(manifest: Manifest, scored: Provenance) -> str:

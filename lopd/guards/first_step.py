@@ -73,24 +73,27 @@ def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         )
 
 
-def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: float) -> None:
+def judge_distance(optimizer: Optimizer, loss: object, step: Step, reverse_kl: float) -> None:
     """Warn if the student is far from its teacher.
 
-    Of advantages below 0 under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
+    Of advantages below 0 under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns where it sees the policy's log-probs.
 
     Args:
         optimizer: whose first step it is.
         loss: the step's loss.
-        step: its number in the run, which is not 0 in a run that was resumed.
+        step: a run that was resumed begins after step 0, in which such a loss was judged.
         reverse_kl: nats a token.
     """
-    watched = reverse_kl > 0 and isinstance(loss, StatesCorrection) and loss.uncorrected
+    first = step.batches[0]
+    # `judge_loss` has a ref column; without one `batches` judges what the policy reported, and no steps with a support
+    seen = first.ref_logprobs is not None or (first.behavior_logprobs is not None and first.top_k_ids is None)
+    watched = reverse_kl > 0 and isinstance(loss, StatesCorrection) and loss.uncorrected and (seen or step.index > 0)
     if abs(reverse_kl) > MAX_DISTANCE and not watched:
         _warn_once(
             optimizer,
             "distance",
-            f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in step {step}, expected at most {MAX_DISTANCE:g}; most of its "
-            f"advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read what they should, and train it longer on the "
+            f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in step {step.index}, expected at most {MAX_DISTANCE:g}; most of "
+            f"its advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read what they should, and train it longer on the "
             "teacher's text first.",
             AdvantageWarning,
         )
@@ -106,13 +109,12 @@ def judge_policy(optimizer: Optimizer, step: Step, drift: Drift | None) -> None:
     """
     if step.index or drift is None:
         return
-    if step.batches[0].ref_logprobs is not None:
-        far, least = drift.ess < MIN_ESS and not drift.kl <= ROUNDING_KL, f"expected at least {MIN_ESS:.0%}"
-        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, {least}"
-    else:  # nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
-        far = drift.kl > MAX_KL
-        found = f"it is {drift.kl:.3g} nats a token from what the policy reported, expected at most {MAX_KL:g} in the first step"
-    if far:
+    # without a ref column nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
+    few = step.batches[0].ref_logprobs is not None and drift.ess < MIN_ESS and not drift.kl <= ROUNDING_KL
+    found = f"it is {drift.kl:.3g} nats a token from the policy's log-probs, expected at most {MAX_KL:g} in the first step"
+    if few:
+        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}"
+    if few or drift.kl > MAX_KL:  # of one or two rollouts at least half are effective
         _warn_once(
             optimizer,
             "policy",

@@ -16,7 +16,7 @@ from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, InvalidRe
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import evenly, named, walk
+from lopd.protocols.reading import chosen, evenly, named, walk
 from lopd.records.checks import a_kind, check_at_least, check_kind, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
@@ -123,20 +123,26 @@ def stored_advantages(
         student: minus whose.
         rows: among which to choose; None for all.
         count: at most so many rollouts.
+
+    Raises:
+        ArgumentError: the store is something else.
+        InvalidRecordError: a column holds labels, `count` is less than 1, or rows are given and there are none, or they are not whole numbers.
+        NoSuchRowError: a row is not in the store.
     """
     check_noun(store, LogprobReader)
+    count = check_at_least("Advantages", "count", count, 1)
     refuse_labels(store, teacher, student)
+    every = np.arange(len(store)) if rows is None else chosen(store, rows)
     usable = store.scored(teacher) & store.scored(student)
-    chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
-    records = walk(store, chosen, (teacher, student))
+    records = walk(store, evenly(every[usable[every]], count), (teacher, student))
     gaps = [(record.scores[teacher] - record.scores[student])[record.rollout.loss_mask] for record in records]
     return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
 
 
-def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
-    """Warn if too many of these advantages are in the tail."""
+def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None, teacher: str = "teacher") -> None:
+    """Warn if too many of these advantages of a teacher's column are in the tail."""
     if summary is not None and summary.tail > MAX_TAIL:
-        warn_user(f"{named(store)}: {_objection(summary)}", AdvantageWarning)
+        warn_user(f"{named(store)}, column {teacher!r}: {_objection(summary)}", AdvantageWarning)
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:

@@ -191,8 +191,8 @@ def batches(
 
     Warns:
         RepeatedRolloutsWarning: a step is larger than what there is to train on.
-        AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages are far below 0
-            (`lopd.guards.watch`).
+        AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages of a teacher are far below
+            0, on the rollouts that learn from it (`lopd.guards.watch`).
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and there is no `ref`, and no `top_k`, or rollouts
             without `sampler_logprobs`: it states how the gradient is biased.
 
@@ -225,9 +225,10 @@ def batches(
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances = columns.provenances(store)
-    check_teacher_consistency(store.manifest, provenances, consistency)
-    for column in columns.teachers if ref is None and not top_k else ():
-        judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
+    check_teacher_consistency(store.manifest, provenances, consistency, own_prompts=columns.place is not None)
+    for place, column in enumerate(columns.teachers if ref is None and not top_k else ()):
+        own = usable if columns.place is None else usable[columns.place[usable] == place]
+        judge_advantages(store, stored_advantages(store, teacher=column, rows=own), column)
     graded = label is not None and ref is not None
     if graded or (columns.teachers and (ref is not None or not top_k)):
         judge_sampling(store, usable, ratio=ref is not None)

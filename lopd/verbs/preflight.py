@@ -45,7 +45,7 @@ class Preflight:
             `benchmarks/results/bench_engines.json`.
         parity_p99_bound: the largest allowed 99 % quantile: few tokens that are far off are a sign of misalignment, not of rounding.
         parity_bias_bound: the largest allowed mean difference, which does not average out.
-        end_bound: how much less likely the end tokens may be than those before them, nats, before it warns.
+        end_bound: how much less likely the end tokens may be than the policy's own before them, nats, before it warns.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -156,7 +156,9 @@ class Preflight:
             )
 
     def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> None:
-        ended = [together[r.rollout_id].logprobs for r in rollouts if r.finish_reason == "stop" and r.response_ids.size > 1]
+        # the policy did not write what tools and users said
+        own = [r for r in rollouts if r.finish_reason == "stop" and r.loss_mask[-1] and r.loss_mask[:-1].any()]
+        ended = [together[r.rollout_id].logprobs[r.loss_mask] for r in own]
         if len(ended) < _ENDS_NEEDED:
             return
         at_end, before = float(np.mean([values[-1] for values in ended])), float(np.concatenate([values[:-1] for values in ended]).mean())

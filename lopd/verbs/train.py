@@ -71,8 +71,8 @@ def opd_steps(
         EndTokenWarning: most responses of a first step without scores end with a token at which the student will not stop.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss states
             that it has no importance ratio (`lopd.guards.watch`).
-        DriftWarning: in step 0 few rollouts are effective, or the student's log-probs are far from those that the policy reported: the student is
-            not the policy that sampled.
+        DriftWarning: in step 0 few rollouts are effective, or the student's log-probs are far from the policy's: the student is not the policy that
+            sampled.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
@@ -154,7 +154,7 @@ def _train(
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
-            judge_distance(optimizer, loss, step.index, reverse_kl)
+            judge_distance(optimizer, loss, step, reverse_kl)
             judge_policy(optimizer, step, drift)
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, movement

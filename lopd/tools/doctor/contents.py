@@ -156,7 +156,8 @@ def _describe(store: LogprobReader, name: str, provenance: Provenance, history: 
     of_policy = any(provenance.is_of(policy) for policy in store.generations.values())
     objection = None
     try:
-        check_teacher_consistency(store.manifest, [] if provenance.label else [provenance], ConsistencyPolicy.PRIVILEGED)
+        judged = [] if provenance.label else [provenance]
+        check_teacher_consistency(store.manifest, judged, ConsistencyPolicy.PRIVILEGED, own_prompts=True)
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)
