@@ -372,13 +372,15 @@ def test_a_verifier_that_fails_is_said_before_anything_is_done(code, says, here,
 def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything_is_done(here, tmp_path, capsys):
     text = written(here, json.dumps({"prompt": "what is 1 + 1?", "response": "2"}), "one.jsonl")
     out = {"out": str(tmp_path / "run")}
-    for writer in ("unknown", "runs/tiny/student"):
+    for writer, remedy in (("unknown", "state who wrote it in `text.written_by`"), ("runs/tiny/student", "score with the SFT teacher")):
         assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
-        assert "and the scoring teacher is" in capsys.readouterr().err
+        said = " ".join(capsys.readouterr().err.split())
+        assert re.search(f"and the scoring teacher is [^;]+; {remedy}[^;]*, or set `consistency: warn`.$", said), said
     # without SFT the student's folder records who wrote its text
     swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
     assert main(["run", written(here, example(**swapped, **out))]) == 2
-    assert "its SFT teacher is not recorded" in capsys.readouterr().err
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"its SFT teacher is not recorded, [^;]+; add `sft`, or write `Lineage[^;]*, or set `consistency: warn`.$", said), said
     assert not (tmp_path / "run").exists()
 
 

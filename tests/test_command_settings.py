@@ -23,6 +23,7 @@ from lopd.tools.phases import Run
         {"evaluation__samples_per_prompt": 0},
         {"teacher": {"model": "runs/tiny/teacher", "context": 3}},
         {"teacher": {"model": "runs/tiny/teacher", "served_as": "zzz"}},
+        {"student": {"model": "runs/tiny/student", "revision": "abc", "dtype": "float32"}},
     ],
     ids=str,
 )

@@ -347,7 +347,7 @@ def test_scales_of_quantised_weights(tmp_path: Any) -> None:
     assert_equal_if_and_only_if_the_function_is(seen)
     config = tmp_path / "plain" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ModelError, match=r"its weights are quantised, expected plain ones.*pass `identity=model_id\(model\)`"):
+    with pytest.raises(ModelError, match=r"its weights are quantised, expected plain ones.*pass `model_id\(model\)` of the loaded model"):
         folder_model_id(tmp_path / "plain")
 
 

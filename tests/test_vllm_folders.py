@@ -4,14 +4,16 @@ import json
 
 import peft
 import pytest
-from conftest import build_tokenizer
+from conftest import TOKENIZER_ID, build_tokenizer
+from engine_models import save_model
 from odd_models import LONGROPE, odd_model
 from test_vllm_life import fake  # noqa: F401
 
-from lopd import CausalLMStudent, Lineage, Prompt, Rollout, SamplingParams
+from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.errors import ModelError
 from lopd.tools.command import main
+from lopd.tools.command.models import Model
 
 BORDER, LONGEST = 16, 64
 
@@ -75,3 +77,30 @@ def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(opened, t
     for make in opened(tmp_path):
         with pytest.raises(ModelError, match=r"it holds neither config.json nor adapter_config.json, expected a model"):
             make()
+
+
+def test_a_quantised_teacher_is_stated_in_the_ways_that_its_refusal_names(fake, rollouts, tokenizer, tmp_path, capsys):
+    folder = save_model(tmp_path / "tiny-FP8", "llama_tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    says = r"its weights are quantised.*`ModelId\(name, commit, dtype\)`: as the teacher to `import_text` or `Lineage.of`, as `identity=` to a source"
+    with pytest.raises(ModelError, match=says):
+        import_text([("what is 2 + 3?", "5")], tokenizer, teacher=folder)
+    stated = ModelId(str(folder), "abc", "float16")
+    assert VLLMSource.from_folder(folder, SamplingParams(), identity=stated).manifest.policy == stated
+    store = ZarrStore.create(tmp_path / "run.zarr", Manifest(TOKENIZER_ID, ModelId("policy", "1", "float32"), SamplingParams()))
+    store.append(rollouts)
+    score = ["score", str(tmp_path / "run.zarr"), "--teacher", str(folder), "--engine", "vllm"]
+    assert main(score) == 2
+    assert "to the command as `--revision` and `--dtype`" in " ".join(capsys.readouterr().err.split())
+    assert main([*score, "--revision", "abc", "--dtype", "float16"]) == 0
+    store.refresh()
+    assert store.columns["teacher"].model == stated
+    assert fake.started[0]["dtype"] == "float16"
+
+
+def test_what_is_stated_of_a_model_is_recorded_by_transformers_too(tmp_path):
+    folder = str(save_model(tmp_path / "tiny", "llama_tied"))
+    model = Model(folder, revision="abc", dtype="float32")
+    recorded = model.source(SamplingParams()).manifest.policy, model.scorer().provenance.model, model.identity()
+    assert set(recorded) == {ModelId(folder, "abc", "float32")}

@@ -24,18 +24,21 @@ from lopd.records import Manifest, ModelId, Prompt, Rollout, SamplingParams
 
 
 class FakeVLLM:
-    """The module vllm: gives -1 nats to every token of a prompt, and samples token 5; `faults` are raised, one a call, before it answers."""
+    """The module vllm: gives -1 nats to every token of a prompt, and samples token 5; `faults` are raised, one a call,
+    before it answers, and `unborn` where it is started."""
 
     __version__ = "0.0"
 
     def __init__(self):
         self.faults, self.started, self.requests, self.stopped = [], [], [], 0
-        self.overrides, self.cut = {}, []
+        self.overrides, self.cut, self.unborn = {}, [], []
 
     SamplingParams = SimpleNamespace
 
     def LLM(self, **arguments):
         self.started.append(arguments)
+        if self.unborn:
+            raise self.unborn.pop()
         seen = {**arguments, **self.overrides}
         model = SimpleNamespace(logprobs_mode=seen["logprobs_mode"], get_vocab_size=lambda: self.overrides.get("rows", VOCAB))
         cache = SimpleNamespace(enable_prefix_caching=seen["enable_prefix_caching"])
@@ -170,6 +173,20 @@ def test_an_engine_that_goes_on_dying_ends_the_run_with_everything_before_kept(f
     assert score_rollouts(store, scorer, rollouts_per_batch=3, preflight=None).floored == 0
     assert store.scored("teacher").all()
     assert fake.requests == [3, 3, 3, 3, 3, 1]
+
+
+def test_a_vllm_that_does_not_start_ends_the_call_unless_one_has_died_in_it(fake, folder, rollouts):
+    fake.unborn = [RuntimeError("Engine core initialization failed. See root cause above.")]
+    scorer = scorer_of(folder, restarts=2)
+    says = r"did not start \(RuntimeError \(Engine core initialization failed.*\)\), see its log; close other .*a smaller `max_model_len`"
+    with pytest.raises(EngineError, match=says):
+        scorer.score(rollouts)
+    assert len(fake.started) == 1
+    scorer.score(rollouts)
+    # the memory of a dead one may be freed late
+    fake.faults, fake.unborn = [RuntimeError("died")], [RuntimeError("Engine core initialization failed")]
+    assert len(scorer.score(rollouts)) == len(rollouts)
+    assert len(fake.started) == 4
 
 
 class VLLMClientError(Exception):

@@ -59,6 +59,14 @@ def described_text(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder).get_text_config()
 
 
+def configured_eos(folder: Path) -> Any:
+    """Return the EOS ids that a model loaded from this folder has in its generation configuration."""
+    try:
+        return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        return transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder)).eos_token_id
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """Return the tokenizer in a folder, or of a hub name.
 

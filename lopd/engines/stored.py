@@ -18,7 +18,10 @@ from lopd.records.paths import read_regular
 from lopd.records.stored import Name, parse, read_as
 
 _INDEX = "model.safetensors.index.json"
-_REMEDY = "load it once and pass `identity=model_id(model)`"
+_REMEDY = (
+    "pass `model_id(model)` of the loaded model, or `ModelId(name, commit, dtype)`: as the teacher to `import_text` or `Lineage.of`, as `identity=` "
+    "to a source or scorer; to the command as `revision` and `dtype`"
+)
 
 
 class _Index(TypedDict):
@@ -38,7 +41,7 @@ def stored_places(folder: Path) -> Mapping[str, Path]:
     if not path.exists():
         raise ModelError(
             f"Model {folder}: it holds 0 files of weights in safetensors, expected model.safetensors or its shards; "
-            "save it in that format, or pass `identity=`."
+            f"save it in that format, or {_REMEDY}."
         )
     with safe_open(path, "pt") as file:
         return dict.fromkeys(file.keys(), path)

@@ -80,8 +80,8 @@ class Lineage:
         """Return the lineage of a student whose SFT text these models wrote.
 
         A folder is identified by its weights, which are read a few at a time and never made a model (some seconds per GB); a hub name by
-        those of its snapshot, which is downloaded unless it is there.  Of a model without weights to read, state the identity:
-        `ModelId(name, version, dtype)`.
+        those of its snapshot, which is downloaded unless it is there.  Of a model without weights to read, or with quantised ones, state the
+        identity: `ModelId(name, version, dtype)`.
 
         Raises:
             EngineError: there is no such folder or model.

@@ -108,16 +108,17 @@ class VLLMEngine:
         """Return the `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
 
         An engine that fails is restarted, and the whole call repeated.  Where memory ran out it is given half as much at a
-        time; so it is where it died twice, since a dead process does not report of what.
+        time; so it is where it died twice, since a dead process does not report of what.  One that cannot start ends the call.
 
         Raises:
-            EngineError: it went on failing, or refused a request.
+            EngineError: it did not start, went on failing, or refused a request.
         """
-        deaths = 0
+        deaths, lived = 0, False
         while True:
             try:
                 return self._generate(prompts, params)
             except Exception as error:
+                lived = lived or self._llm is not None
                 self.close()
                 if isinstance(error, LopdError):
                     raise
@@ -126,6 +127,11 @@ class VLLMEngine:
                 deaths += 1
                 if _was_refused(error):
                     raise EngineError(f"{self._name}: it refused {_words(error)}; ask otherwise.") from error
+                if not lived:
+                    raise EngineError(
+                        f"{self._name}: it did not start ({_words(error)}), see its log; close other engines of this program (`source.close()`), "
+                        "or pass a smaller `max_model_len` or `tokens_per_batch`, or another `gpu_memory_utilization`."
+                    ) from error
                 if deaths > self.settings.restarts:
                     raise EngineError(
                         f"{self._name}: it failed {deaths} times in one call, the last time by {_words(error)}, expected at most "

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any, final
 
 import numpy as np
-import transformers
 from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
 from lopd.engines.causal_lm import cut_to_rows
-from lopd.engines.finding import check_described, check_whole, described_text, load_tokenizer, local_folder
+from lopd.engines.finding import check_described, check_whole, configured_eos, described_text, load_tokenizer, local_folder
 from lopd.engines.identity import folder_model_id
 from lopd.engines.inputs import (
     SEED_BITS,
@@ -77,10 +76,12 @@ class VLLMSource:
     generation: int = 0
 
     @classmethod
-    def from_folder(cls, folder: str | Path, sampling: SamplingParams, settings: VLLMSettings | None = None) -> "VLLMSource":
+    def from_folder(
+        cls, folder: str | Path, sampling: SamplingParams, settings: VLLMSettings | None = None, *, identity: ModelId | None = None
+    ) -> "VLLMSource":
         """Return a source on a model folder or hub name, with the SFT teacher that is recorded there."""
         engine, tokenizer = _open(folder, settings, top_k=sampling.candidates)
-        return cls(engine, tokenizer, sampling, Lineage.read(engine.folder))
+        return cls(engine, tokenizer, sampling, Lineage.read(engine.folder), identity)
 
     def __attrs_post_init__(self) -> None:
         check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
@@ -112,7 +113,7 @@ class VLLMSource:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
-        return stop_ids(self.sampling, _configured_eos(self.engine.folder), self.tokenizer_id)
+        return stop_ids(self.sampling, configured_eos(self.engine.folder), self.tokenizer_id)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """Return `samples_per_prompt` rollouts for each prompt, in their order."""
@@ -213,11 +214,18 @@ class VLLMScorer:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, settings: VLLMSettings | None = None, *, top_k: int = 0, candidates: int = 0, drawn: int = 0
+        cls,
+        folder: str | Path,
+        settings: VLLMSettings | None = None,
+        *,
+        identity: ModelId | None = None,
+        top_k: int = 0,
+        candidates: int = 0,
+        drawn: int = 0,
     ) -> "VLLMScorer":
         """Return a scorer on a model folder or hub name."""
         engine, tokenizer = _open(folder, settings, scoring=True, top_k=widest(top_k, candidates, drawn))
-        return cls(engine, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
+        return cls(engine, tokenizer, identity, top_k, candidates, drawn)
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "VLLMScorer")
@@ -286,11 +294,3 @@ def _folder_identity(engine: VLLMEngine) -> ModelId:
             "own."
         )
     return folder_model_id(engine.folder, engine.settings.dtype)
-
-
-def _configured_eos(folder: Path) -> Any:
-    """Return the EOS ids that a model loaded from this folder has in its generation configuration."""
-    try:
-        return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        return transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder)).eos_token_id

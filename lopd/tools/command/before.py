@@ -10,7 +10,7 @@ from typing import Any
 import lopd
 from lopd.engines.finding import local_folder
 from lopd.engines.supports import provenance_of
-from lopd.errors import InvalidRecordError, SamplerWarning
+from lopd.errors import InvalidRecordError, SamplerWarning, TeacherConsistencyError
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
@@ -105,7 +105,16 @@ def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
         folder = local_folder(s.student.model, weights=False)
         known = lopd.Lineage.read(folder) if not s.sft else lopd.Lineage() if writer == "unknown" else lopd.Lineage.of(writer)
         policy = lopd.Manifest(ours, s.student.identity(), SamplingParams(), known.sft_teacher)
-        check_teacher_consistency(policy, [provenance_of(s.teacher.identity(), ours, "", top_k=0, candidates=0, drawn=0)])
+        try:
+            check_teacher_consistency(policy, [provenance_of(s.teacher.identity(), ours, "", top_k=0, candidates=0, drawn=0)])
+        except TeacherConsistencyError as error:
+            wrong, _, remedy = str(error).partition("; ")
+            if known.sft_teacher is None:
+                remedy = "add `sft`, or write `Lineage.of(TEACHER).write(FOLDER)` for a student in a folder that was fine-tuned on its text"
+            if writer == "unknown":
+                remedy = "state who wrote it in `text.written_by`, or leave out `text`"
+            remedy = remedy.partition(", or train with `batches(")[0]
+            raise type(error)(f"{wrong}; {remedy}, or set `consistency: warn`.") from None
 
 
 def fixed_by(name: str) -> str:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from attrs import fields, frozen
+from attrs import evolve, fields, frozen
 
 from lopd.errors import InvalidRecordError
 
@@ -37,7 +37,8 @@ class Model:
         device: where transformers runs it; None is a GPU if there is one.
         dtype: type of the weights in use; None keeps the stored one.
         served_as: the name under which servers have it; None is `model`.
-        revision: which weights the servers have, a commit or a hash, where `model` is not the folder that they serve.
+        revision: which weights they are, a commit or a hash, where these cannot be read: `model` is not the folder that servers have, or its weights
+            are quantised.  It is recorded, and chooses none.
         speaks: what the servers are.
         context: tokens of the longest prompt and response together, where vLLM shall have less than the model, or a server does not report it.
         key_variable: the variable of the environment that holds the key of the servers.
@@ -66,12 +67,9 @@ class Model:
         if self.wait is not None and self.wait <= 0:
             raise InvalidRecordError(f"Model: wait is {self.wait}, expected more than 0; pass such a number.")
         if self.revision and not self.dtype:
-            raise InvalidRecordError(
-                "Model: revision is given without dtype, expected both: they state which model is served; pass its dtype."
-            )
+            raise InvalidRecordError("Model: revision is given without dtype, expected both: they state which model it is; pass its dtype.")
         unread = {
             "served_as": self.served_as and not self.urls,
-            "revision": self.revision and not self.urls,
             "key_variable": self.key_variable and not self.urls,
             "wait": self.wait is not None and not self.urls,
             "speaks": self.speaks != "vllm" and not self.urls,
@@ -101,6 +99,13 @@ class Model:
 
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
+    @property
+    def stated(self) -> "ModelId | None":
+        """Which model it is said to be; None if its folder shows it."""
+        from lopd.records.identity import ModelId
+
+        return ModelId(self.model, self.revision, self.dtype) if self.revision and self.dtype else None
+
     def tokenizer(self) -> Any:
         """Load its tokenizer."""
         from lopd.records.optional import need
@@ -116,10 +121,11 @@ class Model:
         if self.engine == "vllm":
             from lopd.engines.vllm import VLLMSettings, VLLMSource
 
-            return VLLMSource.from_folder(self.model, sampling, VLLMSettings(self.torch_dtype, self.context))
+            return VLLMSource.from_folder(self.model, sampling, VLLMSettings(self.torch_dtype, self.context), identity=self.stated)
         from lopd.engines.hf import HFSource
 
-        return HFSource.from_folder(self.model, sampling, self.torch_dtype, self.place, rows_per_batch=rows)
+        source = HFSource.from_folder(self.model, sampling, self.torch_dtype, self.place, rows_per_batch=rows)
+        return evolve(source, identity=self.stated) if self.stated else source
 
     def scorer(self, top_k: int = 0, candidates: int = 0, drawn: int = 0) -> "TeacherScorer":
         """Start it for scoring; what is kept beside each token is as in `HFScorer`."""
@@ -131,10 +137,11 @@ class Model:
         if self.engine == "vllm":
             from lopd.engines.vllm import VLLMScorer, VLLMSettings
 
-            return VLLMScorer.from_folder(self.model, VLLMSettings(self.torch_dtype, self.context), **kept)
+            return VLLMScorer.from_folder(self.model, VLLMSettings(self.torch_dtype, self.context), identity=self.stated, **kept)
         from lopd.engines.hf import HFScorer
 
-        return HFScorer.from_folder(self.model, self.torch_dtype, self.place, **kept)
+        scorer = HFScorer.from_folder(self.model, self.torch_dtype, self.place, **kept)
+        return evolve(scorer, identity=self.stated) if self.stated else scorer
 
     def _servers(self) -> "Servers":
         from lopd.engines.server import Servers
@@ -146,10 +153,8 @@ class Model:
 
     def identity(self) -> "ModelId":
         """Return which model it is: what is stated, or the hash of its folder.  Servers do not report it."""
-        from lopd.records.identity import ModelId
-
-        if self.revision and self.dtype:
-            return ModelId(self.model, self.revision, self.dtype)
+        if self.stated:
+            return self.stated
         if self.urls and not Path(self.model).is_dir():
             raise InvalidRecordError(
                 f"Model {self.model!r}: revision is missing, expected a commit or a hash of the served weights, which servers do not report; "
@@ -179,9 +184,11 @@ def add_model(parser: ArgumentParser, role: str) -> None:
     parser.add_argument("--device", help="where transformers runs it (a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in use (as they are stored)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the longest prompt and response together")
+    parser.add_argument(
+        "--revision", help="which weights they are, if MODEL is not the folder that servers have, or is quantised; recorded, with --dtype"
+    )
     served = parser.add_argument_group("servers", "Keys are read from the environment: VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.")
     served.add_argument("--served-as", metavar="NAME", help="the name that servers know it by (MODEL)")
-    served.add_argument("--revision", help="which weights they have, if MODEL is not the folder that they serve; with --dtype")
     served.add_argument("--speaks", choices=("vllm", "sglang", "openai"), default="vllm", help="what they are (vllm)")
     served.add_argument("--key-variable", metavar="NAME", help="another variable of the environment that holds the key")
     served.add_argument(

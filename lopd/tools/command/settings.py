@@ -147,6 +147,8 @@ class RunSettings:
             raise InvalidRecordError("Run: text is given without sft, which trains on it; give both, or neither.")
         if self.student.urls:
             raise InvalidRecordError("Run: student.engine is a server, expected hf or vllm, which load the student after SFT; choose one.")
+        if self.student.revision:
+            raise InvalidRecordError("Run: student.revision is given, and training changes which weights they are; leave it out.")
         if self.teacher.urls and self.evaluation and self.evaluation.reverse_kl:
             raise InvalidRecordError("Run: evaluation.reverse_kl needs the teacher here, and its engine is a server; set it to false.")
 
