@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from lopd.engines.identity import folder_model_id
 from lopd.errors import ArgumentError, InvalidRecordError, ManifestMismatchError, ModelError, printable
-from lopd.guards.consistency import lineage_after, verdict
+from lopd.guards.consistency import lineage_after
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, texts_of
@@ -18,14 +18,14 @@ from lopd.records.estimates import Estimate
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.paths import local_path, names_path
-from lopd.tools.origins import describe_model, origins, score_columns, trained_on
+from lopd.tools.origins import describe_model, judged_columns, origins, trained_on
 
 ADAPTERS = "adapter_config.json"
 #: The file of a store that was pushed.
 ROLLOUTS = "rollouts.parquet"
 _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
-_SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
+_SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored", "as teacher")
 #: What is before the name in a path that begins at a root, at home or at a folder of dots; a name of a hub and a revision begin otherwise.
 #: A folder's name may have spaces, and ends where another path begins behind one.
 _FOLDERS = re.compile(
@@ -231,14 +231,11 @@ def _what(lineage: Lineage) -> str:
 def _contents(store: LogprobReader) -> list[str]:
     """Return what a store holds, who sampled it, and who scored it."""
     tokens = int(store.lengths()[:, 1].sum())
-    columns = score_columns(store)
-    shown = {name: columns[name] for name in _SHOWN}
-    shown["as teacher"] = [verdict(store.manifest, one) for one in store.columns.values()]
-    shown["as teacher"] += [""] * (len(columns["column"]) - len(store.columns))
+    columns = judged_columns(store)
     return [
         _table(("", ""), [("rollouts", f"{len(store):,}, {tokens:,} response tokens"), *origins(store)]),
         "",
-        _table([*shown], list(zip(*shown.values(), strict=True))),
+        _table(_SHOWN, list(zip(*(columns[name] for name in _SHOWN), strict=True))),
     ]
 
 
