@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,6 +200,14 @@ def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(
         pickle.loads(early)  # noqa: S301
     (problem,) = ZarrStore.open(tmp_path / "run.zarr").verify()
     assert "a commit record is missing" in problem
+
+
+def test_a_copy_that_was_made_while_somebody_wrote_is_told_to_be_made_again(filled: ZarrStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "copy")
+    filled.append(many(9, 1))
+    shutil.copytree(place(filled) / "head", tmp_path / "copy/head", dirs_exist_ok=True)
+    with pytest.raises(CorruptStoreError, match="or copy the store again, if it was copied while somebody wrote"):
+        ZarrStore.open(tmp_path / "copy")
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_fail_the_append(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
