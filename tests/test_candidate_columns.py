@@ -15,7 +15,7 @@ from lopd.records.collate import collate
 from lopd.testing import assert_same_top_k
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.origins import score_columns
-from lopd.tools.plan import measured_rates
+from lopd.tools.plan import GpuRates, lightning, measured_rates, work_like
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5), candidates=3, drawn=2)
 
@@ -193,7 +193,12 @@ def test_other_drawn_tokens_in_the_reference_column_are_refused(source, prompts,
 def test_tools_know_what_a_support_is_made_of_and_how_fast_it_was_sampled(source, prompts, teacher, tmp_path):
     store = ZarrStore.create(str(tmp_path / "s.zarr"), source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=1)
+    assert (work_like(store).columns, work_like(store).reads) == ((5, 0), 1)
     score_rollouts(store, teacher, rollouts_per_batch=4)
+    work = work_like(store)
+    assert work.columns == (5, 7)
+    # the policy's own column was written while it sampled
+    assert lightning(work, GpuRates(sampling=1, scoring=1, training=1), 1).phases[1].tokens == work.tokens
     assert score_columns(store)["top-k"][:2] == ["5 (2 drawn)", "7 (3 candidates, 2 drawn)"]
     assert measured_rates(store).keys() == {"sampling", "scoring"}
     assert list(store.verify()) == []

@@ -49,6 +49,7 @@ from lopd.tools.doctor.contents import inspect_store
 from lopd.tools.doctor.display import show_info
 from lopd.tools.interop.parquet import export_parquet, import_parquet
 from lopd.tools.report.tokens import TokenReport, write_token_report
+from lopd.tools.share import model_card
 from lopd.verbs import ScoringReport
 
 PROMPTS = [Prompt(f"p{i}", [4, 10 + i]) for i in range(4)]
@@ -375,6 +376,15 @@ def test_a_student_that_learns_from_labels_alone_keeps_its_sft_teacher(store):
     assert (learnt.sft_teacher, learnt.opd_teacher) == (store.manifest.sft_teacher, None)
     # texts that a verifier chose are SFT on one's own text
     assert batches(store, teacher=None).lineage.sft_teacher == store.manifest.policy
+
+
+def test_the_card_of_a_student_of_labels_alone_takes_its_store_and_does_not_call_it_sft(store, tmp_path):
+    label_rollouts(store, number, PROMPTS)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for method, options in (("training on labels", {"ref": "behavior", "label": "label"}), ("SFT", {})):
+        batches(store, teacher=None, **options).lineage.write(tmp_path)
+        assert f"| method | {method}, by lopd " in str(model_card(tmp_path, store=store))
+        assert "| method | SFT, or training on labels, by lopd " in str(model_card(tmp_path))
 
 
 def test_a_group_is_of_one_round_and_prompts_with_one_rollout_have_no_mean(store):

@@ -122,6 +122,7 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
         (lambda: evolve(RATES, sampling="1"), "GpuRates: sampling is '1', expected a number"),
         (lambda: rates_like(WORK, flops="989"), "Rates: flops is '989', expected a number"),
         (lambda: evolve(WORK, id_bytes=float("nan")), "Work: id_bytes is nan"),
+        (lambda: evolve(WORK, scored=2), "Work: scored is 2, expected 0 to 1, the number of columns"),
         (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
         (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected finite and at least 1"),
     ],
@@ -251,7 +252,12 @@ def test_like_a_store_of_as_many_prompts_is_its_size(capsys, tmp_path):
     (plan,) = printed(capsys, *like, "--columns", "3", "--top-k", "0", "--samples", "2")
     assert (plan["work"]["columns"], plan["rollouts"]) == ([0, 0, 0], 80)
     assert main(like) == 0
-    assert "float16; 2 score columns, behavior" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "float16; 2 score columns, behavior" in shown
+    assert "Training is guessed for 8.2 billion parameters; pass --student-billions, or --training-rate." in " ".join(shown.split())
+    for given in ("--student-billions", "--student-active", "--training-rate"):
+        assert main([*like, given, "2"]) == 0
+        assert "is guessed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

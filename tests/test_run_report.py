@@ -243,6 +243,14 @@ def test_who_made_what(write, store):
     assert columns["as teacher"][0] == "not known: its SFT teacher is not recorded"
 
 
+def test_columns_of_the_policy_have_every_row(write):
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout("r", behavior_logprobs=[-1.0] * 3, sampler_logprobs=[-0.5] * 3)])
+    table = Page(write(of=store)).tables["columns"]
+    assert table[0] == ["column", "behavior", "behavior/sampler"]
+    assert {len(row) for row in table} == {3}
+
+
 def test_every_text_is_escaped(write, tmp_path):
     evil = "</script><script>alert(1)</script>"
     hostile = MemoryStore(evolve(tiny_manifest(), policy=ModelId(evil, "r", "float32")))

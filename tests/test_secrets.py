@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from exchanged import fill
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -15,7 +16,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
 from lopd.engines.server import Servers
-from lopd.errors import LopdError
+from lopd.errors import LopdError, StoreReadError
 from lopd.records import read_prompts
 from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.interop import export_parquet, import_parquet
@@ -75,9 +76,28 @@ class _Talkative(MemoryFileSystem):
     cat_file = cat_ranges = pipe_file = ls = find = open = _refuse
 
 
+class _Breaking(MemoryFileSystem):
+    """Breaks off behind the first read of a file, with an error that repeats the URL."""
+
+    protocol = "breaking"
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        file, reads = super()._open(path, mode, **options), iter(range(1))
+        read = file.read
+
+        def read_once(size: int = -1) -> Any:
+            for _ in reads:
+                return read(size)
+            raise RuntimeError(f"{path} broke off")
+
+        file.read = read_once
+        return file
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     register_implementation("talkative", _Talkative, clobber=True)
+    register_implementation("breaking", _Breaking, clobber=True)
     monkeypatch.setattr(cloud, "_FIRST_S", 0.1)
     monkeypatch.setattr(cloud, "_FIRST_TIMEOUTS", {"timeout": "1s", "connect_timeout": "1s"})
     yield
@@ -92,7 +112,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         yield from _chain(error.__context__)
 
 
-def _assert_says_nothing(call: Callable[[], object], log: str) -> None:
+def _assert_says_nothing(call: Callable[[], object], log: str) -> BaseException | None:
     caught: BaseException | None = None
     try:
         call()
@@ -101,6 +121,7 @@ def _assert_says_nothing(call: Callable[[], object], log: str) -> None:
     assert not [link for link in _chain(caught) if WORD in f"{link!s} {link!r}"]
     assert caught is None or WORD not in "".join(traceback.format_exception(caught))
     assert WORD not in log
+    return caught
 
 
 @pytest.mark.parametrize("rest", REST)
@@ -161,6 +182,14 @@ def test_an_exported_file_says_nothing_of_its_secrets(scheme: str, rest: str, ca
     url = f"{scheme}://{rest}"
     for call in (import_parquet, lambda url, store: export_parquet(store, url)):
         _assert_says_nothing(lambda call=call: call(url, MemoryStore(tiny_manifest())), caplog.text)  # type: ignore[misc]
+
+
+def test_a_file_whose_storage_fails_midway_is_not_called_damaged_and_says_nothing_of_its_secrets() -> None:
+    url = f"breaking://host/run.parquet?sig={WORD}"
+    export_parquet(fill(MemoryStore(tiny_manifest())), url)
+    caught = _assert_says_nothing(lambda: import_parquet(url, MemoryStore(tiny_manifest())), "")
+    assert isinstance(caught, StoreReadError)
+    assert str(caught).startswith("Parquet file breaking://host/run.parquet: reading it failed with RuntimeError, expected")
 
 
 def test_bytes_are_not_shown() -> None:

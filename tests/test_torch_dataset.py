@@ -12,11 +12,11 @@ from attrs import evolve
 from exchanged import fill, memory  # noqa: F401
 from torch.utils.data import DataLoader, Subset
 
-from lopd import collate
+from lopd import collate, label_rollouts
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import ArgumentError, ForkedStoreError, InvalidRecordError, MissingScoresError
+from lopd.errors import ArgumentError, ForkedStoreError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records import Scores
 from lopd.testing import assert_same_rollout, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_top_k
 from lopd.tools.interop import TorchDataset
@@ -52,6 +52,34 @@ def test_a_torch_dataset_without_complete_columns_is_refused_before_it_is_read(m
     )
     with pytest.raises(MissingScoresError, match="no top-k support"):
         TorchDataset(memory, [], ["plain"])
+
+
+def test_rows_leave_out_what_is_in_quarantine(memory: MemoryStore) -> None:
+    waiting = [row.rollout.rollout_id for row in memory.read(np.flatnonzero(~memory.scored("teacher")).tolist())]
+    memory.quarantine("teacher", memory.columns["teacher"], dict.fromkeys(waiting, "too long"))
+    remedy = r"27 rollouts, expected 30 \(3 in quarantine\); leave them out by `rows=np.flatnonzero\(store.scored\('teacher'\)\)`"
+    with pytest.raises(MissingScoresError, match=remedy):
+        TorchDataset(memory, ["teacher"])
+    assert len(TorchDataset(memory, ["teacher"], ["teacher"], np.flatnonzero(memory.scored("teacher")))) == 27
+    dataset = TorchDataset(memory, ["teacher"], rows=np.array([4, 2]))
+    assert [row.rollout.rollout_id for row in dataset] == [row.rollout.rollout_id for row in memory.read([2, 4])]
+    for outside in (2, -1):
+        with pytest.raises(NoSuchRowError, match=f"row {outside} was asked for, expected 0 to 1"):
+            dataset[outside]
+    with pytest.raises(NoSuchRowError, match="row 30 was chosen"):
+        TorchDataset(memory, rows=np.array([30]))
+
+
+def test_what_is_missing_comes_with_what_gives_it(memory: MemoryStore) -> None:
+    label_rollouts(memory, lambda _, rollout: 1.0, None, rows=np.arange(4))
+    ways = {
+        "teacher": "run `score_rollouts",
+        "label": "run `label_rollouts",
+        "behavior": "sample with an engine that reports its log-probs",
+    }
+    for column, way in ways.items():
+        with pytest.raises(MissingScoresError, match=f"column '{column}' has scores for [0-9]+ rollouts, expected 30; {way}"):
+            TorchDataset(memory, [column])
 
 
 def test_what_a_torch_dataset_is_asked_for_is_a_row_and_several_columns(memory: MemoryStore) -> None:

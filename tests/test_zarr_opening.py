@@ -2,14 +2,17 @@
 
 import errno
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attrs import evolve
+from s3_server import S3Server
 from zarr_stores import _quick_disk, filled, many, place  # noqa: F401
 
+from lopd.backends.files import open_files
 from lopd.backends.files.local import LocalFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.opening import open_store
@@ -63,6 +66,17 @@ def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
             ZarrStore.open(tmp_path / name)
     with pytest.raises(StoreNotFoundError, match="without a lopd manifest"):
         ZarrStore.open_or_create(tmp_path / "foreign", tiny_manifest())
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_folder_that_a_console_made_in_a_bucket_is_empty(kind: type[ZarrStore] | type[LanceStore], s3: S3Server) -> None:
+    url = s3.new_url("")
+    s3.write(f"{url}/", b"")
+    assert s3.keys(url) == [f"{s3.key(url)}/"]
+    assert open_files(url, s3.storage_options).names("") == []
+    kind.create(url, tiny_manifest(), storage_options=s3.storage_options).append(many(0, 2))
+    assert_holds(kind.open(url, storage_options=s3.storage_options), many(0, 2))
 
 
 @pytest.mark.parametrize("make", [ZarrStore.create, ZarrStore.open, ZarrStore.open_or_create])
@@ -186,6 +200,14 @@ def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(
         pickle.loads(early)  # noqa: S301
     (problem,) = ZarrStore.open(tmp_path / "run.zarr").verify()
     assert "a commit record is missing" in problem
+
+
+def test_a_copy_that_was_made_while_somebody_wrote_is_told_to_be_made_again(filled: ZarrStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "copy")
+    filled.append(many(9, 1))
+    shutil.copytree(place(filled) / "head", tmp_path / "copy/head", dirs_exist_ok=True)
+    with pytest.raises(CorruptStoreError, match="or copy the store again, if it was copied while somebody wrote"):
+        ZarrStore.open(tmp_path / "copy")
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_fail_the_append(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:

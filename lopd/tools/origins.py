@@ -1,5 +1,6 @@
 """Who sampled and scored a store, and how, as rows of text: what the doctor and the run report show."""
 
+from lopd.guards.consistency import verdict
 from lopd.protocols import LogprobReader
 from lopd.records.identity import ModelId
 from lopd.records.lineage import Lineage, StoreId
@@ -40,6 +41,12 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
         "parity, mean nats": [*parity, *blank],
     }
+
+
+def judged_columns(store: LogprobReader) -> dict[str, list[str]]:
+    """Return `score_columns`, and what the model of each is to the policy."""
+    columns, judged = score_columns(store), [verdict(store.manifest, made) for made in store.columns.values()]
+    return {**columns, "as teacher": judged + [""] * (len(columns["column"]) - len(judged))}
 
 
 def trained_on(lineage: Lineage, store: LogprobReader) -> bool | None:

@@ -250,7 +250,8 @@ class ObstoreFiles:
         prefix = f"{folder}/" if folder else ""
         listed = self._repeat(partial(self._call, folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None)))
         paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
-        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths} - {PROBES})
+        # consoles make a "folder" of an empty object that has its name
+        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths} - {PROBES, ""})
 
     def _listed(self, folder: str) -> list[Any]:
         pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn again each time)

@@ -140,7 +140,10 @@ class CommitLog:
         return max((int(name) for name in self._files.names(_HEAD) if re.fullmatch(r"\d{10}", name)), default=None)
 
     def _missing(self, expected: str) -> CorruptStoreError:
-        return CorruptStoreError(f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup.")
+        return CorruptStoreError(
+            f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup, or copy the store again, if it was copied "
+            "while somebody wrote."
+        )
 
     def checkpoint(self, until: int | None) -> Checkpoint | None:
         """Return the latest checkpoint that is not after commit `until`, or None."""

@@ -167,7 +167,8 @@ def _works(like: Work, options: Namespace) -> list[Work]:
     for tokens in options.tokens:
         check_number("Plan", "tokens", tokens, 0 < tokens < math.inf, "finite and more than 0")
     sizes = options.prompts or [max(round(tokens / work.response_tokens / work.samples), 1) for tokens in options.tokens]
-    return [evolve(work, columns=tuple(columns), prompts=size) for size in sizes]
+    scored = work.scored if options.columns is None else None
+    return [evolve(work, columns=tuple(columns), scored=scored, prompts=size) for size in sizes]
 
 
 def _as_json(work: Work, rates: GpuRates, bills: _Bills) -> dict[str, Any]:
@@ -193,6 +194,8 @@ def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace) -> It
     columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
     yield title, columns, list(_rows(bills, options.gpu_price))
     yield from _sentences(rates, bills)
+    if options.like and not (options.training_rate or options.student_billions or options.student_active):
+        yield f"Training is guessed for {work.student_billions:g} billion parameters; pass --student-billions, or --training-rate."
     yield f"{_store_sentence(work, work.stored)}\n"
 
 

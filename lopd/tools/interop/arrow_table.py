@@ -19,7 +19,7 @@ import numpy as np
 from xxhash import xxh3_128
 
 from lopd.backends import admission
-from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, UncheckedDataWarning
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, ManifestMismatchError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import named, parts
 from lopd.records.manifest import Provenance
@@ -144,9 +144,11 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
 
 @contextmanager
 def reading(owner: str) -> Iterator[None]:
-    """Make one error of whatever a foreign library raises at damaged data."""
+    """Make one error of whatever a foreign library raises at damaged data; an error of ours stays."""
     try:
         yield
+    except LopdError:
+        raise
     except Exception as error:  # each part of pyarrow and of datasets raises its own
         raise CorruptStoreError(f"{owner}: it cannot be read ({error}); restore it from a backup.") from error
 

@@ -90,6 +90,7 @@ def import_authors_parquet(
         TokenizerMismatchError: tokenizer, manifest and teacher do not share one vocabulary; nothing is imported.
         InvalidRecordError: a row has lengths that disagree, or something that is not a log-prob; it names the row.
         StoreNotFoundError: the file is not there.
+        StoreReadError: the storage fails, also midway.
         CorruptStoreError: it is damaged, or has other fields.
         ConflictError: other content is under an id, or another model under the column, of the store.
     """

@@ -51,7 +51,7 @@ def export_parquet(
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     pq, place = need("pyarrow.parquet", "Parquet"), _Place.of(path, storage_options)
-    if place.ask(place.system.exists):
+    if place.ask(place.system.exists, place.name):
         raise StoreExistsError(f"{place.owner}: it is there already, expected nothing; remove it, or choose another name.")
     check_at_least("Export", "rows_per_group", rows_per_group, 1)
     description = Description.of(reader)
@@ -92,6 +92,7 @@ def import_parquet(
     Raises:
         StoreNotFoundError: the file is not there.
         StorePathError: it is a pipe or a device.
+        StoreReadError: the storage fails, also midway.
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         ManifestMismatchError: the store has another manifest.
@@ -107,6 +108,7 @@ def parquet_manifest(path: StorePath, *, storage_options: StorageOptions | None 
 
     Raises:
         StoreNotFoundError: the file is not there.
+        StoreReadError: the storage fails.
         CorruptStoreError: it is damaged, or no export of lopd.
     """
     with open_parquet(path, storage_options) as (file, owner):
@@ -124,7 +126,7 @@ def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Ite
     raw = place.ask(place.opened)
     with raw:
         with reading(place.owner):
-            file = asked(place.url, lambda: pq.ParquetFile(raw, page_checksum_verification=True), secret=place.secret)
+            file = pq.ParquetFile(_Reading(raw, place), page_checksum_verification=True)
             # names that are not text raise here, and not later
             _ = file.schema_arrow.names
         yield file, place.owner
@@ -135,6 +137,7 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
 
     Raises:
         InvalidRecordError: that number is less than 1.
+        StoreReadError: the storage fails.
         CorruptStoreError: a part of the file is damaged.
     """
     pa = need("pyarrow", "Parquet")
@@ -176,19 +179,31 @@ class _Place:
         """How messages name it."""
         return f"Parquet file {without_secrets(self.url if '://' in self.url else self.name)}"
 
-    def ask(self, work: Callable[[str], T]) -> T:
-        """Return what is done with the file's name."""
+    def ask(self, work: Callable[..., T], *arguments: Any, doing: str = "opening") -> T:
+        """Return what the file system does with these arguments."""
         try:
-            return asked(self.url, partial(work, self.name), secret=self.secret)
+            return asked(self.url, partial(work, *arguments), secret=self.secret)
         except FileNotFoundError as error:
             raise StoreNotFoundError(f"{self.owner}: there is nothing, expected a parquet file; check the path.") from error
         except OSError as error:
             raise StoreReadError(
-                f"{self.owner}: opening it failed with {error}, expected a parquet file; check the path and permissions."
+                f"{self.owner}: {doing} it failed with {error}, expected a parquet file; check path, network and permissions, and repeat it."
             ) from error
 
-    def opened(self, name: str) -> Any:
+    def opened(self) -> Any:
         """Open it for reading."""
-        if self.system.info(name)["type"] == "other":
+        if self.system.info(self.name)["type"] == "other":
             raise StorePathError(f"{self.owner}: it is a pipe or a device, expected a regular file; correct the path.")
-        return self.system.open(name, "rb")
+        return self.system.open(self.name, "rb")
+
+
+@frozen
+class _Reading:
+    """An open file as pyarrow gets it: what its file system raises while it reads is not damage, and may hold secrets."""
+
+    file: Any
+    place: _Place
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.file, name)
+        return partial(self.place.ask, found, doing="reading") if callable(found) else found

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import final
 
+import numpy as np
 from attrs import field, frozen
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from lopd.backends.admission import check_rows
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import named
+from lopd.protocols.reading import chosen, named, way_to
 from lopd.records.checks import several
 from lopd.records.rollouts import ScoredRollout
 from lopd.records.rows import Rows
@@ -44,23 +47,34 @@ class TorchDataset(Dataset[ScoredRollout]):
         reader: any store.
         columns: whose log-probs come along; `behavior` is one, and `behavior/sampler`.
         top_k: columns whose top-k support comes along.
+        rows: row numbers of the store, ascending and each once; all of them if None.
 
     Raises:
         ArgumentError: `columns` or `top_k` is one text in place of several.
-        MissingScoresError: a column is not there, not complete, or keeps no top-k support.
+        MissingScoresError: a column is not there, not complete in these rows, or keeps no top-k support.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no rows, or they are not whole numbers; a mask of rows is not.
     """
 
     reader: LogprobReader
     columns: Sequence[str] = field(default=(), converter=_names)
     top_k: Sequence[str] = field(default=(), converter=_names)
+    rows: NDArray[np.int64] | None = None
 
     def __attrs_post_init__(self) -> None:
+        if self.rows is not None:
+            object.__setattr__(self, "rows", chosen(self.reader, self.rows))
+        rows = np.arange(len(self.reader)) if self.rows is None else self.rows
         for column in (*self.columns, *self.top_k):
-            done = int(self.reader.scored(column).sum())
-            if done < len(self.reader):
+            done = int(self.reader.scored(column)[rows].sum())
+            if done < rows.size:
+                aside, known = len(self.reader.quarantined(column).keys() & {*rows.tolist()}), self.reader.columns.get(column)
+                remedy = way_to(column, label=known is not None and known.label)
+                if done + aside == rows.size:
+                    remedy = f"leave them out by `rows=np.flatnonzero(store.scored({column!r}))`"
                 raise MissingScoresError(
-                    f"{named(self.reader)}: column {column!r} has scores for {done} rollouts, expected {len(self.reader)}; "
-                    f"run `score_rollouts(..., column={column!r})`."
+                    f"{named(self.reader)}: column {column!r} has scores for {done} rollouts, expected {rows.size}"
+                    f"{f' ({aside} in quarantine)' * bool(aside)}; {remedy}."
                 )
         for column in self.top_k:
             if column not in self.reader.columns or not self.reader.columns[column].top_k:
@@ -69,8 +83,8 @@ class TorchDataset(Dataset[ScoredRollout]):
                 )
 
     def __len__(self) -> int:
-        """Return the number of committed rollouts."""
-        return len(self.reader)
+        """Return the number of rows, or of committed rollouts."""
+        return len(self.reader if self.rows is None else self.rows)
 
     def __getitem__(self, index: int) -> ScoredRollout:
         """Return one rollout."""
@@ -78,4 +92,6 @@ class TorchDataset(Dataset[ScoredRollout]):
 
     def __getitems__(self, indices: Sequence[int]) -> Rows:
         """Return several rollouts, in the order asked: what a `DataLoader` asks for."""
+        if self.rows is not None:
+            indices = self.rows[check_rows("TorchDataset", indices, len(self))].tolist()
         return self.reader.read(indices, columns=self.columns, top_k=self.top_k)

@@ -110,7 +110,7 @@ def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
     check_at_least("Bill", "gpus", gpus, 1)
     phases = (
         _spread("rollouts", work.rollouts * work.response_tokens, rates.sampling, rates, gpus),
-        _spread("scores", work.tokens * len(work.columns), rates.scoring, rates, gpus),
+        _spread("scores", work.tokens * work.reads, rates.scoring, rates, gpus),
         _training(work, rates, gpus),
     )
     return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _served_gb(work.teacher_billions)))

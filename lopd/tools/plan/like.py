@@ -17,7 +17,7 @@ from lopd.tools.plan.work import Work
 def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: int = 1000) -> Work:
     """Return the work that made a store, measured, as if all its columns of log-probs were complete; one that is not scored gets one without top-k.
 
-    Labels are left out: a verifier costs no GPU-hours.
+    Labels are left out: a verifier costs no GPU-hours.  What the policy wrote while it sampled is stored, and not scored.
 
     Args:
         store: at least one rollout.
@@ -32,19 +32,28 @@ def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: in
     prompt_tokens, response_tokens = store.lengths().mean(axis=0).tolist()
     read = [row.rollout for row in store.read(evenly(np.arange(len(store)), sample).tolist())]
     samples = store.manifest.sampling.samples_per_prompt
+    supports = {name: made.top_k for name, made in store.columns.items() if not made.label}
+    scored = len(supports.keys() - _sampled_columns(store))
     return Work(
         prompts=max(1, round(len(store) / samples)),
         samples=samples,
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
         vocab_size=store.manifest.tokenizer.vocab_size,
-        columns=tuple(provenance.top_k for provenance in store.columns.values() if not provenance.label) or (0,),
+        columns=(*supports.values(), *(() if scored else (0,))),
         behavior=bool(store.scored(BEHAVIOR_COLUMN).any()),
         masked=not all(rollout.loss_mask.all() for rollout in read),
         logprob_dtype=logprob_dtype,
         id_bytes=sum(len(rollout.rollout_id.encode("utf-8", "surrogatepass")) for rollout in read) / len(read),
         rollouts_per_commit=max(1.0, len(store) * (1 + len(store.columns)) / max(1, _segments(store.history()))),
+        scored=max(1, scored),
     )
+
+
+def _sampled_columns(store: DurableStore) -> set[str]:
+    """Return the columns of the policy's log-probs of other tokens, which are written between its rollouts."""
+    sampling = store.manifest.sampling
+    return {policy_column(generation) for generation in store.generations} if sampling.candidates + sampling.drawn else set()
 
 
 def _segments(history: Sequence[Commit]) -> int:
@@ -62,9 +71,9 @@ def measured_rates(store: DurableStore) -> dict[str, float]:
     Each is the median over commits, so that nights between runs do not count.
     """
     prompts, responses = store.lengths().sum(axis=0).tolist()
-    # the policy's log-probs of other tokens are written between its rollouts, and labels are not a model's
-    kept = {policy_column(generation) for generation in store.generations} | {n for n, made in store.columns.items() if made.label}
-    history, rates = [commit for commit in store.history() if commit.column not in kept], dict[str, float]()
+    # labels are not a model's
+    others = _sampled_columns(store) | {name for name, made in store.columns.items() if made.label}
+    history, rates = [commit for commit in store.history() if commit.column not in others], dict[str, float]()
     # the history counts all tokens of rollouts, and only the response tokens of scores
     share = max(1, responses) / max(1, prompts + responses)
     for name, kind, factor in (("sampling", "rollouts", share), ("scoring", "scores", 1 / share)):

@@ -65,12 +65,13 @@ class Work:
         student_billions, teacher_billions: parameters.
         student_active, teacher_active: parameters that a token meets (mixture of experts), billions; None for all.
         vocab_size: ids of the tokenizer.
-        columns: K of the top-k support of each score column, 0 without one; each column is counted as if the teacher read it.
+        columns: K of the top-k support of each score column, 0 without one.
         behavior: whether the sampling engine's log-probs are stored.
         masked: whether loss masks are stored, which they are not where every token counts.
         logprob_dtype: "float32" or "float16".
         id_bytes: length of a rollout id in UTF-8, on average.
         rollouts_per_commit: rollouts appended or scored in one call.
+        scored: how many of the columns are counted as if the teacher read the rollouts for them; the others came with sampling.  None for all.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -94,6 +95,7 @@ class Work:
     logprob_dtype: str = "float32"
     id_bytes: float = 24.0
     rollouts_per_commit: float = 256.0
+    scored: int | None = None
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Work")
@@ -102,6 +104,7 @@ class Work:
         check_at_least("Work", "steps", self.all_steps, 1)
         check_at_least("Work", "number of columns", len(self.columns), 1)
         check_at_least("Work", "top-k", min(self.columns), 0)
+        check_number("Work", "scored", self.reads, 0 <= self.reads <= len(self.columns), f"0 to {len(self.columns)}, the number of columns")
         for name in ("prompt_tokens", "response_tokens", "rollouts_per_commit", "id_bytes"):
             value = getattr(self, name)
             check_number("Work", name, value, 1 <= value < math.inf, "finite and at least 1")
@@ -122,6 +125,11 @@ class Work:
     def tokens(self) -> float:
         """Prompt and response tokens of all rollouts."""
         return self.rollouts * (self.prompt_tokens + self.response_tokens)
+
+    @property
+    def reads(self) -> int:
+        """How many times the teacher reads the rollouts."""
+        return len(self.columns) if self.scored is None else self.scored
 
     @property
     def all_steps(self) -> int:

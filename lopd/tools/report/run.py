@@ -21,7 +21,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
-from lopd.tools.origins import describe_model, origins, score_columns, trained_on
+from lopd.tools.origins import describe_model, judged_columns, origins, trained_on
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
@@ -101,7 +101,7 @@ def write_run_report(
         "rollouts": _rollouts(store, report, sampled, decode),
         "named": decode is not None,
         "origins": _origins(store, lineage, versions or {}),
-        "columns": {**score_columns(store), "as teacher": [verdict(store.manifest, p) for p in store.columns.values()] + [""]},
+        "columns": judged_columns(store),
     }
     write_page(path, "run.html", {**parts, **advantages})
 

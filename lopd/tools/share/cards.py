@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from lopd.engines.identity import folder_model_id
 from lopd.errors import ArgumentError, InvalidRecordError, ManifestMismatchError, ModelError, printable
-from lopd.guards.consistency import lineage_after, verdict
+from lopd.guards.consistency import lineage_after
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, texts_of
@@ -18,14 +18,14 @@ from lopd.records.estimates import Estimate
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.paths import local_path, names_path
-from lopd.tools.origins import describe_model, origins, score_columns, trained_on
+from lopd.tools.origins import describe_model, judged_columns, origins, trained_on
 
 ADAPTERS = "adapter_config.json"
 #: The file of a store that was pushed.
 ROLLOUTS = "rollouts.parquet"
 _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
-_SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
+_SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored", "as teacher")
 #: What is before the name in a path that begins at a root, at home or at a folder of dots; a name of a hub and a revision begin otherwise.
 #: A folder's name may have spaces, and ends where another path begins behind one.
 _FOLDERS = re.compile(
@@ -38,6 +38,12 @@ _MARKUP = str.maketrans({"<": "&lt;", **{mark: f"\\{mark}" for mark in "\\|[]`*"
 _ON = {
     True: "Its lineage records these rollouts.\n",
     None: "Its lineage does not record on which rollouts it was trained; these are of the same teachers.\n",
+}
+#: What a student is that learnt from no teacher's log-probs, by how it was made.
+_UNTAUGHT = {
+    "SFT": "A language model that was fine-tuned on the text of a teacher, before on-policy distillation.",
+    "training on labels": "A language model that learnt from labels of rollouts of its own, and from no teacher's log-probs.",
+    "SFT, or training on labels": "A language model that was trained on rollouts, and on no teacher's log-probs.",
 }
 _Cells = Sequence[Sequence[str]]
 
@@ -131,7 +137,7 @@ def model_card(folder: str | Path, about: About | None = None, store: LogprobRea
         eval_results=[_result(hub, *one) for one in about.results()] or None,
     )
     made = [
-        ("method", f"{_PAPER}, by lopd {version('lopd')}" if lineage.opd_teacher else f"SFT, by lopd {version('lopd')}"),
+        ("method", f"{_PAPER if lineage.opd_teacher else _untaught(lineage, store)}, by lopd {version('lopd')}"),
         ("teacher whose log-probs it learnt from", describe_model(lineage.opd_teacher)),
         ("teacher that wrote its SFT text", describe_model(lineage.sft_teacher)),
         ("base model", about.base_model or "not stated"),
@@ -143,7 +149,7 @@ def model_card(folder: str | Path, about: About | None = None, store: LogprobRea
         (*one, f"{value.mean:.3g}", f"{value.low:.3g} to {value.high:.3g}", f"{value.clusters:,}") for *one, value in about.results()
     ]
     text = [
-        f"# {folder.resolve().name}\n\n{_what(lineage)}\n\n## How it was made\n",
+        f"# {folder.resolve().name}\n\n{_what(lineage, store)}\n\n## How it was made\n",
         _table(("", ""), made),
         *(() if store is None else ["\n## Rollouts that it learnt from\n", _ON[trained_on(lineage, store)], *_contents(store)]),
         "\n## Results\n",
@@ -196,10 +202,11 @@ def _check_store(folder: Path, lineage: Lineage, store: LogprobReader) -> None:
             f"Export {folder.name}: it was trained on {known.rollouts:,} other rollouts than those of the store, which has {len(store):,}, of "
             f"{store.manifest.policy}; pass the store that it was trained on."
         )
-    sft = store.manifest.sft_teacher if teacher else lineage_after(store.manifest, ()).sft_teacher
-    if sft != lineage.sft_teacher:
+    # without a teacher it has imitated the writer of the rollouts, or learnt from their labels
+    own = [store.manifest.sft_teacher, *(() if teacher else [lineage_after(store.manifest, ()).sft_teacher])]
+    if lineage.sft_teacher not in own:
         raise ManifestMismatchError(
-            f"Export {folder.name}: its SFT teacher is {lineage.sft_teacher}, expected {sft}, the store's; pass the store that it was trained on."
+            f"Export {folder.name}: its SFT teacher is {lineage.sft_teacher}, expected {own[-1]}, the store's; pass the store that it was trained on."
         )
     taught = [lineage_after(store.manifest, [provenance]).opd_teacher for provenance in store.columns.values()]
     scored = [part for model in taught if model for part in model.parts]
@@ -217,9 +224,16 @@ def _identity(folder: Path) -> str:
         return "not known"
 
 
-def _what(lineage: Lineage) -> str:
+def _untaught(lineage: Lineage, store: LogprobReader | None) -> str:
+    """Return how a student without a teacher's log-probs was made: a lineage that records rollouts does not tell what was learnt from them."""
+    if store is None:
+        return "SFT" if lineage.store is None else "SFT, or training on labels"
+    return "SFT" if lineage.sft_teacher == lineage_after(store.manifest, ()).sft_teacher else "training on labels"
+
+
+def _what(lineage: Lineage, store: LogprobReader | None) -> str:
     if lineage.opd_teacher is None:
-        return "A language model that was fine-tuned on the text of a teacher, before on-policy distillation."
+        return _UNTAUGHT[_untaught(lineage, store)]
     same = lineage.sft_teacher is not None and lineage.sft_teacher.same_weights(lineage.opd_teacher)
     known = "the same model" if same else "not recorded" if lineage.sft_teacher is None else "another model"
     return (
@@ -231,14 +245,11 @@ def _what(lineage: Lineage) -> str:
 def _contents(store: LogprobReader) -> list[str]:
     """Return what a store holds, who sampled it, and who scored it."""
     tokens = int(store.lengths()[:, 1].sum())
-    columns = score_columns(store)
-    shown = {name: columns[name] for name in _SHOWN}
-    shown["as teacher"] = [verdict(store.manifest, one) for one in store.columns.values()]
-    shown["as teacher"] += [""] * (len(columns["column"]) - len(store.columns))
+    columns = judged_columns(store)
     return [
         _table(("", ""), [("rollouts", f"{len(store):,}, {tokens:,} response tokens"), *origins(store)]),
         "",
-        _table([*shown], list(zip(*shown.values(), strict=True))),
+        _table(_SHOWN, list(zip(*(columns[name] for name in _SHOWN), strict=True))),
     ]
 
 
