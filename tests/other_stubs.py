@@ -54,7 +54,7 @@ class SGLangStub(Stub):
         sampled, reports = [], []
         if params["max_new_tokens"]:
             named = {"stop_token_ids": params["stop_token_ids"], "seed": params["sampling_seed"]}
-            sampled, reports, _ = self._generate(named, ids, params["max_new_tokens"], params)
+            sampled, reports, _ = self._generate(named, ids, min(params["max_new_tokens"], self.room - len(ids) - 2), params)
         ended = bool(sampled) and sampled[-1] in {*params["stop_token_ids"], EOS}
         meta = {
             "finish_reason": {"type": "stop", "matched": sampled[-1]} if ended else {"type": "length", "length": len(sampled)},

@@ -13,7 +13,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource, servers
 from lopd.engines.server.answers import _seconds
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, QuarantineWarning
-from lopd.records import Manifest, Rollout, SamplingParams
+from lopd.records import Manifest, Prompt, Rollout, SamplingParams
 
 KINDS = {SGLangStub: "sglang", CompletionsStub: "openai"}
 
@@ -155,6 +155,18 @@ def test_what_sglang_would_not_read_is_quarantined_and_its_neighbours_are_scored
         len(store) - 2: f"Rollout 'of {room - 6}'",
         len(store) - 1: f"Rollout 'of {room - 2}'",
     }
+
+
+@pytest.mark.parametrize("pool", [None, 60])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}])
+def test_a_response_of_sglang_that_runs_to_the_end_of_its_room_is_a_rollout(start, sampling, pool):
+    room = pool or 64
+    params = SamplingParams(max_new_tokens=60, samples_per_prompt=4, **sampling)
+    prompts = [Prompt(f"of {n}", [3] * n) for n in (room - 8, room - 12)]
+    rollouts = ServerSource(servers_of(start(SGLangStub, pool=pool)), TOKENIZER, MODEL, params, (0,)).sample(prompts)
+    assert "length" in {rollout.finish_reason for rollout in rollouts}
+    for rollout in rollouts:
+        np.testing.assert_allclose(rollout.behavior_logprobs, truth(rollout), atol=1e-6)
 
 
 def meta(item):
