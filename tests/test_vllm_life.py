@@ -2,6 +2,7 @@
 
 import queue
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from lopd.engines.supports import entries, look_up
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm import engine as vllm_engine
 from lopd.engines.vllm.engine import import_vllm
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError, ModelWarning
 from lopd.records import Manifest, ModelId, Prompt, Rollout, SamplingParams
 
 
@@ -51,6 +52,8 @@ class FakeVLLM:
     def rpc(self, name, args=()):
         if name == "lopd_read_asked":
             return [self.overrides.get("asks", True)]
+        if name == "lopd_head_dtypes":
+            return [self.overrides.get("head", [])]
         self.cut.append(args)
         return [self.overrides.get("layers", 1)]
 
@@ -281,6 +284,16 @@ def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, fol
     for name in reserved:
         with pytest.raises(InvalidRecordError, match=rf"options has '{name}', expected an argument that lopd does not set itself"):
             VLLMSettings(options={name: 1})
+
+
+@pytest.mark.parametrize("head", [[], ["torch.float32"], ["torch.bfloat16"]])
+def test_a_vllm_that_computes_logits_in_16_bits_though_float32_was_asked_for_is_warned_of(head, fake, folder, rollouts):
+    fake.overrides["head"] = head
+    scorer_of(folder, float32_head=False).score(rollouts)
+    assert fake.started[0]["hf_overrides"] == {}
+    rounded = pytest.warns(ModelWarning, match=r"version 0.0 computes its logits in torch.bfloat16, expected torch.float32; use vLLM 0.32")
+    with rounded if head == ["torch.bfloat16"] else nullcontext():
+        scorer_of(folder).score(rollouts)
 
 
 @pytest.mark.parametrize(
