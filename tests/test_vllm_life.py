@@ -272,14 +272,15 @@ def test_a_gpu_may_read_a_prompt_in_parts_while_sampling(fake, folder, monkeypat
 
 
 def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, folder, rollouts):
-    options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}}
+    options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}, "kv_cache_dtype": "fp8"}
     scorer_of(folder, options=options).score(rollouts)
     assert fake.started[0]["quantization"] == "fp8"
     assert fake.started[0]["max_num_seqs"] == 7
     assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
-    for name in ("quantization", "hf_overrides"):
+    for name in ("quantization", "hf_overrides", "kv_cache_dtype"):
         with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes a model that its folder does not have; pass `identity=`"):
             scorer_of(folder, options={name: options[name]}).provenance  # noqa: B018
+    assert scorer_of(folder, options={"kv_cache_dtype": "auto"}).provenance.model == scorer_of(folder).provenance.model
     reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
     for name in reserved:
         with pytest.raises(InvalidRecordError, match=rf"options has '{name}', expected an argument that lopd does not set itself"):
