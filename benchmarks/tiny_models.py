@@ -115,7 +115,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "electra": _DECODER,
     "emu3": {"pad_token_id": 2},
     "falcon_h1": {"mamba_d_ssm": 64, "lm_head_multiplier": 0.3, "embedding_multiplier": 2.0},
-    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "gemma3_text": {**_SLIDING, "query_pre_attn_scalar": 8},  # with a cap on logits transformers computes "gemma3" without it
     "gemma3n_text": {
         **_SLIDING,
         "num_kv_shared_layers": 0,

@@ -81,8 +81,9 @@ class ModelError(LopdError, TypeError):
 
 
 class ModelWarning(LopdWarning):
-    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache.
-    To do: Make the model compute one function (`model.eval()`, no dropout), or accept that sampling is slow.
+    """A model that computes at random, with an attention that was changed to keep what it computes, without a cache, or with rounded logits; or
+    whose export vLLM will not start.
+    To do: Make the model compute one function (`model.eval()`, no dropout), accept that sampling is slow, or do what the message names.
     """
 
 

@@ -14,19 +14,26 @@ class SGLangStub(Stub):
     Args:
         cache: whether its prefix cache is on.
         deterministic: whether it takes seeds.
+        pool: tokens that its cache of keys and values holds, of which it tells; None is enough, and it tells nothing.
     """
 
-    def __init__(self, *, cache: bool = True, deterministic: bool = True, **settings: Any) -> None:
-        self.cache, self.deterministic = cache, deterministic
+    def __init__(self, *, cache: bool = True, deterministic: bool = True, pool: int | None = None, **settings: Any) -> None:
+        self.cache, self.deterministic, self.pool = cache, deterministic, pool
         super().__init__(mode="processed_logprobs", version="0.5.23", **settings)
 
     def pages(self) -> dict[str, Any]:
         settings = {"disable_radix_cache": not self.cache, "enable_deterministic_inference": self.deterministic}
+        if self.pool is not None:
+            settings |= {"max_total_num_tokens": self.pool, "max_req_input_len": self.room - 6}
         return {
             "/v1/models": {"object": "list", "data": [{"id": self.model, "root": self.model, "max_model_len": self.context}]},
             "/model_info": {"model_path": self.root, "served_model_name": self.model, "weight_version": "default"},
             "/server_info": {"version": self.version, **settings},
         }
+
+    @property
+    def room(self) -> int:
+        return min(self.context, self.pool or self.context)
 
     def complete(self, request: dict[str, Any]) -> Reply:
         single = not isinstance(request["input_ids"][0], list)
@@ -34,6 +41,9 @@ class SGLangStub(Stub):
         for ids in prompts:
             if len(ids) >= self.context:
                 said = f"The input ({len(ids)} tokens) is longer than the model's context length ({self.context} tokens)."
+                return 400, {"error": {"message": said}}
+            if len(ids) >= self.room - 6:
+                said = f"Input length ({len(ids)} tokens) exceeds the maximum allowed length ({self.room - 6} tokens). Use a shorter input."
                 return 400, {"error": {"message": said}}
         items = [self._item(request, i, ids, single) for i, ids in enumerate(prompts)]
         return 200, items[0] if single else items
@@ -44,7 +54,7 @@ class SGLangStub(Stub):
         sampled, reports = [], []
         if params["max_new_tokens"]:
             named = {"stop_token_ids": params["stop_token_ids"], "seed": params["sampling_seed"]}
-            sampled, reports, _ = self._generate(named, ids, params["max_new_tokens"], params)
+            sampled, reports, _ = self._generate(named, ids, min(params["max_new_tokens"], self.room - len(ids) - 2), params)
         ended = bool(sampled) and sampled[-1] in {*params["stop_token_ids"], EOS}
         meta = {
             "finish_reason": {"type": "stop", "matched": sampled[-1]} if ended else {"type": "length", "length": len(sampled)},

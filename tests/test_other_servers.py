@@ -12,8 +12,8 @@ from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource, servers
 from lopd.engines.server.answers import _seconds
-from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError
-from lopd.records import Manifest, Rollout, SamplingParams
+from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, QuarantineWarning
+from lopd.records import Manifest, Prompt, Rollout, SamplingParams
 
 KINDS = {SGLangStub: "sglang", CompletionsStub: "openai"}
 
@@ -143,6 +143,32 @@ def test_sglang_without_seeds_does_not_sample(start):
         source.sample(make_prompts())
 
 
+@pytest.mark.parametrize("pool", [None, 40, 1000])
+def test_what_sglang_would_not_read_is_quarantined_and_its_neighbours_are_scored(start, pool):
+    room = min(64, pool or 64)
+    rollouts = [Rollout(f"of {n}", [1], [2] * (n - 1), [True] * (n - 1), "length") for n in (room - 7, room - 6, room - 2)]
+    store = MemoryStore(Manifest(TOKENIZER, MODEL, SamplingParams()))
+    store.append([*make_rollouts(), *rollouts])
+    with pytest.warns(QuarantineWarning, match="2 rollouts are without scores"):
+        score_rollouts(store, scorer_of(start(SGLangStub, pool=pool)))
+    assert {row: reason.partition(":")[0] for row, reason in store.quarantined("teacher").items()} == {
+        len(store) - 2: f"Rollout 'of {room - 6}'",
+        len(store) - 1: f"Rollout 'of {room - 2}'",
+    }
+
+
+@pytest.mark.parametrize("pool", [None, 60])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}])
+def test_a_response_of_sglang_that_runs_to_the_end_of_its_room_is_a_rollout(start, sampling, pool):
+    room = pool or 64
+    params = SamplingParams(max_new_tokens=60, samples_per_prompt=4, **sampling)
+    prompts = [Prompt(f"of {n}", [3] * n) for n in (room - 8, room - 12)]
+    rollouts = ServerSource(servers_of(start(SGLangStub, pool=pool)), TOKENIZER, MODEL, params, (0,)).sample(prompts)
+    assert "length" in {rollout.finish_reason for rollout in rollouts}
+    for rollout in rollouts:
+        np.testing.assert_allclose(rollout.behavior_logprobs, truth(rollout), atol=1e-6)
+
+
 def meta(item):
     return item[0]["meta_info"]
 
@@ -165,6 +191,13 @@ BAD_SGLANG = {
     "cached": (lambda a: meta(a).update(cached_tokens=4), EngineError, "4 of its tokens.*--disable-radix-cache"),
     "refused": (
         lambda a: meta(a).update(finish_reason={"type": "abort", "status_code": 400, "message": "longer than the model's context length"}),
+        ContextOverflowError,
+        "answers 400",
+    ),
+    "too long": (
+        lambda a: meta(a).update(
+            finish_reason={"type": "abort", "status_code": 400, "message": "Input length (9 tokens) exceeds the maximum allowed length"}
+        ),
         ContextOverflowError,
         "answers 400",
     ),

@@ -18,7 +18,7 @@ from lopd.engines.probes import check_scoring, check_training
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import ContextOverflowError, ModelError, ModelWarning
 from lopd.losses.reference import SFTLoss
-from lopd.records import Rollout, ScoredRollout
+from lopd.records import Lineage, Rollout, ScoredRollout
 
 every_check = pytest.mark.parametrize("check", [check_scoring, check_training])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -276,15 +276,33 @@ def llama4():
 def test_a_folder_whose_class_reads_images_is_used_for_text(make, tokenizer, rollouts, full_logprobs, tmp_path):
     torch.manual_seed(0)
     made = make().eval()
-    made.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    model, _ = load_model(tmp_path)
+    made.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    model, _ = load_model(tmp_path / "base")
     assert type(model) is type(made)
     assert_scores_are_those_of_the_whole_model(model, tokenizer, rollouts, full_logprobs)
     student = CausalLMStudent(model, TOKENIZER_ID)
     student(collate([ScoredRollout(r, {}) for r in rollouts]), SFTLoss()).loss_sum.backward()
     layers = (model.model if make is llama4 else model.get_decoder()).layers
     assert all(p.grad is not None for p in layers.parameters())
+    for size in (12, 13):  # the second takes the place of the first
+        (tmp_path / "base/preprocessor_config.json").write_text("x" * size)
+        student.export(tmp_path / "out", tokenizer, Lineage())
+        assert (tmp_path / "out/preprocessor_config.json").read_text() == "x" * size
+
+
+def test_what_vllm_needs_for_images_is_missed_before_training_and_what_its_owner_put_into_an_export_stays(tokenizer, tmp_path):
+    gemma3().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = load_model(tmp_path / "base")
+    with pytest.warns(ModelWarning, match=r"reads images, .*, expected preprocessor_config.json or processor_config.json"):
+        student = CausalLMStudent(model, TOKENIZER_ID)
+    student.export(tmp_path / "out", tokenizer, Lineage())
+    for place in ("out", "base"):
+        (tmp_path / place / "processor_config.json").write_text(place)
+    student.export(tmp_path / "out", tokenizer, Lineage())
+    assert (tmp_path / "out/processor_config.json").read_text() == "out"
 
 
 def test_a_folder_that_lacks_weights_is_refused_before_they_are_made_up(qwen3, tokenizer, tmp_path):

@@ -146,6 +146,13 @@ def test_a_server_that_stops_at_ids_of_its_own_is_an_error(start):
         source_of(stub).sample(make_prompts())
 
 
+def test_a_server_that_caps_responses_is_said_to_and_its_stop_ids_are_not_blamed(start):
+    stub = start(defaults={"max_new_tokens": 3})
+    with pytest.raises(EngineError, match=r"\('length'\) after 3 of 12 tokens .*it caps responses.*--generation-config vllm") as caught:
+        source_of(stub).sample(make_prompts())
+    assert "stop_ids" not in str(caught.value)
+
+
 def test_a_server_that_does_not_stop_is_an_error(stub):
     stub.fail(1, changed(lambda body: [body["choices"][0]["token_ids"].insert(0, EOS), None][1]))
     with pytest.raises(EngineError, match="goes on after stop id 0 at token 0"):

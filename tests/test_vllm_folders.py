@@ -1,9 +1,13 @@
-"""Folders that vLLM would read otherwise than their identity states: refused by name before anything is loaded or started."""
+"""Folders that vLLM would read otherwise than their identity states: refused by name before anything is loaded; and the dtype of logits."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import peft
 import pytest
+import torch
+import transformers
 from conftest import TOKENIZER_ID, build_tokenizer
 from engine_models import save_model
 from odd_models import LONGROPE, odd_model
@@ -11,6 +15,7 @@ from test_vllm_life import fake  # noqa: F401
 
 from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
+from lopd.engines.vllm.worker import WorkerExtension
 from lopd.errors import ModelError
 from lopd.tools.command import main
 from lopd.tools.command.models import Model
@@ -104,3 +109,23 @@ def test_what_is_stated_of_a_model_is_recorded_by_transformers_too(tmp_path):
     model = Model(folder, revision="abc", dtype="float32")
     recorded = model.source(SamplingParams()).manifest.policy, model.scorer().provenance.model, model.identity()
     assert set(recorded) == {ModelId(folder, "abc", "float32")}
+
+
+def test_a_worker_states_what_its_layers_of_logits_compute_in_and_nothing_where_it_cannot_know(monkeypatch):
+    layer, name = type("LogitsProcessor", (torch.nn.Module,), {}), "vllm.model_executor.layers.logits_processor"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(LogitsProcessor=layer))
+    worker, config = WorkerExtension(), SimpleNamespace()
+    assert worker.lopd_head_dtypes() == []
+    worker.get_model, worker.model_runner = layer, SimpleNamespace(model_config=config)
+    assert worker.lopd_head_dtypes() == []
+    config.head_dtype = torch.bfloat16
+    assert worker.lopd_head_dtypes() == ["torch.bfloat16"]
+    layer.head_dtype = torch.float32
+    assert worker.lopd_head_dtypes() == ["torch.float32"]
+
+
+def test_a_float32_head_is_asked_for_where_a_model_that_also_reads_images_makes_it(fake, tmp_path):
+    for config, part in ((transformers.Gemma3Config(), {"text_config": {"head_dtype": "float32"}}), (transformers.Gemma3TextConfig(), {})):
+        config.save_pretrained(tmp_path)
+        arguments = VLLMEngine(tmp_path, 96, VLLMSettings(dtype=torch.bfloat16)).arguments()
+        assert arguments["hf_overrides"] == {"head_dtype": "float32", **part}

@@ -2,6 +2,7 @@
 
 import queue
 from concurrent.futures import Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from lopd.engines.supports import entries, look_up
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm import engine as vllm_engine
 from lopd.engines.vllm.engine import import_vllm
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError, ModelWarning
 from lopd.records import Manifest, ModelId, Prompt, Rollout, SamplingParams
 
 
@@ -54,6 +55,8 @@ class FakeVLLM:
     def rpc(self, name, args=()):
         if name == "lopd_read_asked":
             return [self.overrides.get("asks", True)]
+        if name == "lopd_head_dtypes":
+            return [self.overrides.get("head", [])]
         self.cut.append(args)
         return [self.overrides.get("layers", 1)]
 
@@ -286,18 +289,29 @@ def test_a_gpu_may_read_a_prompt_in_parts_while_sampling(fake, folder, monkeypat
 
 
 def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, folder, rollouts):
-    options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}}
+    options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}, "kv_cache_dtype": "fp8"}
     scorer_of(folder, options=options).score(rollouts)
     assert fake.started[0]["quantization"] == "fp8"
     assert fake.started[0]["max_num_seqs"] == 7
     assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
-    for name in ("quantization", "hf_overrides"):
+    for name in ("quantization", "hf_overrides", "kv_cache_dtype"):
         with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes a model that its folder does not have; pass `identity=`"):
             scorer_of(folder, options={name: options[name]}).provenance  # noqa: B018
+    assert scorer_of(folder, options={"kv_cache_dtype": "auto"}).provenance.model == scorer_of(folder).provenance.model
     reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
     for name in reserved:
         with pytest.raises(InvalidRecordError, match=rf"options has '{name}', expected an argument that lopd does not set itself"):
             VLLMSettings(options={name: 1})
+
+
+@pytest.mark.parametrize("head", [[], ["torch.float32"], ["torch.bfloat16"]])
+def test_a_vllm_that_computes_logits_in_16_bits_though_float32_was_asked_for_is_warned_of(head, fake, folder, rollouts):
+    fake.overrides["head"] = head
+    scorer_of(folder, float32_head=False).score(rollouts)
+    assert fake.started[0]["hf_overrides"] == {}
+    rounded = pytest.warns(ModelWarning, match=r"version 0.0 computes its logits in torch.bfloat16, expected torch.float32; use vLLM 0.32")
+    with rounded if head == ["torch.bfloat16"] else nullcontext():
+        scorer_of(folder).score(rollouts)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,7 @@ class Stub:
 
     def _choice(self, request: dict[str, Any], ids: list[int]) -> dict[str, Any]:
         k, wanted = request.get("prompt_logprobs"), min(request.get("max_tokens", 16), self.context - len(ids))
+        wanted = min(wanted, self.defaults.get("max_new_tokens", wanted))
         settings = {"temperature": 1.0, "top_p": 1.0, **self.defaults, **{n: request[n] for n in ("temperature", "top_p") if n in request}}
         sampled, reports, reason = self._generate(request, ids, wanted, settings)
         choice = {

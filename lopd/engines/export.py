@@ -17,23 +17,31 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
-from lopd.errors import CorruptStoreError, LopdError, ModelError, StoreExistsError, StoreWriteError
+from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import read_regular
 from lopd.records.stored import LARGEST_JSON, parse
+from lopd.records.warn import warn_user
 
 #: Endings of files that some library takes for weights, or for a list of the weights to load.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
+#: Files of the processor of a model that also reads images, without which vLLM does not start it.  A chat_template.json is not among them: it
+#: would be taken in the place of the student's own template.
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _FILES = "files"
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def check_exportable(model: Any, tokenizer: Any) -> None:
     """Save what is small, and compare which weights are shared with what transformers ties when it loads: an export must not fail after training.
+
+    Warns:
+        ModelWarning: the model also reads images, and what vLLM needs for that is not where it was loaded from.
 
     Raises:
         ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; or torch.compile
@@ -67,6 +75,28 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
             f"Model {name}: {twice[0]!r} and {twice[1]!r} are one tensor, which its configuration does not state, so an export would load with "
             "one of them random; set `config.tie_word_embeddings = True` before loading, or give each its own tensor."
         )
+    config = own.get("config")
+    if getattr(config, "vision_config", None) is not None and not _processor_files(config):
+        warn_user(
+            f"Model {name}: it also reads images, and no file of its processor is where it was loaded from, expected {_PROCESSOR[0]} or "
+            f"{_PROCESSOR[1]}, without which vLLM does not start its export; put or download it there, or put it into the export.",
+            ModelWarning,
+        )
+
+
+def _processor_files(config: Any) -> list[Path]:
+    """Return those beside the weights that a model was loaded from, in its folder or the cache of the hub."""
+    name = str(getattr(config, "_name_or_path", None) or "")
+
+    def find(file: str) -> Any:
+        commit = getattr(config, "_commit_hash", None)
+        return Path(name, file) if Path(name).is_dir() else try_to_load_from_cache(name, file, revision=commit)
+
+    try:
+        found = [find(file) for file in _PROCESSOR] if name else []
+    except ValueError:  # what was a folder, and is not there any more, cannot be a name in the hub
+        return []
+    return [Path(path) for path in found if isinstance(path, str | Path) and Path(path).is_file()]
 
 
 def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, state: Mapping[str, Any] | None = None) -> None:
@@ -97,6 +127,10 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             if generation is not None and (fresh / "adapter_config.json").exists():
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
                 generation.to_json_file(fresh / "generation_config.json")
+            ours = exported_files(folder)
+            for path in _processor_files(unwrap(model).config) if (fresh / "config.json").exists() else ():
+                if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along
+                    shutil.copyfile(path, fresh / path.name)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
             written = _files(fresh)
             lineage.write(fresh)

@@ -49,14 +49,19 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def described_text(folder: Path) -> Any:
-    """Return the configuration of the text part of the model in a folder.
+def described(folder: Path) -> Any:
+    """Return the configuration of the model in a folder.
 
     Raises:
         EngineError: the folder has no configuration, or it cannot be read.
     """
     with looking_for(folder):
-        return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+        return transformers.AutoConfig.from_pretrained(folder)
+
+
+def described_text(folder: Path) -> Any:
+    """Return that of its text part; see `described`."""
+    return described(folder).get_text_config()
 
 
 def configured_eos(folder: Path) -> Any:

@@ -46,7 +46,8 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Warns:
-        ModelWarning: torch.compile is around the model as a whole, where it does nothing.
+        ModelWarning: torch.compile is around the model as a whole, where it does nothing; or the model also reads images, and the files of its
+            processor are not where it was loaded from.
 
     Raises:
         ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
@@ -172,7 +173,8 @@ class CausalLMStudent(nn.Module):
         Where several ranks train, each calls this on its own student (not on the wrapper), and rank 0 writes.
 
         A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
-        them, save that, and write the lineage beside it).
+        them, save that, and write the lineage beside it).  A full model that also reads images comes with the files of its processor, which vLLM
+        needs, if they were beside the weights that it was loaded from.
 
         The folder appears whole or not at all.  An earlier export of the same teachers is replaced, lineage included; other files in it, such as
         notes, are kept.

@@ -18,8 +18,13 @@ _SPENT = ("insufficient_quota",)
 _LIMITED = ("requests", "tokens")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# vLLM's words for a prompt that is longer than the context, and for one that fills it
-_TOO_LONG = ("maximum context length", "max_tokens must be at least 1", "longer than the model's context length")
+# words of vLLM and SGLang for a prompt that is longer than the context, and for one that fills it, or almost
+_TOO_LONG = (
+    "maximum context length",
+    "max_tokens must be at least 1",
+    "longer than the model's context length",
+    "exceeds the maximum allowed length",
+)
 
 # and for ids that it is asked to score and cannot
 _CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")

@@ -70,8 +70,8 @@ def _check_parts(owner: str, servers: object, identity: object) -> None:
 class ServerScorer:
     """Reads rollouts with a served model.
 
-    A rollout may have one token less than the context: the server insists on generating one.  A model whose head is padded gives its
-    padding ids a little probability there, which `HFScorer` cuts off.
+    A rollout may have one token less than the context, where the server insists on generating one, and with SGLang 7 less than the context or
+    its cache.  A model whose head is padded gives its padding ids a little probability there, which `HFScorer` cuts off.
     SGLang and servers of the OpenAI completions are tried with a few tokens in each call, before anything else is asked: one that does not echo,
     names tokens by text, or gives fewer most likely tokens than `top_k` is refused by name.
     A log-prob of exactly -inf, which servers write as -9999, becomes the floor of `lopd.floor_logprobs`, and is counted.

@@ -86,9 +86,14 @@ def check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int
             f"{owner}: it goes on after stop id {ids[inside]} at token {inside}, expected its end there; {EXTENSIONS}, and its stop_token_ids."
         )
     if not ids or (ids[-1] not in stops and len(ids) != longest):
+        expected = "a stop id; add the server's own stop ids to the sampling's stop_ids"
+        if reason == "length" and len(ids) < longest:
+            expected = (
+                "all of them, or a stop id; it caps responses, so set `max_new_tokens` or `context=` to what it gives, or start vLLM with "
+                "`--generation-config vllm`"
+            )
         raise EngineError(
-            f"{owner}: the server ended it ({str(reason)[:40]!r}) after {len(ids)} of {longest} tokens at id {ids[-1:]}, expected a stop id; "
-            "add the server's own stop ids to the sampling's stop_ids."
+            f"{owner}: the server ended it ({str(reason)[:40]!r}) after {len(ids)} of {longest} tokens at id {ids[-1:]}, expected {expected}."
         )
 
 

@@ -5,6 +5,8 @@
 - NaN and -inf are both null in SGLang's JSON: a null is an error, never a number.
 - `token_ids_logprob` is one list for all positions, so a request for candidates asks for all that a rollout has.
 - `ignore_eos` would turn off `stop_token_ids` too: the model's own EOS ends a response, and must be among the stop ids.
+- A prompt must be shorter than `max_req_input_len`: 6 tokens less than the context, or than the cache of keys and values where that is smaller.
+  A response ends 2 tokens before these.
 - Seeds count where the server was started with `--enable-deterministic-inference` only.
 
 Shape suffixes: T response tokens, K candidates a token, A ids asked for a token, U distinct ids asked for.
@@ -29,6 +31,8 @@ from lopd.records.rollouts import Rollout, Scores
 #: Log-probs of ids asked for that one answer may hold: about 30 bytes of JSON each.
 _MOST_ASKED = 4_000_000
 _NEUTRAL = {**NEUTRAL, "top_k": -1}
+#: Tokens, where a server does not tell its `max_req_input_len`.
+_KEPT_FREE = 6
 _ANSWERS = "serve with SGLang 0.5.23 or later, and with no proxy that changes its answers"
 
 
@@ -58,7 +62,8 @@ class SGLang:
         version = served.get("weight_version", "default")
         root = str(served.get("model_path")) + ("" if version == "default" else f" ({version})")
         cached, seeded = not settings.get("disable_radix_cache"), bool(settings.get("enable_deterministic_inference"))
-        length = positions(name, card.get("max_model_len"), context)
+        length, most = positions(name, card.get("max_model_len"), context), settings.get("max_req_input_len")
+        length = min(length, most if isinstance(most, int) else length - _KEPT_FREE)
         return Served(str(settings.get("version") or ""), root, length, cached, seeded)
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:  # noqa: ARG002  # all have it

@@ -15,11 +15,12 @@ from attrs import define, field
 
 from lopd.engines.asked import FIRST, IDS
 from lopd.engines.causal_lm import stated_rope_borders
-from lopd.engines.finding import described_text
+from lopd.engines.finding import described, described_text
 from lopd.engines.identity import folder_dtype
 from lopd.engines.vllm.liveness import told_of_death
 from lopd.engines.vllm.settings import VLLMSettings
-from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError
+from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
+from lopd.records.warn import warn_user
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _ROWS = 256
@@ -54,6 +55,9 @@ class VLLMEngine:
         top_k: the most log-probs a token that are ever asked for beside that of the token itself (`lopd.engines.asked.widest`).
         tokens_per_batch: at the moment; less than in `settings` after memory ran out.
         starts: how often it was started.
+
+    Warns:
+        ModelWarning: `float32_head` is asked for, and this version of vLLM computes logits in another dtype.
 
     Raises:
         EngineError, ModelError: see `context`.
@@ -157,7 +161,10 @@ class VLLMEngine:
     def arguments(self) -> dict[str, Any]:
         """Return arguments of `vllm.LLM`."""
         settings, options = self.settings, dict(self.settings.options)
-        overrides = {"head_dtype": "float32"} if settings.float32_head else {}
+        overrides: dict[str, Any] = {"head_dtype": "float32"} if settings.float32_head else {}
+        config = described(self.folder)
+        if overrides and getattr(config, "text_config", None) is config.get_text_config():
+            overrides["text_config"] = dict(overrides)  # a model that also reads images makes its head by that
         tokens = self.tokens_per_batch if self._may_split_prompts() else max(self.tokens_per_batch, self.context)
         return {
             "disable_log_stats": True,
@@ -209,15 +216,26 @@ class VLLMEngine:
             raise ModelError(
                 f"Model {self.folder}: its head has {rows} rows, expected at least {self.vocab_size}, the tokenizer's; resize the embeddings."
             )
-        if rows > self.vocab_size and not self._cut_head(llm):
+        if rows > self.vocab_size and not all(self._ask_workers(llm, "lopd_cut_head", self.vocab_size)):
             raise ModelError(
                 f"Model {self.folder}: its head has {rows} rows and cannot be cut, expected the tokenizer's {self.vocab_size}; drop the padding rows."
             )
+        if self.settings.float32_head:
+            self._warn_of_rounded_logits(llm, vllm.__version__)
         return llm
 
-    def _cut_head(self, llm: Any) -> bool:
+    def _warn_of_rounded_logits(self, llm: Any, version: str) -> None:
+        rounded = {name for names in self._ask_workers(llm, "lopd_head_dtypes") for name in names} - {"torch.float32"}
+        if rounded:
+            warn_user(
+                f"{self._name}: version {version} computes its logits in {', '.join(sorted(rounded))}, expected torch.float32; use vLLM 0.32, or "
+                "pass `float32_head=False` if rounded log-probs will do.",
+                ModelWarning,
+            )
+
+    def _ask_workers(self, llm: Any, name: str, *args: Any) -> list[Any]:
         with told_of_death(llm.llm_engine.engine_core):
-            return all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,)))
+            return list(llm.collective_rpc(name, args=args))
 
     def _asking(self, vllm: ModuleType, llm: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the sampling parameters of a request that asks for ids, as this vLLM takes them: its own, or what `WorkerExtension` reads."""

@@ -41,7 +41,7 @@ from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01
 # Options of vLLM that change what the weights in a folder compute.
-_CHANGING = {"hf_overrides", "hf_config_path", "quantization", "rope_scaling", "rope_theta"}
+_CHANGING = {"hf_overrides", "hf_config_path", "kv_cache_dtype", "quantization", "rope_scaling", "rope_theta"}
 
 
 @final
@@ -288,7 +288,8 @@ def _check_engine(owner: str, engine: VLLMEngine, top_k: int, *, scoring: bool) 
 
 
 def _folder_identity(engine: VLLMEngine) -> ModelId:
-    for name in sorted(engine.settings.options.keys() & _CHANGING):
+    options = engine.settings.options
+    for name in sorted(name for name in options.keys() & _CHANGING if options[name] not in (None, "auto")):
         raise ModelError(
             f"Model {engine.folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its "
             "own."

@@ -45,7 +45,7 @@ class VLLMSettings:
         seed: the engine's seed; rollouts have seeds of their own (`SamplingParams.seed`).
         enforce_eager: no compilation and no CUDA graphs: quicker to start, slower to run.
         float32_head: logits in float32, as lopd computes them everywhere, and not in the dtype of the weights; what it gains on a bfloat16 model
-            is in `benchmarks/results/bench_engines.json`.
+            is in `benchmarks/results/bench_engines.json`.  A vLLM that does not, as versions before 0.32 may not, is warned of when it starts.
         restarts: how often one call may restart a dead engine.
         least_tokens_per_batch: memory that runs out halves `tokens_per_batch` down to this.
         options: any other arguments of `vllm.LLM`, by name.

@@ -21,13 +21,20 @@ class WorkerExtension:
         The rows of a head beyond the tokenizer's ids are padding.  vLLM samples from them and counts their mass; with the cut, no such id is
         ever drawn and every log-prob is over the ids that exist.
         """
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor
-
-        layers = [layer for layer in self.get_model().modules() if isinstance(layer, LogitsProcessor)]
+        layers = _logits_layers(self.get_model())
         for layer in layers:
             # vLLM's own cut of the rows that it pads a head with
             layer.org_vocab_size = vocab_size
         return len(layers)
+
+    def lopd_head_dtypes(self) -> list[str]:
+        """Return in which dtypes logits are computed, as far as this vLLM states it; one that lets no layer choose states it for the model."""
+        try:
+            whole = getattr(self.model_runner.model_config, "head_dtype", None)
+            stated = {getattr(layer, "head_dtype", None) or whole for layer in _logits_layers(self.get_model())}
+        except Exception:  # of a worker that is built otherwise nothing is known, and it does its work all the same
+            return []
+        return sorted(str(dtype) for dtype in stated if dtype is not None)
 
     def lopd_read_asked(self) -> bool:
         """Let prompt log-probs hold, last at each position, those of the ids that a request asks for; return whether this vLLM can be made to.
@@ -41,6 +48,12 @@ class WorkerExtension:
             return False
         runner._get_prompt_logprobs_dict = partial(_read_each, runner, runner._get_prompt_logprobs_dict, runner.sampler.gather_logprobs)
         return True
+
+
+def _logits_layers(model: torch.nn.Module) -> list[Any]:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+
+    return [layer for layer in model.modules() if isinstance(layer, LogitsProcessor)]
 
 
 def _read_each(runner: Any, read: Callable[..., Mapping[str, Any]], gather: Callable[..., Any], *step: Any) -> dict[str, Any]:
