@@ -134,7 +134,8 @@ def sample_round(
     rows = rows_of(store, prompts, [manifest.generation])
     asked = len(prompts) * manifest.sampling.samples_per_prompt
     if len(rows) < asked and not sampled_by.same_weights(manifest.policy):
-        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}; {sampled_by} was stopped, or refused the rest"
+        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}"
+        found = f"{found}; {sampled_by} was stopped, or refused the rest"
         if not len(rows):
             raise ConflictError(f"{found}, and another policy cannot go on: give the round a number of its own (`generation`).")
         warn_user(f"{found}, and the student computes a little otherwise now, so this round trains on fewer.", TrainingWarning)

@@ -17,12 +17,11 @@ from lopd.engines.asked import FIRST, IDS
 from lopd.engines.causal_lm import stated_rope_borders
 from lopd.engines.finding import described, described_text
 from lopd.engines.identity import folder_dtype
-from lopd.engines.vllm.liveness import told_of_death
+from lopd.engines.vllm.liveness import ran_out_of_memory, told_of_death, was_refused, words_of
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
 from lopd.records.warn import warn_user
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _ROWS = 256
 
 
@@ -126,19 +125,19 @@ class VLLMEngine:
                 self.close()
                 if isinstance(error, LopdError):
                     raise
-                if _ran_out_of_memory(error) and self._halve():
+                if ran_out_of_memory(error) and self._halve():
                     continue
                 deaths += 1
-                if _was_refused(error):
-                    raise EngineError(f"{self._name}: it refused {_words(error)}; ask otherwise.") from error
+                if was_refused(error):
+                    raise EngineError(f"{self._name}: it refused {words_of(error)}; ask otherwise.") from error
                 if not lived:
                     raise EngineError(
-                        f"{self._name}: it did not start ({_words(error)}), see its log; close other engines of this program (`source.close()`), "
+                        f"{self._name}: it did not start ({words_of(error)}), see its log; close other engines of this program (`source.close()`), "
                         "or pass a smaller `max_model_len` or `tokens_per_batch`, or another `gpu_memory_utilization`."
                     ) from error
                 if deaths > self.settings.restarts:
                     raise EngineError(
-                        f"{self._name}: it failed {deaths} times in one call, the last time by {_words(error)}, expected at most "
+                        f"{self._name}: it failed {deaths} times in one call, the last time by {words_of(error)}, expected at most "
                         f"{self.settings.restarts}; see its log, and call again to resume."
                     ) from error
                 if deaths > 1:
@@ -284,23 +283,3 @@ def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
-
-
-def _ran_out_of_memory(error: BaseException | None) -> bool:
-    if error is None:
-        return False
-    text = str(error).lower()
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or any(words in text for words in _OUT_OF_MEMORY)
-        or _ran_out_of_memory(error.__cause__ or error.__context__)
-    )
-
-
-def _was_refused(error: BaseException) -> bool:
-    """Return whether vLLM would refuse it again; its own class for that is looked up by name, since not every version has it."""
-    return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__} ({(str(error).strip() or 'no message').splitlines()[0][:200]})"

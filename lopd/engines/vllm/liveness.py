@@ -1,11 +1,14 @@
-"""Whoever waits for a vLLM in a process of its own learns when that process dies."""
+"""Whoever waits for a vLLM in a process of its own learns when that process dies; and what an error of vLLM means."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Event, Thread
 from typing import Any
 
+import torch
+
 _SECONDS = 0.2
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextmanager
@@ -39,3 +42,25 @@ def _watch(core: Any, resources: Any, over: Event) -> None:
                 with suppress(Exception):
                     answer.set_exception(died)
             return
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether memory was short, by this error or one that it comes from."""
+    if error is None:
+        return False
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or any(words in text for words in _OUT_OF_MEMORY)
+        or ran_out_of_memory(error.__cause__ or error.__context__)
+    )
+
+
+def was_refused(error: BaseException) -> bool:
+    """Return whether vLLM would refuse it again; its own class for that is looked up by name, since not every version has it."""
+    return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
+
+
+def words_of(error: BaseException) -> str:
+    """Return its kind and first line, for a message of ours."""
+    return f"{type(error).__name__} ({(str(error).strip() or 'no message').splitlines()[0][:200]})"
