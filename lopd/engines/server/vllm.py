@@ -151,10 +151,7 @@ def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
 
     vLLM does not read the cache for such a request, and reports that where it was started with `--enable-prompt-tokens-details`.
     """
-    usage = answer.get("usage")
-    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
-    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
-    if cached:
+    if cached := usage_costs(answer).cached_tokens:
         raise EngineError(f"{owner}: {cached} of its tokens came out of the prefix cache, expected 0; start the server without it.")
 
 
