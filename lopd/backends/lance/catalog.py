@@ -130,11 +130,6 @@ class Catalog:
         entry = self.state.tables.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
 
-    def reasons(self, column: str) -> dict[int, str]:
-        """Return why the column's model could not score rows, scored since or not; of several reasons the latest."""
-        found = (quarantine.reasons for quarantine in self.state.quarantines if quarantine.column == column)
-        return {row: reason for reasons in found for row, reason in reasons.items()}
-
     def put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
         """Return whether this call made the next record; `refresh` takes it in.
 

@@ -151,7 +151,7 @@ class Snapshot:
 
     def quarantined(self, column: str) -> dict[int, str]:
         """Return rows that could not be scored, and why, without those that were scored later."""
-        reasons = sorted(self._catalog.reasons(column).items())
+        reasons = sorted(self._catalog.state.reasons.get(column, {}).items())
         if reasons and reasons[-1][0] >= self.rows:
             raise self._beyond(column, "a reason for", reasons[-1][0])
         done = self.scored_rows(column, np.array([row for row, _ in reasons], np.int64))
