@@ -186,7 +186,6 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         return MappingProxyType(dict(self._snapshot.generations))
 
     def __len__(self) -> int:
-        """Return the number of committed rollouts."""
         return self._snapshot.rows
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:

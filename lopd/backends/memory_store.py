@@ -28,7 +28,6 @@ class MemoryStore(Glanced):
     name = "MemoryStore"
 
     def __init__(self, manifest: Manifest) -> None:
-        """Start empty."""
         admission.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
@@ -57,7 +56,6 @@ class MemoryStore(Glanced):
         return MappingProxyType(dict(self._columns))
 
     def __len__(self) -> int:
-        """Return the number of rollouts."""
         return len(self._rollouts)
 
     @property

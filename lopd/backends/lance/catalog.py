@@ -60,7 +60,6 @@ class Catalog:
     """
 
     def __init__(self, files: Files, state: CatalogState) -> None:
-        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._owner = f"Store {files.url}"
         self.state = state

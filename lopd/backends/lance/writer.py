@@ -44,7 +44,6 @@ class Writer:
     """
 
     def __init__(self, files: Files, database: Database, catalog: Catalog, snapshot: Snapshot, root: Root) -> None:
-        """Keep the arguments; nothing is written yet."""
         self._files = files
         self._database = database
         self._catalog = catalog

@@ -57,7 +57,6 @@ class CommitLog:
     """
 
     def __init__(self, files: Files, root: Root, owner: str) -> None:
-        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._root = root
         self._owner = owner

@@ -40,7 +40,6 @@ class Snapshot:
     """
 
     def __init__(self, files: Files, state: State, owner: str) -> None:
-        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._state = state
         self._owner = owner
