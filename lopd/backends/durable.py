@@ -152,7 +152,6 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @classmethod
     def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:
-        """Return files where a store of this kind can be."""
         return open_files(path, options)
 
     @classmethod

@@ -110,7 +110,6 @@ def read_as(
 
 @lru_cache(maxsize=256)
 def _reader(kind: Any) -> _Reader:
-    """Return the function that reads values of a type."""
     origin = get_origin(kind)
     if origin is not None:
         return _MAKERS[origin](*get_args(kind))

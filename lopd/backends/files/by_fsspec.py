@@ -47,7 +47,6 @@ class FsspecFiles:
         return f"{self._root}/{path}".rstrip("/")
 
     def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Return what a file system answers."""
         with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
             return asked(self._url, partial(work, *args, **options), secret=bool(self._options))
 

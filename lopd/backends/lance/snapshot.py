@@ -108,7 +108,6 @@ class Snapshot:
         return self._catalog.state.generations
 
     def _lines(self) -> NDArray[np.void]:
-        """Return the lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
 
     def lengths(self) -> NDArray[np.int64]:

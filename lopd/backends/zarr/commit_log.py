@@ -201,5 +201,4 @@ def _path(folder: str, number: int) -> str:
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """Return the numbers in ascending order."""
     return sorted(int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name)))

@@ -137,7 +137,6 @@ class State:
         return {**self._with_column(name, self.columns[name].having([*kept, *added])), "replaced": replaced}
 
     def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
-        """Return the segment of rollouts, or of a column, at this path."""
         parent = "segments" if column is None else f"scores/{column}"
         if meta.path.rpartition("/")[0] != parent:
             raise self._unfit(f"segment {meta.path}", f"one in {parent}/")
