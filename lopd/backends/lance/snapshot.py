@@ -158,15 +158,12 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
-        provenances = self.provenances()
-        admission.check_asked(self._owner, columns, top_k, provenances)
-        supports = {name: self._catalog.top_k(name) for name in top_k}
         if self.rollouts is None or not rows.size:
-            return admission.with_columns(self._owner, Rows.of(()), columns, provenances)
+            return Rows.of(())
         lines = self.rollouts.lines_of(rows)
-        scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS}
-        read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
-        return admission.with_columns(self._owner, read, columns, provenances)
+        scored = {name: self._scored(name, rows, lines) for name in columns}
+        supports = {name: self._catalog.top_k(name) for name in top_k}
+        return decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """Return the scores of these rows, if there are some, of these rows' tokens."""
