@@ -221,17 +221,18 @@ def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> 
         )
 
 
-def check_asked(owner: str, columns: Sequence[str], top_k: Sequence[str], provenances: Mapping[str, Provenance]) -> None:
-    """Refuse to read the support of a column that keeps none; one that is absent is refused with its scores.
+def check_asked(owner: str, columns: Sequence[str], top_k: Sequence[str], provenances: Mapping[str, Provenance]) -> list[str]:
+    """Return the columns to read, each once, without virtual ones; those that are absent are refused with their scores.
 
     Raises:
         ArgumentError: one text is given in place of several.
-        MissingScoresError: it names the column.
+        MissingScoresError: the support of a column that keeps none is asked for; it names the column.
     """
     several(owner, columns)
     for name in several(owner, top_k):
         if name in VIRTUAL_COLUMNS or (name in provenances and provenances[name].top_k == 0):
             raise MissingScoresError(f"{owner}: column {name!r} has no top-k support; score with a scorer whose provenance names a top_k.")
+    return [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
 
 
 def new_quarantine(

@@ -28,7 +28,7 @@ from lopd.records.rows import Rows
 class _Snapshot(Protocol):
     """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    `content` gives the content hash and the number of response tokens of rollouts; `scored_rows` which of these rows have scores.
+    `content` gives content hashes and numbers of response tokens; `scored_rows` which of these rows have scores; `read` no virtual columns.
     """
 
     @property
@@ -152,7 +152,6 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @classmethod
     def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:
-        """Return files where a store of this kind can be."""
         return open_files(path, options)
 
     @classmethod
@@ -186,7 +185,6 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         return MappingProxyType(dict(self._snapshot.generations))
 
     def __len__(self) -> int:
-        """Return the number of committed rollouts."""
         return self._snapshot.rows
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
@@ -207,7 +205,9 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
-        return self._snapshot.read(admission.check_rows(self._owner, indices, len(self)), columns, top_k)
+        rows, provenances = admission.check_rows(self._owner, indices, len(self)), self._snapshot.provenances()
+        names = admission.check_asked(self._owner, columns, top_k, provenances)
+        return admission.with_columns(self._owner, self._snapshot.read(rows, names, top_k), columns, provenances)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

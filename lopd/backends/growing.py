@@ -16,12 +16,10 @@ class Growing:
     """
 
     def __init__(self, dtype: Any, width: int | None = None) -> None:
-        """Start empty."""
         self._room: NDArray[Any] = np.empty((0,) if width is None else (0, width), dtype)
         self._size = 0
 
     def __len__(self) -> int:
-        """Return rows that were added."""
         return self._size
 
     def append(self, values: NDArray[Any]) -> None:

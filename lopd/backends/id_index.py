@@ -41,7 +41,6 @@ class IdIndex:
     """Sorted blocks of hashed ids.  Each block is larger than the next, so that adding one by one stays cheap, and there are few."""
 
     def __init__(self) -> None:
-        """Start empty."""
         self._blocks: list[_Block] = []
 
     def add(self, id_hashes: NDArray[np.void], first_row: int) -> None:

@@ -28,7 +28,6 @@ class MemoryStore(Glanced):
     name = "MemoryStore"
 
     def __init__(self, manifest: Manifest) -> None:
-        """Start empty."""
         admission.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
@@ -57,7 +56,6 @@ class MemoryStore(Glanced):
         return MappingProxyType(dict(self._columns))
 
     def __len__(self) -> int:
-        """Return the number of rollouts."""
         return len(self._rollouts)
 
     @property
@@ -91,8 +89,8 @@ class MemoryStore(Glanced):
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked."""
         rows = admission.check_rows("MemoryStore", indices, len(self)).tolist()
-        admission.check_asked("MemoryStore", columns, top_k, self._columns)
-        scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name not in VIRTUAL_COLUMNS}
+        names = admission.check_asked("MemoryStore", columns, top_k, self._columns)
+        scores = {name: self._scores_of(rows, name) for name in names}
         read = Rows.joined(
             [self._rollouts[row] for row in rows],
             {name: [score.logprobs for score in found] for name, found in scores.items()},

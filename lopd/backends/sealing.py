@@ -43,6 +43,18 @@ def unseal(data: bytes) -> dict[str, Any] | None:
         return None
 
 
+def unsealed(owner: str, path: str, data: bytes) -> dict[str, Any]:
+    """Return the document in a file's bytes.
+
+    Raises:
+        CorruptStoreError: they are not what was sealed.
+    """
+    document = unseal(data)
+    if document is None:
+        raise damaged(owner, path)
+    return document
+
+
 def damaged(owner: str, path: str) -> CorruptStoreError:
     """Return the error for a document that is not what was sealed."""
     return CorruptStoreError(f"{owner}: {path} is damaged, expected bytes that match its checksum; restore it from a backup.")

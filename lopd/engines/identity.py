@@ -5,7 +5,8 @@ settings that decide what is computed from them (`lopd.engines.configs`).  `fold
 (`lopd.engines.stored`), a few at a time, whatever the size of the model.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap
 from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
-from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.finding import check_described, local_folder, looking_for
 from lopd.engines.stored import StoredModel, stored_places
@@ -163,10 +163,60 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
 
 def _revision(model: Any, read: Callable[[Weight], Tensor], *, capped: bool = False) -> str:
     weights = effective_weights(model)
-    changed = changed_buffers(model, weights)
+    changed = _changed_buffers(model, weights)
     parameters = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "parameter")
     buffers = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "buffer" or weight in changed)
     return hash_function(parameters, buffers, function_settings(model, capped=capped))
+
+
+def _changed_buffers(model: Any, weights: Sequence[Weight]) -> list[Weight]:
+    """Return those of the derived buffers among these weights that hold other values than a new model of the same configuration.
+
+    They are not saved: a model makes them from its configuration, and they count only where they were changed.
+    """
+    derived = [weight for weight in weights if weight.kind == "derived" and weight.held.device.type != "meta"]
+    if rope_moves(unwrap(model).config):
+        derived = [weight for weight in derived if "inv_freq" not in weight.names[0]]
+    made = _made_again(model) if derived else {}
+    return [weight for weight in derived if not _agree(weight.held, made.get(weight.names[0]))]
+
+
+def _agree(held: Tensor, made: Tensor | None) -> bool:
+    if made is None or made.shape != held.shape:
+        return made is None  # what cannot be made again is not known to be changed
+    if not held.is_floating_point():
+        return torch.equal(held.cpu(), made.to(held.dtype))
+    # devices round in their own way, and a cast of the model rounds its buffers too
+    tolerance, value = 8 * torch.finfo(held.dtype).eps, held.cpu().double()
+    casts = (made.to(dtype).double() for dtype in (held.dtype, torch.bfloat16, torch.float16))
+    return any(torch.allclose(value, cast, rtol=tolerance, atol=0.0, equal_nan=True) for cast in casts)
+
+
+@torch.no_grad()
+def _made_again(model: Any) -> dict[str, Tensor]:
+    """Return the derived buffers of a new model, by name, without memory for its weights: as transformers makes them when it loads one."""
+    base = unwrap(model)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                new = type(base)(copy.deepcopy(base.config))
+            for module in new.modules():
+                for name in module._non_persistent_buffers_set:
+                    held = module._buffers[name]
+                    module._buffers[name] = None if held is None else torch.empty_like(held, device="cpu")
+            for module, owner in _with_owners(new, new):
+                owner._init_weights(module)
+    except Exception:  # a class that cannot be built from its configuration alone
+        return {}
+    return {weight.names[0]: weight.held for weight in effective_weights(new) if weight.kind == "derived"}
+
+
+def _with_owners(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield each module, with the part of the model that knows how to initialise it."""
+    owner = module if isinstance(module, transformers.PreTrainedModel) else owner
+    yield module, owner
+    for child in module.children():
+        yield from _with_owners(child, owner)
 
 
 def _folder_name(folder: Path) -> str:

@@ -230,6 +230,5 @@ def _sample(tensor: Any) -> Tensor:
 
 
 def _some(names: Iterable[str]) -> str:
-    """Return the first few of these names."""
     every = list(names)
     return ", ".join(map(repr, every[:_SHOWN])) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")

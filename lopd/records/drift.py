@@ -50,7 +50,6 @@ class AdvantageSummary:
         return cls(float(np.mean(advantages_M, dtype=np.float64)), tuple(levels.tolist()), *shares, advantages_M.size)
 
     def __str__(self) -> str:
-        """Return one line."""
         levels = ", ".join(f"{level:.0%} {value:+.2f}" for level, value in zip(LEVELS, self.quantiles, strict=True))
         return f"mean {self.mean:+.3f} nats, quantiles {levels}, {self.negative:.1%} below 0, {self.tail:.1%} below {TAIL:g}"
 

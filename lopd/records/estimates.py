@@ -49,7 +49,6 @@ class Estimate:
     ci95: float = field(init=False, default=Factory(lambda self: max(self.mean - self.low, self.high - self.mean), takes_self=True))
 
     def __str__(self) -> str:
-        """Return the mean and the ends of the interval."""
         interval = f"95 %: {self.low:.4f} to {self.high:.4f}" if math.isfinite(self.ci95) else "one draw has no interval"
         return f"{self.mean:.4f} ({interval})"
 

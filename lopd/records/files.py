@@ -13,7 +13,8 @@ from lopd.records.paths import asked, open_regular, path_or_url, without_secrets
 #: Bytes of one record of a file; a larger one is refused before it is parsed.
 LARGEST_ROW = 64 << 20
 _ROWS_AT_ONCE = 256
-_IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
+#: How URLs begin that obstore opens.
+IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
 
 
 def named_file(kind: str, path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -65,7 +66,7 @@ def open_anywhere(owner: str, path: str) -> Any:
     local = path.removeprefix("file://")
     if "://" not in local:
         return open_regular(local)
-    if path.startswith(_IN_BUCKETS):
+    if path.startswith(IN_BUCKETS):
         folder, _, name = path.rpartition("/")
         return BytesIO(need("lopd.backends.files", owner).open_files(folder).read(name))
     fsspec = need("fsspec", owner)

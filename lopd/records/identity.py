@@ -120,16 +120,11 @@ def hash_function(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tu
     return f"{hash_weights_in_order(parameters)}{_REST}{rest}"
 
 
-def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of names, shapes and values of all tensors, whatever their order (some seconds per GB).
+def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and values of tensors that come sorted by name, one at a time (some seconds per GB).
 
     Of values, not of the dtype that holds them: bfloat16 weights loaded as float32 are still the same model.
     """
-    return hash_weights_in_order(sorted(named_tensors, key=lambda item: item[0]))
-
-
-def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the same of tensors that come sorted by name: they are needed one at a time."""
     digest = blake2b(digest_size=16)
     for name, tensor in named_tensors:
         data = _narrowest(tensor.detach().cpu().contiguous())

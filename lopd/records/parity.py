@@ -38,7 +38,6 @@ class Parity:
     sign_flips: float | None = None
 
     def __str__(self) -> str:
-        """Return one line."""
         effect = "" if self.advantage is None else f", beside a mean absolute advantage of {self.advantage:.3g}"
         return printable(
             f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g}, bias {self.bias:.2g} nats "

@@ -209,7 +209,6 @@ class Rendering:
             self.doubts.add(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
 
     def _given(self, where: str, content: str | Messages, tools: Any, variables: Any) -> tuple[Messages, Any, Mapping[str, Any]]:
-        """Return messages, tools and variables for the template."""
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")

@@ -128,7 +128,6 @@ class Rows(Glanced, Sequence[ScoredRollout]):
         )
 
     def __len__(self) -> int:
-        """Return the number of rollouts."""
         return len(self.prompt_lengths)
 
     def decoded(self, tokenizer: HasDecode) -> Glance:

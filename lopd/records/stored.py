@@ -54,7 +54,7 @@ class _Wrong(Exception):  # noqa: N818 (it never leaves this file)
         self.keys: list[str] = []
 
 
-def parse(data: bytes | str, largest: int = LARGEST_JSON) -> Any:
+def parse(data: bytes | str) -> Any:
     """Parse JSON from a file that may be forged.
 
     >>> parse('{"a": NaN}')
@@ -62,10 +62,10 @@ def parse(data: bytes | str, largest: int = LARGEST_JSON) -> Any:
     ValueError: it holds NaN, which is not JSON
 
     Raises:
-        ValueError: it is not JSON, is larger than this many bytes, or is nested too deep.
+        ValueError: it is not JSON, is larger than `LARGEST_JSON`, or is nested too deep.
     """
-    if len(data) > largest:
-        raise ValueError(f"it has {len(data):,} bytes, more than {largest:,}")
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"it has {len(data):,} bytes, more than {LARGEST_JSON:,}")
     try:
         return json.loads(data, parse_constant=_no_constant)
     except RecursionError:
@@ -110,7 +110,6 @@ def read_as(
 
 @lru_cache(maxsize=256)
 def _reader(kind: Any) -> _Reader:
-    """Return the function that reads values of a type."""
     origin = get_origin(kind)
     if origin is not None:
         return _MAKERS[origin](*get_args(kind))

@@ -90,7 +90,6 @@ class Showing:
     """
 
     def __init__(self, draw: Draw | None = None, period: float | None = None, *, always: bool = False) -> None:
-        """Keep the settings, and draw nothing yet."""
         self._given, self._period, self._always = draw, period, always
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:

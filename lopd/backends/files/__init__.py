@@ -15,8 +15,7 @@ from lopd.backends.files.contract import names_in as names_in
 from lopd.backends.files.contract import reading as reading
 from lopd.backends.files.contract import writing as writing
 from lopd.backends.files.proving import prove as prove
-
-_IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
+from lopd.records.files import IN_BUCKETS
 
 
 def open_files(path: StorePath, storage_options: StorageOptions | None = None) -> Files:
@@ -34,7 +33,7 @@ def open_files(path: StorePath, storage_options: StorageOptions | None = None) -
 
         return LocalFiles(folder)
     url, options = os.fspath(path), storage_options or {}
-    if bucket_url(url).startswith(_IN_BUCKETS):
+    if bucket_url(url).startswith(IN_BUCKETS):
         from lopd.backends.files.cloud import ObstoreFiles
 
         return ObstoreFiles(url, options)

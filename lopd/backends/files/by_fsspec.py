@@ -17,7 +17,6 @@ class FsspecFiles:
     """`Files` on any file system of fsspec, `memory://` among them."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
-        """Keep the settings; a request is made later."""
         self._url = url.rstrip("/")
         self._shown = without_secrets(self._url)
         self._options = dict(options)
@@ -32,7 +31,6 @@ class FsspecFiles:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return URL and options."""
         return FsspecFiles, (self._url, self._options)
 
     @property
@@ -49,7 +47,6 @@ class FsspecFiles:
         return f"{self._root}/{path}".rstrip("/")
 
     def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """Return what a file system answers."""
         with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
             return asked(self._url, partial(work, *args, **options), secret=bool(self._options))
 

@@ -19,7 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
-from lopd.backends.fork import ForkGuard
+from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
 from lopd.records.optional import need
@@ -39,7 +39,6 @@ _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
-_GUARD = ForkGuard("obstore")
 
 
 def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -119,7 +118,7 @@ class ObstoreFiles:
 
     def _open(self) -> None:
         obstore = self._obstore
-        _GUARD.check(f"Store {self._shown}")
+        check_fork("obstore", f"Store {self._shown}")
         url = bucket_url(self._url)
         _check_http(url, self._shown, self._options)
         options = {name: value for name, value in self._options.items() if name not in _RETRY_OPTIONS}
@@ -144,7 +143,7 @@ class ObstoreFiles:
         )
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
-        _GUARD.check(f"Store {self._shown}")
+        check_fork("obstore", f"Store {self._shown}")
         try:
             with waiting(f"Store {self._shown}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
                 done = work()

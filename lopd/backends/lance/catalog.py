@@ -23,7 +23,7 @@ from lopd.backends.files import Files, reading, writing
 from lopd.backends.lance.state import CatalogState, Kind, Record
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
-from lopd.backends.sealing import checksum, damaged, seal, unseal
+from lopd.backends.sealing import checksum, seal, unseal, unsealed
 from lopd.errors import CorruptStoreError
 from lopd.records.manifest import Manifest
 from lopd.records.stored import parse, read_as
@@ -60,7 +60,6 @@ class Catalog:
     """
 
     def __init__(self, files: Files, state: CatalogState) -> None:
-        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._owner = f"Store {files.url}"
         self.state = state
@@ -82,7 +81,7 @@ class Catalog:
             state.last = checksum(self._read(ROOT.name) or b"")
             self._read_old(names)
         while (data := ahead.get(path := _path(state.number)) or self._read(path)) is not None:
-            document = self._unsealed(path, data)
+            document = unsealed(self._owner, path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
                 raise self._broken(path, "does not follow the record before it", "one that does")
             state.add(document, f"{self._owner}: {path}")
@@ -100,7 +99,7 @@ class Catalog:
             f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")
         ]
         found = {path: self._read(path) or b"" for path in paths}
-        documents = {path: self._unsealed(path, data) for path, data in found.items()}
+        documents = {path: unsealed(self._owner, path, data) for path, data in found.items()}
         for path, document in documents.items():
             folder, _, name = path.removesuffix(".json").rpartition("/")
             document["kind"] = _OLD_FOLDERS.get(folder, "table")
@@ -125,21 +124,10 @@ class Catalog:
             except FileNotFoundError:
                 return None
 
-    def _unsealed(self, path: str, data: bytes | None) -> dict[str, Any]:
-        document = None if data is None else unseal(data)
-        if document is None:
-            raise damaged(self._owner, path)
-        return document
-
     def top_k(self, column: str) -> int:
         """Return K of a column; 0 where it keeps none, or does not exist."""
         entry = self.state.tables.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
-
-    def reasons(self, column: str) -> dict[int, str]:
-        """Return why the column's model could not score rows, scored since or not; of several reasons the latest."""
-        found = (quarantine.reasons for quarantine in self.state.quarantines if quarantine.column == column)
-        return {row: reason for reasons in found for row, reason in reasons.items()}
 
     def put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
         """Return whether this call made the next record; `refresh` takes it in.

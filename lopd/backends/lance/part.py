@@ -29,7 +29,6 @@ class Part:
     """
 
     def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], seed: int, limit: Callable[[], int] | None) -> None:
-        """Keep the arguments; nothing is read yet."""
         self.table = table
         self._owner = owner
         self._line, self.seed = line, seed

@@ -108,7 +108,6 @@ class Snapshot:
         return self._catalog.state.generations
 
     def _lines(self) -> NDArray[np.void]:
-        """Return the lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
 
     def lengths(self) -> NDArray[np.int64]:
@@ -151,7 +150,7 @@ class Snapshot:
 
     def quarantined(self, column: str) -> dict[int, str]:
         """Return rows that could not be scored, and why, without those that were scored later."""
-        reasons = sorted(self._catalog.reasons(column).items())
+        reasons = sorted(self._catalog.state.reasons.get(column, {}).items())
         if reasons and reasons[-1][0] >= self.rows:
             raise self._beyond(column, "a reason for", reasons[-1][0])
         done = self.scored_rows(column, np.array([row for row, _ in reasons], np.int64))
@@ -159,15 +158,12 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
-        provenances = self.provenances()
-        admission.check_asked(self._owner, columns, top_k, provenances)
-        supports = {name: self._catalog.top_k(name) for name in top_k}
         if self.rollouts is None or not rows.size:
-            return admission.with_columns(self._owner, Rows.of(()), columns, provenances)
+            return Rows.of(())
         lines = self.rollouts.lines_of(rows)
-        scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS}
-        read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
-        return admission.with_columns(self._owner, read, columns, provenances)
+        scored = {name: self._scored(name, rows, lines) for name in columns}
+        supports = {name: self._catalog.top_k(name) for name in top_k}
+        return decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """Return the scores of these rows, if there are some, of these rows' tokens."""

@@ -70,19 +70,6 @@ class TableEntry:
     seed: int
 
 
-@frozen
-class Quarantine:
-    """Rows that could not be scored.
-
-    Args:
-        column: column that lacks their scores.
-        reasons: by row.
-    """
-
-    column: str
-    reasons: Mapping[int, str]
-
-
 @mutable
 class CatalogState:
     """What was there at one moment; `Catalog` keeps it.
@@ -91,7 +78,7 @@ class CatalogState:
         tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
         begun: names of all tables that were begun, with their columns.
         generations: policies, by round.
-        quarantines: those of all columns, oldest first.
+        reasons: by column, why its model could not score rows, scored since or not; of several reasons for a row the latest.
         events: generations, compactions and quarantines, for the history.
         number: number of records.
         last: checksum of the last record; of lopd.json before there is one; "" before anything was read.
@@ -101,7 +88,7 @@ class CatalogState:
     tables: dict[str | None, TableEntry] = field(factory=dict)
     begun: dict[str, str | None] = field(factory=dict)
     generations: dict[int, ModelId] = field(factory=dict)
-    quarantines: list[Quarantine] = field(factory=list)
+    reasons: dict[str, dict[int, str]] = field(factory=dict)
     events: list[Commit] = field(factory=list)
     number: int = 0
     last: str = ""
@@ -132,7 +119,7 @@ class CatalogState:
         elif kind == "quarantine":
             quarantine = read_as(_Quarantine, document, owner)
             rows = len(quarantine["reasons"])
-            self.quarantines.append(Quarantine(quarantine["column"], quarantine["reasons"]))
+            self.reasons.setdefault(quarantine["column"], {}).update(quarantine["reasons"])
         elif kind == "compaction":
             merged = read_as(_Compaction, document, owner)
             rows, tokens = merged["rows"], merged["tokens"]

@@ -52,7 +52,6 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Seen] | None = None) -> None:
-        """Hold the files; `open` is what callers use, as it reports what is wrong with a path."""
         super().__init__(files, root)
         self._database = Database(files)
         state, versions = seen or (self._nothing_seen(), {})

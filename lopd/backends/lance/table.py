@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends.files import Files, bucket_url
-from lopd.backends.fork import ForkGuard
+from lopd.backends.fork import check_fork
 from lopd.backends.lance.failures import is_conflict, is_gone, reading
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.retry import repeat
@@ -43,7 +43,6 @@ Seen = Mapping[str, tuple[int, int]]
 #: How long a call that meets other writers goes on; see `repeat`.
 PATIENCE: dict[str, Any] = {"seconds": 60.0, "pause": 0.02, "longest": 0.1}
 _SCHEMES = ("s3", "gs", "az", "abfss")
-_GUARD = ForkGuard("LanceDB")
 
 
 def _lancedb(owner: str) -> Any:
@@ -54,7 +53,7 @@ def _lancedb(owner: str) -> Any:
         ForkedStoreError: this process was forked from one that used it.
     """
     lancedb, _ = (need(name, owner, "lance") for name in ("lancedb", "lance"))
-    _GUARD.check(owner)
+    check_fork("LanceDB", owner)
     return lancedb
 
 

@@ -19,7 +19,7 @@ from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
-from lopd.backends.lance.written import Reader
+from lopd.backends.lance.written import check_added
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
 from lopd.errors import LopdError, StoreReadError, StoreWriteError
@@ -44,7 +44,6 @@ class Writer:
     """
 
     def __init__(self, files: Files, database: Database, catalog: Catalog, snapshot: Snapshot, root: Root) -> None:
-        """Keep the arguments; nothing is written yet."""
         self._files = files
         self._database = database
         self._catalog = catalog
@@ -54,7 +53,8 @@ class Writer:
         self._folder = local_folder(files.url)
         self._owner = database.owner
         self._flushed: dict[str, set[str]] = {}
-        self._reader = Reader(files)
+        # for reading back what was written: its caches hold nothing of it
+        self._reread = Database(files)
         self._marked: dict[str, int] = {}
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool:
@@ -132,7 +132,7 @@ class Writer:
         made = repeat(partial(table.insert, data), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
         if made:
             try:
-                self._reader.check_added(table, data)
+                check_added(self._reread, table, data)
             except LopdError as error:
                 raise self._unreadable(table.name, error, self._take_back(table, len(data), error)) from error
             self._flush(table.name)
@@ -157,7 +157,7 @@ class Writer:
         # Only tables that were announced are ever removed, and only when their column has another one.
         self._catalog.say("begun", {"table": name, "column": column})
         try:
-            self._reader.check_added(self._database.create(name, data), data)
+            check_added(self._reread, self._database.create(name, data), data)
         except BaseException as error:
             if not is_lance_error(error):
                 raise

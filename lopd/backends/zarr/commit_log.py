@@ -19,7 +19,7 @@ from attrs import frozen
 
 from lopd.backends.files import Files, reading
 from lopd.backends.root import Root
-from lopd.backends.sealing import checksum, damaged, seal, unseal
+from lopd.backends.sealing import checksum, seal, unsealed
 from lopd.backends.zarr.record import Checkpoint, read_record
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
 from lopd.records.stored import read_as
@@ -57,7 +57,6 @@ class CommitLog:
     """
 
     def __init__(self, files: Files, root: Root, owner: str) -> None:
-        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._root = root
         self._owner = owner
@@ -89,20 +88,20 @@ class CommitLog:
 
     def checksum(self, number: int) -> str:
         """Return the hash by which the next record names this one; "" where it is not there."""
-        with reading(self._owner, "reading its commit log"):
-            try:
-                return checksum(self._files.read(_path(COMMITS, number)))
-            except FileNotFoundError:
-                return ""
+        data = self._read(number)
+        return "" if data is None else checksum(data)
 
     def next(self, number: int, previous: str | None) -> Entry | None:
         """Return the record with this number, or None if it is not there yet."""
+        data = self._read(number)
+        return None if data is None else self._entry(number, data, previous)
+
+    def _read(self, number: int) -> bytes | None:
         with reading(self._owner, "reading its commit log"):
             try:
-                data = self._files.read(_path(COMMITS, number))
+                return self._files.read(_path(COMMITS, number))
             except FileNotFoundError:
                 return None
-        return self._entry(number, data, previous)
 
     def records(self, start: int, previous: str | None, stop: int | None = None) -> Iterator[Entry]:
         """Yield all records from this number on, without a gap.  `previous` is the checksum of the one before them, None where it is not known."""
@@ -156,7 +155,7 @@ class CommitLog:
         return None
 
     def _checkpoint(self, path: str, number: int, data: bytes) -> Checkpoint:
-        state = self._unsealed(path, data)
+        state = unsealed(self._owner, path, data)
         self._check(path, state, {"commits": number, "store": self._root.creation})
         return read_as(Checkpoint, state, f"{self._owner}: {path}")
 
@@ -181,7 +180,7 @@ class CommitLog:
 
     def _entry(self, number: int, data: bytes, previous: str | None) -> Entry:
         path = _path(COMMITS, number)
-        body = self._unsealed(path, data)
+        body = unsealed(self._owner, path, data)
         self._check(path, body, {"number": number, "store": self._root.creation, "previous": previous})
         return self._typed(number, body, data)
 
@@ -199,17 +198,10 @@ class CommitLog:
                     "restore it from a backup."
                 )
 
-    def _unsealed(self, path: str, data: bytes) -> dict[str, Any]:
-        record = unseal(data)
-        if record is None:
-            raise damaged(self._owner, path)
-        return record
-
 
 def _path(folder: str, number: int) -> str:
     return f"{folder}/{number:010d}.json"
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """Return the numbers in ascending order."""
     return sorted(int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name)))

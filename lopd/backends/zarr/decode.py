@@ -146,7 +146,6 @@ def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str
 
 
 def _only(name: str, found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]]) -> list[tuple[_Pieces, list[Sequence[Piece]]]]:
-    """Return what was found in the array of this name."""
     return [(evolve(pieces, names=(name,)), [read[pieces.names.index(name)]]) for pieces, read in found if name in pieces.names]
 
 

@@ -164,7 +164,6 @@ class Segment:
     """
 
     def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str, int], Bytes]) -> None:
-        """Keep the arguments; nothing is read yet."""
         self.meta = meta
         self._files = files
         self._owner = owner
@@ -173,7 +172,6 @@ class Segment:
         self._kept: dict[str, _Int64] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Return whether the segment has this array."""
         return name in self.meta.arrays
 
     def lines(self, indices: _Int64 | None = None) -> _Int64:

@@ -3,7 +3,7 @@
 It keeps a few numbers per segment, and reads no data.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -11,15 +11,78 @@ from attrs import asdict
 from numpy.typing import NDArray
 
 from lopd.backends.files import Files
-from lopd.backends.zarr.column import LINE_BITS, Column
 from lopd.backends.zarr.commit_log import CommitLog, Entry
 from lopd.backends.zarr.decode import Group
-from lopd.backends.zarr.encode import R, S
+from lopd.backends.zarr.encode import SCORED_ROWS, R, S, scored_rows
 from lopd.backends.zarr.record import Checkpoint
 from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
-from lopd.records.manifest import Manifest
+from lopd.records.manifest import Manifest, Provenance
+
+# A place is a segment number above these bits, and a line below.
+_LINE_BITS = 32
+_Int64 = NDArray[np.int64]
+
+
+@final
+class Column:
+    """Score segments of one model, which rollout is where in them, and which rollouts it could not score."""
+
+    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: dict[int, str] | None = None) -> None:
+        """Keep the arguments; nothing is read yet, and the reasons are not copied."""
+        self.provenance = provenance
+        self.segments = list(segments)
+        self.reasons = {} if reasons is None else reasons
+        # Of segments that have every row from their first to their last: number << _LINE_BITS, first row, rows; and the numbers of others.
+        self._dense: tuple[_Int64, _Int64, _Int64] | None = None
+        self._loose: list[int] = []
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of it."""
+        return {
+            "provenance": self.provenance.to_json(),
+            "segments": [segment.meta.to_json() for segment in self.segments],
+            "reasons": {str(row): reason for row, reason in self.reasons.items()},
+        }
+
+    def having(self, segments: Iterable[Segment]) -> "Column":
+        """Return the same column with these in place of its segments."""
+        return Column(self.provenance, segments, self.reasons)
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return segment number * 2**32 + line of these rollouts' scores, -1 for one without; reads no lines."""
+        found = np.full(len(rows), -1, np.int64)
+        if not len(rows) or not self.segments:
+            return found
+        if self._dense is None:
+            self._dense = self._arranged()
+        bases, firsts, sizes = self._dense
+        if bases.size:
+            at = np.searchsorted(firsts, rows, side="right") - 1
+            lines = rows - firsts[at]
+            found = np.where((at >= 0) & (lines < sizes[at]), bases[at] + lines, -1)
+        for number in self._loose:
+            meta = self.segments[number].meta
+            asked = np.flatnonzero((found < 0) & (rows >= meta.first_row) & (rows <= meta.last_row))
+            if asked.size:
+                known = self.segments[number].kept(SCORED_ROWS, scored_rows)
+                lines = np.minimum(np.searchsorted(known, rows[asked]), known.size - 1)
+                hit = known[lines] == rows[asked]
+                found[asked[hit]] = (number << _LINE_BITS) + lines[hit]
+        return found
+
+    def _arranged(self) -> tuple[_Int64, _Int64, _Int64]:
+        metas = [segment.meta for segment in self.segments]
+        self._loose = [number for number, meta in enumerate(metas) if not meta.dense]
+        dense = sorted((number for number, meta in enumerate(metas) if meta.dense), key=lambda number: metas[number].first_row)
+        table = np.array([(number << _LINE_BITS, metas[number].first_row, metas[number].rows) for number in dense], np.int64).reshape(-1, 3)
+        return table[:, 0], table[:, 1].copy(), table[:, 2]
+
+    def quarantined(self) -> dict[int, str]:
+        """Return rows that could not be scored, and why, without those that were scored later."""
+        rows = np.array(sorted(self.reasons), np.int64)
+        return {row: self.reasons[row] for row in rows[self.places(rows) < 0].tolist()}
 
 
 @final
@@ -137,7 +200,6 @@ class State:
         return {**self._with_column(name, self.columns[name].having([*kept, *added])), "replaced": replaced}
 
     def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
-        """Return the segment of rollouts, or of a column, at this path."""
         parent = "segments" if column is None else f"scores/{column}"
         if meta.path.rpartition("/")[0] != parent:
             raise self._unfit(f"segment {meta.path}", f"one in {parent}/")
@@ -198,7 +260,7 @@ class State:
 
     def grouped_scores(self, column: str, places: NDArray[np.int64]) -> list[Group]:
         """Group rows, whose scores are in these places, by the segments that have those."""
-        return _group(self.columns[column].segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1)) if len(places) else []
+        return _group(self.columns[column].segments, places >> _LINE_BITS, places & ((1 << _LINE_BITS) - 1)) if len(places) else []
 
 
 def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[Group]:

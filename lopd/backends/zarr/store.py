@@ -44,7 +44,6 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
-        """Hold the files; `open` is what callers use, as it reports what is wrong with a path."""
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
         self._state = State(files, self._log, self.manifest, self._owner, commits)

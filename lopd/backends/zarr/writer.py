@@ -55,7 +55,6 @@ class Writer:
     """
 
     def __init__(self, files: Files, log: CommitLog, state: State, root: Root, *, owner: str) -> None:
-        """Keep the arguments; nothing is written yet."""
         self._root = root
         self._files = files
         self._log = log

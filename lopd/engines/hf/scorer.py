@@ -196,5 +196,4 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
 
 
 def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:
-    """Return one array per rollout."""
     return np.split(values_M, np.cumsum([r.response_ids.size for r in rollouts])[:-1])

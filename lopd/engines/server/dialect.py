@@ -61,7 +61,6 @@ class Costs:
     uncounted: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
-        """Return both together."""
         names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
         return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
 

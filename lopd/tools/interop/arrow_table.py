@@ -76,7 +76,6 @@ def row_checksum(row: Mapping[str, Any]) -> bytes:
 
 
 def _value(row: ScoredRollout, name: str) -> Any:
-    """Return what a column of the table holds of a row."""
     kind, slash, column = name.partition("/")
     if not slash:
         return getattr(row.rollout, name)

@@ -6,10 +6,8 @@ Much that a store states about itself is not in such a file; `AuthorsReport.not_
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from hashlib import blake2b
 from typing import Any
 
-import numpy as np
 from attrs import frozen
 
 from lopd.backends import admission
@@ -18,6 +16,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import LogprobStore
 from lopd.protocols.reading import named
+from lopd.records.contents import name_of
 from lopd.records.identity import fingerprint_tokenizer
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import FinishReason, Rollout, Scores, rollout_id
@@ -142,7 +141,7 @@ def _rollout(
     if not isinstance(prompt, str) or not isinstance(metadata, Mapping):
         raise InvalidRecordError(f"prompt is {prompt!r:.40} and metadata {metadata!r:.40}, expected text and a mapping; fix the row.")
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    digest = blake2b(np.array(prompt_ids, "<i4").tobytes(), digest_size=8).hexdigest()
+    digest = name_of(prompt_ids)
     # counted also when the row is refused below, so that the names of others do not depend on it
     seen[digest] += 1
     sizes = {field: len(metadata[field]) if isinstance(metadata.get(field), list) else None for field in _ARRAYS}

@@ -83,11 +83,9 @@ class TorchDataset(Dataset[ScoredRollout]):
                 )
 
     def __len__(self) -> int:
-        """Return the number of rows, or of committed rollouts."""
         return len(self.reader if self.rows is None else self.rows)
 
     def __getitem__(self, index: int) -> ScoredRollout:
-        """Return one rollout."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Rows:

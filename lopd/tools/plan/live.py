@@ -102,7 +102,6 @@ class LiveBytes(TorchDispatchMode):
         return Stretch(np.array(self._after, np.int64), deep, np.array([first, second], np.int64))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run it, and count what it made."""
         sizes_alone = func.overloadpacket is _GROUPED and isinstance(args[0], FakeTensor)
         made = (_grouped if sizes_alone else func)(*args, **(kwargs or {}))
         tensors = [leaf for leaf in ((made,) if isinstance(made, Tensor) else tree_leaves(made)) if isinstance(leaf, Tensor)]
