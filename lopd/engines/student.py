@@ -9,7 +9,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap
-from lopd.engines.conditions import warn_of_dropout
+from lopd.engines.conditions import check_trained_dtype, warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
@@ -49,7 +49,8 @@ class CausalLMStudent(nn.Module):
         ModelWarning: torch.compile is around the model as a whole, where it does nothing.
 
     Raises:
-        ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
+        ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here
+            (`lopd.engines.probes.check_training`).
         ArgumentError: model or tokenizer are something else.
     """
 
@@ -70,6 +71,7 @@ class CausalLMStudent(nn.Module):
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
+        check_trained_dtype(model, autocast)
         check_exportable(model, tokenizer)
         if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
             warnings.warn(
