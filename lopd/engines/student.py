@@ -166,6 +166,8 @@ class CausalLMStudent(nn.Module):
             if batch.ref_logprobs is not None and not self._dropout_is_judged:
                 self._dropout_is_judged = True
                 warn_of_dropout(self.model)
+            # copies of the weights that were cast before a step, or without gradients, are used until the outermost autocast ends
+            torch.clear_autocast_cache()
             return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
