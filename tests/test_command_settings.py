@@ -19,6 +19,7 @@ from lopd.tools.phases import Run
         {"sampling": {"top_p": 3.0}},
         {"sampling": {"max_new_tokens": -5}},
         {"opd__tokens_per_batch": 0},
+        {"opd__autocast": "float16"},
         {"loss": {"clip": -1.0}},
         {"evaluation__samples_per_prompt": 0},
         {"teacher": {"model": "runs/tiny/teacher", "context": 3}},

@@ -11,6 +11,7 @@ from conftest import TOKENIZER_ID
 from odd_models import tampered
 
 from lopd import collate
+from lopd.engines.causal_lm import hidden_states
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
@@ -109,3 +110,18 @@ def test_looking_for_dropout_draws_nothing_from_the_callers_random_stream(make_m
         first = float(student(batch, ReferenceOPDLoss()).loss_sum.detach())
     torch.set_rng_state(state)
     assert first == float(student(batch, ReferenceOPDLoss()).loss_sum.detach())
+
+
+def test_no_weight_that_the_look_for_dropout_cast_is_trained_on(llama, batch, monkeypatch):
+    """The look has no gradients, and older torch keeps what is cast without them; here it is other weights that are cast."""
+
+    def look(model):
+        hidden_states(model, torch.arange(8)[None])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+
+    monkeypatch.setattr("lopd.engines.student.warn_of_dropout", look)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID, autocast=torch.bfloat16)
+    first, second = (float(student(batch, ReferenceOPDLoss()).loss_sum.detach()) for _ in range(2))
+    assert first == second

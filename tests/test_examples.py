@@ -328,6 +328,7 @@ def test_13_one_step_of_trainer_is_one_of_opd_steps(run):
     trainer = names["make_trainer"](
         trained[1], steps, loss, output_dir="out", max_steps=1, logging_steps=1, lr_scheduler_type="constant", **options
     )
+    assert trainer.args.ddp_find_unused_parameters is False, "the default is a raw error on several ranks"
     trainer.train()
     losses.append(trainer.state.log_history[0]["loss"])
 

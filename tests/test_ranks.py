@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import ranks_worker
 import torch
+import torch.distributed as dist
 from attrs import evolve
 from ranks_worker import CASES, STEPS, Case, make_optimizer, make_store, make_student, train
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from lopd import batches, load_checkpoint, opd_steps
 from lopd.engines.hf import load_model
@@ -182,6 +185,31 @@ def test_a_student_whose_gradients_nobody_sums_is_refused():
     check_summed(student, Ranks())
     with pytest.raises(ModelError, match=r"trained by 2 ranks and nothing sums its gradients; wrap it .*before `opd_steps`"):
         check_summed(student, Ranks(1, 2))
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("option", ["static_graph", "find_unused_parameters"])
+def test_a_wrapper_that_looks_for_tensors_in_the_output_is_refused(option, group):
+    student = DistributedDataParallel(make_student(Case(), Ranks()), **{option: True})
+    with pytest.raises(ModelError, match=rf"Student CausalLMStudent: its DistributedDataParallel has {option}=True.*leave the option out"):
+        opd_steps(student, [], FusedOPDLoss(), make_optimizer(student))
+
+
+def test_a_student_is_sharded_after_its_layers(group):
+    """On the student alone the backward pass would go unnoticed."""
+    alone = fully_shard(make_student(Case(), Ranks()))
+    with pytest.raises(ModelError, match="call `fully_shard` on each layer first, and then on the student"):
+        opd_steps(alone, [], FusedOPDLoss(), make_optimizer(alone))
+    student = make_student(Case(), Ranks())
+    for layer in student.model.model.layers:
+        fully_shard(layer)
+    check_summed(fully_shard(student), Ranks(1, 2))
 
 
 def test_a_step_without_weight_anywhere_is_refused():

@@ -355,6 +355,19 @@ def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records)
     assert losses["cast"] != losses["exact"]
 
 
+def test_float16_is_refused_for_what_is_trained(models, records):
+    model = models("llama_tied")
+    with pytest.raises(ModelError, match=r"autocast is torch\.float16, expected torch\.float32 or torch\.bfloat16, as float16 rounds"):
+        CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID, autocast=torch.float16)
+    # adapters are in float32, and their gradients come through the base
+    for half in (copy.deepcopy(model).half(), adapted(copy.deepcopy(model).half())):
+        with pytest.raises(ModelError, match=r"its weights are torch\.float16"):
+            CausalLMStudent(half, TOKENIZER_ID)
+    student = CausalLMStudent(adapted(copy.deepcopy(model).half()), TOKENIZER_ID, autocast=torch.bfloat16)
+    student(collate(records), SFTLoss()).loss_sum.backward()
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(student).values())
+
+
 def test_logits_are_float32_under_autocast_and_with_bfloat16_weights_and_the_head_says_what_may_be_multiplied(models, records):
     for student in (
         CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID, autocast=torch.bfloat16),

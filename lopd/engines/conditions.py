@@ -50,6 +50,22 @@ def check_loaded(model: Any) -> None:
         )
 
 
+def check_trained_dtype(model: Any, autocast: torch.dtype | None) -> None:
+    """Refuse float16, which has no number below 6e-8: the gradient of a token is divided by the weight of a step, and nothing scales it up again.
+
+    Raises:
+        ModelError: the weights are float16, or autocast is another dtype than bfloat16.
+    """
+    # over a frozen base an autocast computes in its own dtype
+    half = torch.float16 in {p.dtype for p in model.parameters() if p.requires_grad or autocast is None}
+    if half or autocast not in (None, torch.bfloat16, torch.float32):
+        raise ModelError(
+            f"Model {type(unwrap(model)).__name__}: {'its weights are torch.float16' if half else f'autocast is {autocast!r:.40}'}, expected "
+            "torch.float32 or torch.bfloat16, as float16 rounds gradients below 3e-8 to 0; load float32 weights, and pass "
+            "`autocast=torch.bfloat16` for speed."
+        )
+
+
 def keep_caps(model: Any) -> None:
     """Set the attention to "eager" where another would drop the cap that the model has on attention scores.
 

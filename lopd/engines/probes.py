@@ -209,6 +209,7 @@ class _Probe:
         eval_SV = self.cut([ids_S])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad][:1]
         self.model.train()
+        torch.clear_autocast_cache()  # of weights that were cast without gradients
         with torch.set_grad_enabled(bool(trained)):
             first_SV = self.cut([ids_S])
             if trained:

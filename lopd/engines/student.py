@@ -9,7 +9,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap
-from lopd.engines.conditions import warn_of_dropout
+from lopd.engines.conditions import check_trained_dtype, warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
@@ -50,7 +50,8 @@ class CausalLMStudent(nn.Module):
             processor are not where it was loaded from.
 
     Raises:
-        ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
+        ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here
+            (`lopd.engines.probes.check_training`).
         ArgumentError: model or tokenizer are something else.
     """
 
@@ -71,6 +72,7 @@ class CausalLMStudent(nn.Module):
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
+        check_trained_dtype(model, autocast)
         check_exportable(model, tokenizer)
         if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
             warnings.warn(
@@ -165,6 +167,8 @@ class CausalLMStudent(nn.Module):
             if batch.ref_logprobs is not None and not self._dropout_is_judged:
                 self._dropout_is_judged = True
                 warn_of_dropout(self.model)
+            # copies of the weights that were cast before a step, or without gradients, are used until the outermost autocast ends
+            torch.clear_autocast_cache()
             return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:

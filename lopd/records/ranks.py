@@ -86,19 +86,33 @@ def inner(student: Any) -> Any:
 
 
 def check_summed(student: Any, ranks: Ranks) -> None:
-    """Refuse a student of several ranks that go apart, because nothing sums their gradients.
+    """Refuse a student of several ranks that go apart, because nothing sums their gradients, and a wrapper that would lose them.
 
     Raises:
-        ModelError: it is neither in DistributedDataParallel nor sharded.
+        ModelError: it is neither in DistributedDataParallel nor sharded; or in a way in which torch looks for tensors in its output and finds none.
     """
-    if ranks.size == 1 or isinstance(student, DistributedDataParallel):
+    name = type(inner(student)).__name__
+    if isinstance(student, DistributedDataParallel):
+        if option := next((option for option in ("static_graph", "find_unused_parameters") if getattr(student, option)), None):
+            raise ModelError(
+                f"Student {name}: its DistributedDataParallel has {option}=True, which finds no tensor in a `LossOutput`; freeze what gets no "
+                "gradient, and leave the option out."
+            )
+        return
+    if ranks.size == 1 and not (isinstance(student, torch.nn.Module) and sharded(student)):
         return
     from torch.distributed.fsdp import FSDPModule  # a second of imports that one process has no use for
 
-    if not isinstance(student, FSDPModule):
+    fsdp = isinstance(student, FSDPModule)
+    if ranks.size > 1 and not fsdp:
         raise ModelError(
-            f"Student {type(student).__name__}: it is trained by {ranks.size} ranks and nothing sums its gradients; "
-            "wrap it in DistributedDataParallel, or call `fully_shard` on it, before `opd_steps`."
+            f"Student {name}: it is trained by {ranks.size} ranks and nothing sums its gradients; wrap it in DistributedDataParallel, or call "
+            "`fully_shard` on each layer and then on it, before `opd_steps`."
+        )
+    # FSDP2 learns of a backward pass from tensors that its modules gave, and finds those of layers
+    if fsdp and sum(isinstance(module, FSDPModule) for module in student.modules()) == 1:
+        raise ModelError(
+            f"Student {name}: it is sharded as one, and would get no gradient; call `fully_shard` on each layer first, and then on the student."
         )
 
 

@@ -48,9 +48,9 @@ def opd_steps(
 
     Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.watch_drift`.
 
-    Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` or shard it with
-    `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
-    up to rounding.
+    Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` first, or call
+    `fully_shard` on each layer and then on it.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one
+    process on all of it, up to rounding.
 
     On a GPU nothing waits between the first forward of a step and the end of its last backward: what is reported of a step comes to the host
     there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
@@ -79,7 +79,7 @@ def opd_steps(
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
-        ModelError: there are several ranks, and nothing sums the gradients of the student.
+        ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them.
     """
     ranks = Ranks.current()
     for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):

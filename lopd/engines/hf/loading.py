@@ -50,16 +50,14 @@ def load_model(
             takes 16 bits alone: where float32 weights are given it, such a student can use the model, and a source or a scorer refuses it.
 
     Raises:
-        EngineError: there is no such model, device or dtype, the attention cannot be used, or autocast is not a dtype of 16 bits.
+        EngineError: there is no such model, device or dtype, the attention cannot be used, or autocast is another dtype than bfloat16.
         ModelError: its files lack weights, which transformers would make up.
     """
     _check_device(folder, device)
     if not isinstance(getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype, torch.dtype | None):
         raise EngineError(f"Model {str(folder)!r}: dtype is {dtype!r:.40}, expected a torch.dtype; pass torch.float32, for example.")
-    if autocast not in (None, *_16_BITS):
-        raise EngineError(
-            f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected a dtype of 16 bits; pass torch.bfloat16, or leave it out."
-        )
+    if autocast not in (None, torch.bfloat16):
+        raise EngineError(f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected torch.bfloat16; pass that, or leave it out.")
     # what may be wrong with a folder is reported before its weights are read
     check_described(find_model(folder))
     tokenizer = load_tokenizer(folder)

@@ -52,7 +52,7 @@ class Training:
     warmup: int = 0
     decay: bool = False
     weighting: Literal["rollout", "token"] = "rollout"
-    autocast: Literal["bfloat16", "float16"] | None = None
+    autocast: Literal["bfloat16"] | None = None
     gradient_checkpointing: bool = False
 
     def __attrs_post_init__(self) -> None:

@@ -75,7 +75,7 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
         InvalidRecordError: `card_gb` is not finite and more than 0.
         ArgumentError: a model is not a configuration.
         ContextOverflowError: rollouts are longer than the context of a model.
-        ModelError: a model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
+        ModelError: as `training`.
         MissingDependencyError: transformers is not installed, or peft where there are adapters.
     """
     use, card_gb = use or Use(), to_real("Fit", "card_gb", card_gb)

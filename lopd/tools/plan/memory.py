@@ -18,6 +18,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, hidden_states, lm_head, recompute_layers, text_config
+from lopd.engines.conditions import check_trained_dtype
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.losses.chunking import sum_dtype
 from lopd.records.checks import check_at_least, check_number, own_numbers
@@ -30,8 +31,7 @@ from lopd.tools.plan.live import Chunk, LiveBytes, Need, Stretch
 if TYPE_CHECKING:
     from lopd.engines.hf.texts import Texts, Way
 
-_HALF = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, torch.float64, *_HALF)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @final
@@ -79,7 +79,7 @@ class Use:
         check_number("Use", "dtype", self.dtype, self.dtype in _DTYPES, "torch.float32, torch.bfloat16, torch.float16 or torch.float64")
         for name in ("gradient_checkpointing", "packed"):
             check_number("Use", name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
-        check_number("Use", "autocast", self.autocast, self.autocast in (None, *_HALF), "None, torch.bfloat16 or torch.float16")
+        check_number("Use", "autocast", self.autocast, self.autocast in (None, torch.bfloat16), "None or torch.bfloat16")
 
     @property
     def length(self) -> int:
@@ -102,11 +102,13 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
 
     Raises:
         ContextOverflowError: rollouts are longer than the model's context.
-        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
+        ModelError: the model cannot be run, or would be trained in float16; or its code depends on numbers, so that its sizes alone do not show
+            what it does.
     """
     chunks: list[Chunk] = []
 
     def prepare(model: Any, live: LiveBytes, use: Use) -> Phase:
+        check_trained_dtype(model, use.autocast)
         chunks.append(Chunk(row_bytes=_row_bytes(_head(model)), tokens=use.response_tokens, limit=use.chunk_bytes, room_gb=room_gb))
         return _prepare_training(model, live, use)
 
