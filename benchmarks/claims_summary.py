@@ -56,7 +56,8 @@ class Interval:
         """
         if not math.isfinite(self.mean):
             return "below SFT" if math.isnan(self.mean) else "never"
-        return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
+        half = "" if math.isnan(self.half) else f" ± {self.half:{form.lstrip('+')}}"
+        return f"{self.mean:{form}}{half}"
 
 
 @frozen(eq=False)
@@ -164,7 +165,8 @@ def show_measured(goal: dict[str, Any]) -> str:
     """Return the text that tables show."""
     if goal["measured"] is None:
         return str(goal["shown"])
-    form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
+    signed = "0" in goal["goal"].split() or ", minus " in goal["name"]
+    form = "+.3f" if abs(goal["measured"]) < 1 and signed else ".2f"
     half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
     return f"{goal['measured']:{form}}{half}"
 

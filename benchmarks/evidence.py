@@ -34,8 +34,10 @@ from evidence_plan import (
     Chosen,
     Plan,
     choose_rates,
+    edge_trials,
     expected_build_s,
     expected_run_s,
+    made,
     other_trials,
     parts,
     plan_units,
@@ -118,6 +120,7 @@ def execute(plan: Plan, workers: int) -> Chosen:
         if plan.choice is not None:
             seed_of([plan.bed(plan.choice, NEAR)])
             wave(rate_trials(plan))
+            wave(edge_trials(plan))
             wave(other_trials(plan, choose_rates(plan)))
             wave(Chosen.of(plan).form_trials(plan))
         chosen = Chosen.of(plan)
@@ -155,18 +158,20 @@ def take_over(plan: Plan) -> None:
 def choice_rows(plan: Plan, chosen: Chosen) -> list[Row]:
     """Return the row of the plan, with the commits of result files whose units were taken over, and those of all trials."""
     path = plan.folder / "taken_over.json"
-    said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
-    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until, "settings": settings_of(plan)}
+    said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates, "beyond": plan.beyond}
+    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "settings": settings_of(plan)}
     said["taken_over"] = json.loads(path.read_text())["commits"] if path.exists() else []
-    trials = [*rate_trials(plan), *other_trials(plan, chosen.rates), *chosen.form_trials(plan)]
+    trials = [*rate_trials(plan), *edge_trials(plan), *other_trials(plan, chosen.rates), *chosen.form_trials(plan)]
     return [{"kind": "plan", **said, **asdict(plan.size)}, *({**unit(), "kind": "trial"} for unit in trials)]
 
 
 def report(plan: Plan) -> list[Row]:
     """Return the rows of all finished units, without running any."""
     trials = rate_trials(plan)
-    if all(unit.path.exists() for unit in trials):
-        trials = other_trials(plan, choose_rates(plan))
+    if made(trials):
+        trials += edge_trials(plan)
+    if made(trials):
+        trials += other_trials(plan, choose_rates(plan))
     if missing := sum(not unit.path.exists() for unit in trials):
         raise SystemExit(
             f"Evidence {plan.folder}: {missing} trials of arms are not made, expected 0 for a report; `--plan` lists what is left."
@@ -214,10 +219,12 @@ def say_plan(plan: Plan) -> None:
     students = sum((bed.of_student / "store.json").exists() for bed in beds)
     print(f"students: {students} of {len(beds)}; runs: {len(units) - len(left)} of {len(units)}")
     print(f"seconds of one core for what is left: {seconds:,.0f}")
-    for unit in rate_trials(plan):
-        if unit.path.exists():
-            end = unit()["curve"][-1]
-            print(f"seed {plan.choice}, {unit.arm.name}, rate {unit.rate:g}: {mean_kl(end):.4f} nats a token, {end['cpu_s']['all']:.0f} s")
+    for unit in units:
+        if unit.path.exists() and unit.bed.seed == plan.choice:
+            end, kl = unit()["curve"][-1], [mean_kl(unit()["curve"][-1], kind) for kind in ("reverse_kl", "forward_kl")]
+            print(
+                f"seed {plan.choice}, {unit.arm.name}, rate {unit.rate:g}: {kl[0]:.4f} and {kl[1]:.4f} nats a token, {end['cpu_s']['all']:.0f} s"
+            )
 
 
 def main() -> None:

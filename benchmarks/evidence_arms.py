@@ -138,6 +138,7 @@ def variants(arm: Arm) -> tuple[Arm, ...]:
     return (
         evolve(arm, name=f"{arm.name} (two passes)", passes=2.0),
         evolve(arm, name=f"{arm.name} (half of the store)", share=0.5),
+        evolve(arm, name=f"{arm.name} (a quarter of the store)", share=0.25),
         evolve(arm, name=f"{arm.name} (a quarter of the store, two passes)", share=0.25, passes=2.0),
     )
 
@@ -177,7 +178,7 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
 
     def look(step: int) -> None:
         if step in at:
-            seen = partial(measure, bed, student.model, forward=step == total)
+            seen = partial(measure, bed, student.model, end=step == total)
             spent = {name: seconds + before.get(name, 0.0) for name, seconds in stage.clock.split().items()}
             curve.append({"step": step, "cpu_s": spent, **stage.clock.run("evaluation", seen)})
 

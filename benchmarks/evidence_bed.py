@@ -1,6 +1,8 @@
 """Real weights for `evidence.py`: where a teacher, students cut from it, their prompts and stores are kept, and how a student is measured.
 
-Teacher and prompts are those of the quickstart (`examples/smollm2.py`).  Folder of a seed: `text.zarr`, what the teacher wrote on the prompts of SFT,
+Teacher and questions are those of the quickstart (`examples/smollm2.py`), put without its instruction.
+
+Folder of a seed: `text.zarr`, what the teacher wrote on the prompts of SFT,
 of OPD and of the held-out part; and for each student `model/`, and `store.zarr` with its rollouts and one column of scores for each support.
 """
 
@@ -9,13 +11,13 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from record import ROOT
 
 from lopd import (
@@ -189,10 +191,17 @@ def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, betas=BETAS, weight_decay=0.0)
 
 
-def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
+@lru_cache(maxsize=1)
+def untrained(bed: Bed) -> Any:
+    """Load the student after SFT, to be compared with."""
+    return load_model(bed.of_student / "model", torch.float32)[0].requires_grad_(False)
+
+
+def measure(bed: Bed, model: Any, *, end: bool = True) -> Row:
     """Measure a student on the held-out prompts, rollout by rollout.
 
-    It is the reverse KL on its fresh answers, and, if asked, the forward KL on the teacher's.
+    It is the reverse KL on its fresh answers; at the end, that of the student after SFT at the same tokens, and the forward KL on the teacher's
+    answers.
 
     Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
     """
@@ -201,8 +210,9 @@ def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
     rollouts = source.sample(held_out)
     kl = exact_reverse_kl(source, bed.scorer, rollouts)
     found = {"reverse_kl": _plain(kl), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
-    if not forward:
+    if not end:
         return found
+    found["untrained_kl"] = _plain(exact_reverse_kl(evolve(source, model=untrained(bed)), bed.scorer, rollouts))
     written = [r.rollout for r in bed.text().read(bed.rows_of_text(held_out), columns=())]
     return {**found, "forward_kl": _plain(forward_kl(written, HFScorer(model, tokenizer)))}
 
@@ -217,9 +227,14 @@ def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
     return RolloutSums(np.array([gap.sum(dtype=np.float64) for gap in gaps]), np.array([gap.size for gap in gaps], np.float64))
 
 
-def mean_kl(point: Row) -> float:
-    """Return the held-out reverse KL at a point of a curve, nats a token."""
-    return float(sum(point["reverse_kl"]["sums"]) / sum(point["reverse_kl"]["counts"]))
+def mean_kl(point: Row, kind: str = "reverse_kl") -> float:
+    """Return a held-out KL at a point of a curve, nats a token."""
+    return float(sum(point[kind]["sums"]) / sum(point[kind]["counts"]))
+
+
+def both_kl(row: Row) -> float:
+    """Return the sum of both KLs at the end of a run: what is chosen by, for the forward one has the smaller error."""
+    return mean_kl(row["curve"][-1]) + mean_kl(row["curve"][-1], "forward_kl")
 
 
 def _plain(sums: RolloutSums) -> Row:

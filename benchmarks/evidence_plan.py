@@ -1,11 +1,12 @@
 """What `evidence.py` runs: its plan, the trials on the seed of choice, what is chosen there, and how long it takes."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from attrs import evolve, field, frozen
 from evidence_arms import ARMS, MAIN, ONLINE, RATIO, SFT, TOP_64, TRL, Arm, run_arm, variants
-from evidence_bed import FAR, NEAR, Bed, Kind, Row, Size, mean_kl, once
+from evidence_bed import FAR, NEAR, Bed, Kind, Row, Size, both_kl, once
 from record import ROOT
 
 #: Shares of the steps after which a run is measured; one that no frontier shows, at its end alone.
@@ -20,9 +21,10 @@ class Plan:
         folder: where units are kept.
         home: folder of the results.
         seeds: seeds of the report.
-        choice: seed on which everything is chosen; None takes the first rate, the arm `TOP_64`, and the rival `ONLINE` at its end.
+        choice: seed on which everything is chosen; None takes the first rate, the arm `TOP_64`, and the rival `ONLINE`.
         choice_held_out: questions there.  More of them cost less than another seed of choice, as nothing is built or trained for them.
         rates: that each arm chooses from.
+        beyond: a rate that an arm is tried at, too, if the highest of them is its best.
         size: size of everything.
         arms: arms of each student.
     """
@@ -33,6 +35,7 @@ class Plan:
     choice: int | None = 100
     choice_held_out: int = 64
     rates: tuple[float, ...] = (1.5e-5, 5e-5, 1.5e-4)
+    beyond: float = 5e-4
     size: Size = field(factory=Size)
     arms: tuple[tuple[Kind, tuple[Arm, ...]], ...] = ((NEAR, ARMS), (FAR, MAIN))
 
@@ -90,22 +93,32 @@ class Unit:
     def __call__(self) -> Row:
         """Make it, or find it made."""
         row = once(self.path, partial(run_arm, self.bed, self.arm, self.rate, self.points))
-        if (found := [point["step"] for point in row["curve"]]) != (expected := self.arm.looks(self.bed, self.points)):
+        found, expected = [point["step"] for point in row["curve"]], self.arm.looks(self.bed, self.points)
+        if not {*expected} <= {*found}:
             raise SystemExit(f"Evidence {self.path}: it was measured after steps {found}, expected {expected}; move it away.")
         return row
 
 
 def rate_trials(plan: Plan) -> list[Unit]:
-    """Return arms of the near student at every rate, on the seed of choice; the far student takes over what is chosen there.
-
-    Any stored or live arm may be the one whose steps on the way are looked at; of the others the end is enough.
-    """
+    """Return arms of the near student at every rate, on the seed of choice; the far student takes over what is chosen there."""
     if plan.choice is None:
         return []
     bed, arms = plan.bed(plan.choice, NEAR), dict(plan.arms)[NEAR]
-    return [
-        Unit(bed, arm, rate, HALF if arm.way in ("stored", "live") else END) for arm in arms if arm.rate_of is None for rate in plan.rates
-    ]
+    return [Unit(bed, arm, rate) for arm in arms if arm.rate_of is None for rate in plan.rates]
+
+
+def _best_rates(trials: Sequence[Unit]) -> dict[str, float]:
+    """Return arm name -> the rate with the least KL at the end."""
+    ends: dict[str, dict[float, float]] = {}
+    for unit in trials:
+        ends.setdefault(unit.arm.name, {})[unit.rate] = both_kl(unit())
+    return {name: min(found, key=found.__getitem__) for name, found in ends.items()}
+
+
+def edge_trials(plan: Plan) -> list[Unit]:
+    """Return the arms that are best at the highest rate, at one beyond it; all trials of rates must be finished."""
+    best = _best_rates(rate_trials(plan))
+    return [Unit(unit.bed, unit.arm, plan.beyond) for unit in rate_trials(plan) if unit.rate == best[unit.arm.name] == max(plan.rates)]
 
 
 def choose_rates(plan: Plan) -> dict[str, float]:
@@ -113,8 +126,7 @@ def choose_rates(plan: Plan) -> dict[str, float]:
     arms = dict(plan.arms)[NEAR]
     if plan.choice is None:
         return {arm.name: plan.rates[0] for arm in arms}
-    ends = {(unit.arm.name, unit.rate): mean_kl(unit()["curve"][-1]) for unit in rate_trials(plan)}
-    own = {arm.name: min(plan.rates, key=lambda rate: ends[arm.name, rate]) for arm in arms if arm.rate_of is None}
+    own = _best_rates([*rate_trials(plan), *edge_trials(plan)])
     return {arm.name: own[arm.rate_of or arm.name] for arm in arms}
 
 
@@ -123,40 +135,43 @@ def other_trials(plan: Plan, rates: dict[str, float]) -> list[Unit]:
     if plan.choice is None:
         return []
     bed = plan.bed(plan.choice, NEAR)
-    return [Unit(bed, arm, rates[arm.name], HALF) for arm in dict(plan.arms)[NEAR] if arm.rate_of]
+    return [Unit(bed, arm, rates[arm.name]) for arm in dict(plan.arms)[NEAR] if arm.rate_of]
+
+
+def made(units: Sequence[Unit]) -> bool:
+    """Return whether all of them are finished."""
+    return all(unit.path.exists() for unit in units)
 
 
 @frozen
 class Chosen:
-    """What the seed of choice decides.
+    """What the seed of choice decides, by both KLs at the end.
 
     Args:
         rates: name of an arm -> its rate.
-        best: the stored arm of least reverse KL at its end.
-        rival: the live arm of lopd of least reverse KL at a point of its run.
-        until: that step.
+        best: the stored arm with the least.
+        rival: the live arm of lopd with the least.
     """
 
     rates: dict[str, float]
     best: Arm
     rival: Arm
-    until: int
 
     @classmethod
     def of(cls, plan: Plan) -> "Chosen":
         """Read the trials of all arms, which are made by now."""
         rates = choose_rates(plan)
         if plan.choice is None:
-            return cls(rates, TOP_64, ONLINE, ONLINE.steps(plan.bed(plan.seeds[0], NEAR)))
-        trials = [unit for unit in (*rate_trials(plan), *other_trials(plan, rates)) if unit.rate == rates[unit.arm.name]]
-        ends = {unit.arm: mean_kl(unit()["curve"][-1]) for unit in trials if unit.arm.way == "stored"}
-        live = {(unit.arm, point["step"]): mean_kl(point) for unit in trials if unit.arm.way == "live" for point in unit()["curve"]}
-        return cls(rates, min(ends, key=ends.__getitem__), *min(live, key=live.__getitem__))
+            return cls(rates, TOP_64, ONLINE)
+        trials = [*rate_trials(plan), *edge_trials(plan), *other_trials(plan, rates)]
+        ends = {unit.arm: both_kl(unit()) for unit in trials if unit.rate == rates[unit.arm.name]}
+        best, rival = (min((arm for arm in ends if arm.way == way), key=ends.__getitem__) for way in ("stored", "live"))
+        return cls(rates, best, rival)
 
     def forms(self, bed: Bed) -> list[Unit]:
         """Return the best arm in other forms."""
         rate = self.rates[self.best.name]
-        return [Unit(bed, arm, rate, HALF if arm.share < 0.5 else END) for arm in variants(self.best)]
+        return [Unit(bed, arm, rate) for arm in variants(self.best)]
 
     def form_trials(self, plan: Plan) -> list[Unit]:
         """Return the trials of those forms on the seed of choice."""
@@ -177,13 +192,15 @@ class Chosen:
 def plan_units(plan: Plan) -> list[Unit]:
     """Return all runs; where a rate or an arm is not chosen yet, a run that takes as long stands for it."""
     rates = dict.fromkeys((arm.name for arm in dict(plan.arms)[NEAR]), 0.0)
-    chosen = Chosen(rates, TOP_64, ONLINE, 0)
+    chosen = Chosen(rates, TOP_64, ONLINE)
     trials = rate_trials(plan)
-    if all(unit.path.exists() for unit in trials):
+    if made(trials):
+        trials += edge_trials(plan)
+    if made(trials):
         rates = choose_rates(plan)
         chosen = evolve(chosen, rates=rates)
     trials += other_trials(plan, rates)
-    if all(unit.path.exists() for unit in trials):
+    if made(trials):
         chosen = Chosen.of(plan)
     return [*trials, *chosen.form_trials(plan), *chosen.runs(plan)]
 

@@ -1,20 +1,18 @@
 """The part of RESULTS.md on real weights: words, tables and a picture, out of what `evidence.py` measured."""
 
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 from claims_summary import Interval
 from docs_tables import table
 from evidence_arms import ONLINE, SFT, WHOLE
 from evidence_bed import ALIKE, FAR, NEAR, Row, mean_kl
-from evidence_summary import Found, cost, forward, kl, length
+from evidence_summary import MARGIN, Found, cost, final, kl, length, moved
 from pictures import SUPPORT, band, color_of, label_ends, panels, rule, save
-from results_page import Goal, Part, Reading
+from results_page import Part, Reading
 
 
 def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
@@ -28,23 +26,25 @@ def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
     )
 
 
-_REGIME, _CHEAP = "The near student is in the paper's regime", "A stored run ends no worse than a live one, at a quarter of its cost"
+_REGIME = "The near student is in the paper's regime"
+_CHEAP = f"A stored run ends at most {MARGIN:g} nats a token above a live one, at a quarter of its cost"
+_ALL = f"With all of its steps a stored run ends at most {MARGIN:g} nats a token above a live one"
 
 
-@frozen
-class Compared(Reading):
-    """A goal that is met where an interval holds 0: its words say what else the interval holds."""
-
-    def say(self, goal: Goal) -> str:
-        """Return the clause on a goal, with the largest loss that is not excluded.
-
-        Two cannot be told apart, unless the mean is on the right side.
-        """
-        words = super().say(goal)
-        most = goal["at_most"]
-        if most is None or (goal["met"] and goal["measured"] > 0):
-            words = re.sub("ends (no )?higher in reverse KL than", "cannot be told apart in reverse KL from", words)
-        return words if most is None or most <= 0 else f"{words}, and may end {most:.3f} higher"
+def _ends(claim: str, pattern: str, form: str, reason: str = "") -> list[Reading]:
+    """Return the readings of goals on either KL."""
+    return [
+        Reading(
+            claim,
+            rf"^{pattern}, minus (?P<rival>.+): {measure}",
+            f"{form} ends at most {{bound}} above *{{rival}}* in {kl} KL ({{measured}})",
+            f"{form} ends more than {{bound}} above *{{rival}}* in {kl} KL ({{measured}})",
+            reason,
+            told=".",
+            open=f"{form} was not shown to end at most {{bound}} above *{{rival}}* in {kl} KL ({{measured}})",
+        )
+        for kl, measure in (("reverse", "held-out"), ("forward", "forward"))
+    ]
 
 
 def _readings(training: str) -> list[Reading]:
@@ -66,41 +66,37 @@ def _readings(training: str) -> list[Reading]:
             "its reverse KL to the teacher is as much as {measured} nats a token before training",
             open="its reverse KL to the teacher was not shown to be at most {bound} nats a token before training ({measured})",
         ),
-        Compared(
+        *_ends(
             _CHEAP,
-            r"^(?P<form>.+ \d+ steps), minus (?P<rival>.+): held-out",
-            "*{form}* ends no higher in reverse KL than *{rival}* ({measured})",
-            "*{form}* ends higher in reverse KL than *{rival}* ({measured})",
+            r"(?P<form>(?!.*, all of its steps).+)",
+            "*{form}*",
             f"A quarter of the cost pays for few steps: training, which a store does not save, is {training} of what online OPD spends here.",
-            told=".",
         ),
         Reading(
             _CHEAP,
-            r"^(?P<form>.+ \d+ steps), as a share of (?P<rival>.+): cost",
+            r"^(?P<form>.+), as a share of (?P<rival>.+): cost",
             "it costs {measured} of *{rival}*",
             "it costs as much as {measured} of *{rival}*",
             told=".",
             open="it was not shown to cost at most {bound} of *{rival}* ({measured})",
         ),
-        Compared(
-            "With all of its steps a stored run ends no worse than a live one",
-            r"^(?P<form>.+), all of its steps, minus (?P<rival>.+): held-out",
-            "with all of its steps *{form}* ends no higher in reverse KL than *{rival}* ({measured})",
-            "with all of its steps *{form}* ends higher in reverse KL than *{rival}* ({measured})",
-            told=".",
-        ),
+        *_ends(_ALL, r"(?P<form>.+), all of its steps", "with all of its steps *{form}*"),
     ]
 
 
 def _meaning(found: Found) -> str:
     form = found.form()
-    stored, live = found.cell(form.arm), found.cell(ONLINE.name)
-    share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
-    gained = found.paired(stored, found.starts(), lambda ours, start: kl(ours, form.step) - mean_kl(start))
-    whole = found.paired(live, found.starts(), lambda ours, start: kl(ours) - mean_kl(start))
+    stored, live, imitated = (found.cell(name) for name in (form, ONLINE.name, SFT.name))
+
+    def share(cell: dict[int, Row]) -> str:
+        return f"{found.paired(cell, live, lambda ours, theirs: cost(ours) / cost(theirs)).mean:.0%}"
+
+    def gain(cell: dict[int, Row]) -> str:
+        return found.paired(cell, found.starts(), lambda ours, start: kl(ours) - mean_kl(start)).show("+.3f")
+
     return (
-        f"for {share.mean:.0%} of what online OPD costs, a store changes the reverse KL of such a student by {gained.show('+.3f')} nats a token, "
-        f"and online OPD by {whole.show('+.3f')}."
+        f"for {share(stored)} of what online OPD costs, a store changes the reverse KL of such a student by {gain(stored)} nats a token, SFT that "
+        f"is continued by {gain(imitated)} for {share(imitated)}, and online OPD by {gain(live)}."
     )
 
 
@@ -110,11 +106,12 @@ def _plan(found: Found) -> list[str]:
     return [
         "### What was run",
         "",
-        f"The teacher is SmolLM2-135M-Instruct; the students are cut from it and fine-tuned on {size['sft_prompts']} of its answers.",
+        "The teacher is SmolLM2-135M-Instruct, with the weights that a file of 4 bits a weight gives.",
+        f"Students are cut from it and fine-tuned on {size['sft_prompts']} of its answers.",
         f"Prompts are questions of TruthfulQA: {size['opd_prompts']} for OPD, {size['held_out']} held out.",
         f"Answers have at most {size['new_tokens']} tokens, and a step {size['batch']} of them.",
         f"Seeds: {len(found.starts())}, each with its own split, students and rollouts.",
-        f"Rates, the arm that is run in several forms, the form of the goals and the best live run were chosen {chosen}.",
+        f"Rates, the arm that is run in several forms, the form of the goals and the best live run were chosen {chosen}, by the sum of both KLs.",
         _edges(found),
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",
@@ -126,11 +123,14 @@ def _plan(found: Found) -> list[str]:
 
 def _edges(found: Found) -> str:
     """Name the arms whose rate is at an end of the tried ones, so a lower or higher one might have been better."""
-    rates = [float(rate) for rate in found.plan["rates"]]
     chosen = {name: found.rate(name) for name in found.names() if "(" not in name}
-    lists = [", ".join(name for name, rate in chosen.items() if rate == edge) or "not one arm" for edge in (min(rates), max(rates))]
-    tried = ", ".join(f"{rate:g}" for rate in rates)
-    return f"Rates: {tried}.  At the lowest of them: {lists[0]}; at the highest: {lists[1]}; their best rates may lie outside."
+    rates = sorted({row["rate"] for row in found.of("trial")} | {*chosen.values()})
+    lists = [", ".join(name for name, rate in chosen.items() if rate == edge) or "not one arm" for edge in (rates[0], rates[-1])]
+    tried, last = ", ".join(f"{rate:g}" for rate in rates), " (the last only where the one before it was best)"
+    return (
+        f"Rates: {tried}{last if found.plan['beyond'] in rates else ''}.  "
+        f"At the lowest of them: {lists[0]}; at the highest: {lists[1]}; their best rates may lie outside."
+    )
 
 
 def _starts(found: Found) -> list[str]:
@@ -181,29 +181,44 @@ def _arms(found: Found, student: str) -> list[str]:
     def rows() -> Iterator[list[str]]:
         for name in found.names(student):
             cell = found.cell(name, student)
-            moved = found.paired(cell, starts, lambda ours, start: kl(ours) - mean_kl(start)).show("+.3f")
-            beside = "" if name == ONLINE.name else found.paired(cell, online, lambda ours, theirs: kl(ours) - kl(theirs)).show("+.3f")
-            spread = found.over_prompts(cell, online)
-            prompts = "" if name == ONLINE.name else f"{spread.mean:+.3f} ± {spread.ci95:.3f}"
-            others = [found.mean(cell, value).show(form) for value, form in ((forward, ".3f"), (length, ".1f"))]
+            changed = found.paired(cell, starts, lambda ours, start: kl(ours) - mean_kl(start)).show("+.3f")
+            beside = [
+                found.paired(cell, online, lambda ours, theirs, k=kind: final(ours, k) - final(theirs, k)).show("+.3f")
+                for kind in ("reverse_kl", "forward_kl")
+            ]
+            own, tokens = found.mean(cell, moved).show("+.3f"), found.mean(cell, length).show(".1f")
+            left, ended = (
+                found.mean(cell, lambda row: final(row, "forward_kl")).show(),
+                found.mean(cell, lambda row: row["curve"][-1]["ended"]),
+            )
+            compared = ["", ""] if name == ONLINE.name else beside
             seconds = [
                 f"{found.mean(cell, lambda row, p=part: cost(row, None, p)).mean:.0f}"
                 for part in ("sampling", "scoring", "training", "all")
             ]
-            yield [name, f"{found.rate(name, student):g}", moved, beside, prompts, *others, *seconds]
+            rate = f"{found.rate(name, student):g}"
+            yield [name, rate, changed, own, compared[0], left, compared[1], tokens, f"{ended.mean:.0%}", *seconds]
 
     head = [
         "arm",
         "rate",
         "reverse KL minus SFT's",
+        "at the same tokens",
         "minus online OPD's",
-        "the same over prompts",
         "forward KL",
+        "minus online OPD's",
         "tokens",
+        "ended",
         "sampling",
         "scoring",
     ]
-    return [f"### The {student} student, at the end of every run", "", *table([*head, "training", "CPU s"], rows())]
+    return [
+        f"### The {student} student, at the end of every run",
+        "",
+        "*At the same tokens*: at those of the run's own answers, beside the student after SFT; which answers those are adds no noise there.",
+        "",
+        *table([*head, "training", "CPU s"], rows()),
+    ]
 
 
 def _limits(found: Found) -> list[str]:

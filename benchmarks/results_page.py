@@ -68,9 +68,10 @@ class NoLower(Reading):
 
 
 def undecided(goal: Goal) -> bool:
-    """Return whether the interval of a goal holds the bound that it names, so that it is neither met nor excluded."""
+    """Return whether the interval of a goal holds the bound that it names, so that it is neither met nor excluded; one seed has no interval."""
     bound = re.fullmatch(r"[<>]=? (\S+)", goal["goal"])
-    return bool(bound and goal["ci95"] is not None and abs(goal["measured"] - float(bound[1])) <= goal["ci95"])
+    alone = goal.get("seeds") == 1
+    return bool(bound and (alone or (goal["ci95"] is not None and abs(goal["measured"] - float(bound[1])) <= goal["ci95"])))
 
 
 @frozen(eq=False)
