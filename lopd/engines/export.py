@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
-from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
@@ -86,6 +85,9 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
 
 def _processor_files(config: Any) -> list[Path]:
     """Return those beside the weights that a model was loaded from, in its folder or the cache of the hub."""
+    # it brings a client of HTTP along, which students that are only trained do without
+    from huggingface_hub import try_to_load_from_cache
+
     name = str(getattr(config, "_name_or_path", None) or "")
 
     def find(file: str) -> Any:
