@@ -140,6 +140,7 @@ def variants(arm: Arm) -> tuple[Arm, ...]:
         evolve(arm, name=f"{arm.name} (half of the store)", share=0.5),
         evolve(arm, name=f"{arm.name} (a quarter of the store)", share=0.25),
         evolve(arm, name=f"{arm.name} (a quarter of the store, two passes)", share=0.25, passes=2.0),
+        evolve(arm, name=f"{arm.name} (an eighth of the store, four passes)", share=0.125, passes=4.0),
     )
 
 

@@ -115,7 +115,7 @@ def _plan(found: Found) -> list[str]:
         _edges(found),
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",
-        "What a half or a quarter of a store costs was measured on such stores; supports are taken to cost as many times a plain score there.",
+        "What a part of a store costs was measured on such stores; supports are taken to cost as many times a plain score there.",
         "",
         *_starts(found),
     ]
