@@ -27,8 +27,7 @@ memory is computed, and its learning rates were not searched: that of OPD is the
 """
 
 import argparse
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +143,10 @@ class Phases:
             return recipe.student, []
         longest = recipe.prompt_tokens + recipe.sft_tokens
         done = [
-            self._phase(
+            self.run.phase(
                 "SFT text", lambda: sample(self._source(recipe.teacher, sft_sampling(recipe), longest), prompts, folder / "sft.zarr")
             ),
-            self._phase("SFT", lambda: train(folder, "sft", recipe.student, recipe)),
+            self.run.phase("SFT", lambda: train(folder, "sft", recipe.student, recipe)),
         ]
         return str(folder / "sft"), done
 
@@ -161,13 +160,13 @@ class Phases:
         recipe, folder = self.recipe, self.run.folder
         store = folder / "opd.zarr"
         offline = [
-            self._phase("rollouts", lambda: sample(make_source(start, opd_sampling(recipe), recipe), prompts, store)),
-            self._phase("scores", lambda: score(make_scorer(recipe), store, "teacher")),
-            self._phase("OPD", lambda: train(folder, "opd", start, recipe)),
+            self.run.phase("rollouts", lambda: sample(make_source(start, opd_sampling(recipe), recipe), prompts, store)),
+            self.run.phase("scores", lambda: score(make_scorer(recipe), store, "teacher")),
+            self.run.phase("OPD", lambda: train(folder, "opd", start, recipe)),
         ]
         yield evolve(self.tested("OPD", str(folder / "opd")), phases=offline)
         if recipe.with_online:
-            online = self._phase("online OPD", lambda: train_online(folder, start, prompts, recipe))
+            online = self.run.phase("online OPD", lambda: train_online(folder, start, prompts, recipe))
             yield evolve(self.tested("online OPD", str(folder / "online")), phases=[online])
 
     def tested(self, name: str, model: str) -> Arm:
@@ -179,19 +178,12 @@ class Phases:
             found = sample(self._source(model, test_sampling(self.recipe), longest), self.problems, path)
             return {**found, "grades": grade(path, self.problems, transformers.AutoTokenizer.from_pretrained(model))}
 
-        return Arm(name, self.recipe.seed, self._phase(f"evaluation of {name}", work))
+        return Arm(name, self.recipe.seed, self.run.phase(f"evaluation of {name}", work))
 
     def _source(self, model: str, sampling: SamplingParams, longest: int) -> Any:
         if self.engine == "hf":
             return make_source(model, sampling, self.recipe)
         return Engine(self.recipe, self.engine, longest).source(model, sampling)
-
-    def _phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        # what the phase before held is given back, also to another process
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
-        return self.run.phase(name, work)
 
 
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
