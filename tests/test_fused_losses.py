@@ -461,6 +461,11 @@ def test_the_suite_rejects_log_probs_that_are_wrong(change: Callable[[Tensor, Te
     assert clause in broken_clauses(loss, cases=lambda: [loss_case("some of everything")])
 
 
+def test_a_part_of_a_case_numbers_its_rollouts_as_a_batch_does() -> None:
+    batch = loss_case("split", [20, 5, 30], counted=1.0).part(slice(25, None)).batch
+    assert (batch.lengths, batch.counts, batch.segment_ids.tolist()) == ((30,), (30,), [0] * 30)
+
+
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_the_suite_rejects_logits_in_the_dtype_that_a_student_of_float32_weights_computes_in(on_cuda: bool) -> None:
     def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
