@@ -281,8 +281,15 @@ def with_tail(ids: Any, logprobs: Any) -> tuple[Any, Any, Any]:
     return ids, logprobs, 1 - np.exp(logprobs).sum(1)
 
 
+def one_too_early(rollout: Rollout, logprobs: Any) -> Any:
+    """Score the token before each one, as wrong bounds of a slice do; whether prompts and responses are cut changes nothing."""
+    ids, length = np.concatenate([rollout.prompt_ids[:1], rollout.prompt_ids, rollout.response_ids]), len(logprobs)
+    return TABLE_VV[ids[-length - 2 : -2], ids[-length - 1 : -1]]
+
+
 SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
     "one too late": (0, rescored(lambda r, x: np.roll(x, 1)), "test_a_score_stands_at_its_own_token"),
+    "one too early": (0, rescored(one_too_early), "test_a_score_stands_at_its_own_token"),
     "not normalised": (0, rescored(lambda r, x: x - 0.1), "test_probabilities_of_all_tokens_add_up_to_1"),
     "the mean over the response": (0, rescored(lambda r, x: np.full_like(x, x.mean())), "test_a_score_stands_at_its_own_token"),
     "masked tokens get 0": (0, rescored(lambda r, x: np.where(r.loss_mask, x, 0)), "test_masked_tokens_are_read_and_scored_like_others"),
