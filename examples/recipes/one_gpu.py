@@ -43,7 +43,7 @@ from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
 from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
-from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
+from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, teacher_dtype
 from recipes.compare import Arm, grade, report
 from recipes.run import Engine, add_fields, given, opd_sampling, sample, score, sft_sampling, test_sampling
 from recipes.train import make_optimizer, phase_of, run_phase
@@ -183,12 +183,14 @@ class Phases:
     def _source(self, model: str, sampling: SamplingParams, longest: int) -> Any:
         if self.engine == "hf":
             return make_source(model, sampling, self.recipe)
-        return Engine(self.recipe, self.engine, longest).source(model, sampling)
+        # students in float32, whose small updates 16 bits would round away
+        recipe = self.recipe if model == self.recipe.teacher else evolve(self.recipe, dtype="float32")
+        return Engine(recipe, self.engine, longest).source(model, sampling)
 
 
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
     """Load a model that samples with transformers, in the dtype in which it scores or is trained."""
-    dtype = teacher_dtype(recipe) if model == recipe.teacher else student_dtype(recipe)
+    dtype = teacher_dtype(recipe) if model == recipe.teacher else torch.float32
     return evolve(HFSource.from_folder(model, sampling, dtype, recipe.device), rows_per_batch=recipe.rows)
 
 
@@ -199,8 +201,8 @@ def make_scorer(recipe: OneGpu) -> HFScorer:
 
 
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
-    """Load the student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
-    model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
+    """Load the student on this card in float32, with new adapters if the recipe trains these; and its tokenizer."""
+    model, tokenizer = load_model(start, torch.float32, recipe.device)
     if recipe.lora_rank:
         torch.manual_seed(recipe.seed)
         model = get_peft_model(model, lora_config(recipe.lora_rank))
@@ -209,7 +211,7 @@ def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
 
 
 def export(student: CausalLMStudent, tokenizer: Any, lineage: Lineage, folder: Path) -> None:
-    """Write a model that every engine loads: adapters are merged into the weights, and the sum is rounded to their dtype."""
+    """Write a model that every engine loads: adapters are merged into the weights."""
     if hasattr(student.model, "merge_and_unload"):
         merged = student.model.merge_and_unload()
         student = CausalLMStudent(merged.requires_grad_(True), tokenizer)
