@@ -9,7 +9,7 @@ from attrs import evolve, frozen
 from served_table import MODEL
 from served_table import TOKENIZER as TABLE
 from suite_cases import TABLE_CONTEXT
-from vllm_stub import EOS, VOCAB
+from vllm_stub import EOS, VOCAB, drawn_from
 
 from lopd.engines.inputs import asked_ids, check_prompts, check_rollouts
 from lopd.engines.supports import arrange
@@ -113,15 +113,16 @@ class TableSource:
         name = rollout_id(prompt.prompt_id, sample, self.generation)
         WORK.append(name)
         random = np.random.default_rng([self.sampling.seed, *name.encode()])
-        stop_ids, ids, logprobs = self.sampling.stop_ids or (EOS,), [int(prompt.token_ids[-1])], []
+        stop_ids, ids, logprobs, drawn = self.sampling.stop_ids or (EOS,), [int(prompt.token_ids[-1])], [], []
         while len(ids) <= self.sampling.max_new_tokens and (len(ids) == 1 or ids[-1] not in stop_ids):
             row = TABLE_VV[ids[-1]].astype(np.float64)
-            scaled = np.exp(row / max(self.sampling.temperature, 0.01))
-            ids.append(int(random.choice(VOCAB, p=scaled / scaled.sum())))
+            processed = drawn_from(row, self.sampling.temperature, self.sampling.top_p)
+            ids.append(int(random.choice(VOCAB, p=np.exp(processed))))
             logprobs.append(row[ids[-1]])
+            drawn.append(processed[ids[-1]])
         reason = "stop" if ids[-1] in stop_ids else "length"
-        kept = self._keep(TABLE_VV[ids[:-1]], name)
-        return Rollout(name, prompt.token_ids, ids[1:], [True] * (len(ids) - 1), reason, logprobs, self.generation, candidates=kept)
+        reports = logprobs, self.generation, None if self.sampling.neutral else drawn, self._keep(TABLE_VV[ids[:-1]], name)
+        return Rollout(name, prompt.token_ids, ids[1:], [True] * (len(ids) - 1), reason, *reports)
 
     def _keep(self, rows_TV: Any, name: str) -> TopK | None:
         width, drawn = self.sampling.candidates, self.sampling.drawn

@@ -90,6 +90,14 @@ def test_a_file_is_to_be_removed_only_where_its_phase_can_be_done_again(name, re
     assert ("or remove" in str(found.value)) == removable
 
 
+def test_a_phase_begins_after_the_card_has_back_what_the_one_before_held(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("given back"))
+    phases.Run(tmp_path).phase("scores", lambda: done.append("worked") or {})
+    assert done == ["given back", "worked"]
+
+
 def test_each_seed_notes_a_warning_of_its_own():
     def warn_twice():
         for _ in range(2):

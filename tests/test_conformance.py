@@ -102,7 +102,13 @@ def resampled(source: TableSource, prompts: Sequence[Prompt], **fields: Any) -> 
     return [evolve(r, rollout_id=r.rollout_id.replace("/g0", f"/g{source.generation}"), generation=source.generation) for r in other]
 
 
+def before_top_p(rollout: Rollout, temperature: float) -> Any:
+    rows_TV = tempered(TABLE_VV[np.concatenate([rollout.prompt_ids[-1:], rollout.response_ids[:-1]])], temperature)
+    return rows_TV[np.arange(len(rows_TV)), rollout.response_ids]
+
+
 CALLS = itertools.count()
+AS_ASKED = "test_tokens_and_their_log_probs_are_of_the_distribution_that_was_asked_for"
 SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
     "copies of the first sample": (
         lambda s, p, rs: [evolve(rs[i - i % 4], rollout_id=r.rollout_id) for i, r in enumerate(rs)] if len(rs) > 4 else rs,
@@ -114,6 +120,17 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
         lambda s, p, rs: [evolve(r, sampler_logprobs=r.behavior_logprobs) for r in rs],
         "test_log_probs_of_the_sampler_come_where_it_draws_from_another_distribution",
     ),
+    "the policy's log-probs where they are the sampler's": (
+        lambda s, p, rs: rs if s.sampling.neutral else [evolve(r, sampler_logprobs=r.behavior_logprobs) for r in rs],
+        AS_ASKED,
+    ),
+    "log-probs of the sampler before top-p": (
+        lambda s, p, rs: [r if s.sampling.top_p == 1 else evolve(r, sampler_logprobs=before_top_p(r, s.sampling.temperature)) for r in rs],
+        AS_ASKED,
+    ),
+    "temperature and top-p are forgotten": (lambda s, p, rs: resampled(s, p, temperature=1.0, top_p=1.0), AS_ASKED),
+    "top-p is forgotten": (lambda s, p, rs: resampled(s, p, top_p=1.0), AS_ASKED),
+    "at another temperature": (lambda s, p, rs: resampled(s, p, temperature=s.sampling.temperature / 3), AS_ASKED),
     "the round is forgotten": (lambda s, p, rs: [evolve(r, generation=0) for r in rs], "test_each_prompt_has_its_samples_in_order"),
     "the round has no numbers of its own": (
         lambda s, p, rs: resampled(s, p),
@@ -264,8 +281,15 @@ def with_tail(ids: Any, logprobs: Any) -> tuple[Any, Any, Any]:
     return ids, logprobs, 1 - np.exp(logprobs).sum(1)
 
 
+def one_too_early(rollout: Rollout, logprobs: Any) -> Any:
+    """Score the token before each one, as wrong bounds of a slice do; whether prompts and responses are cut changes nothing."""
+    ids, length = np.concatenate([rollout.prompt_ids[:1], rollout.prompt_ids, rollout.response_ids]), len(logprobs)
+    return TABLE_VV[ids[-length - 2 : -2], ids[-length - 1 : -1]]
+
+
 SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
     "one too late": (0, rescored(lambda r, x: np.roll(x, 1)), "test_a_score_stands_at_its_own_token"),
+    "one too early": (0, rescored(one_too_early), "test_a_score_stands_at_its_own_token"),
     "not normalised": (0, rescored(lambda r, x: x - 0.1), "test_probabilities_of_all_tokens_add_up_to_1"),
     "the mean over the response": (0, rescored(lambda r, x: np.full_like(x, x.mean())), "test_a_score_stands_at_its_own_token"),
     "masked tokens get 0": (0, rescored(lambda r, x: np.where(r.loss_mask, x, 0)), "test_masked_tokens_are_read_and_scored_like_others"),

@@ -444,6 +444,28 @@ def test_the_suite_rejects_a_loss_that_is_wrong(mutant: Callable[[Tensor, Tensor
     assert "test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype" in broken_clauses(Mutant(mutant.__name__, mutant))
 
 
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        (lambda logprobs_M, hidden_ND: logprobs_M.flip(0), "test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype"),
+        (lambda logprobs_M, hidden_ND: logprobs_M + 0 * hidden_ND.sum(), "test_what_is_reported_beside_the_loss_carries_no_gradient"),
+    ],
+    ids=["of other tokens", "with a gradient"],
+)
+def test_the_suite_rejects_log_probs_that_are_wrong(change: Callable[[Tensor, Tensor], Tensor], clause: str) -> None:
+    def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        output = PLAIN(hidden_ND, head, batch)
+        assert output.logprobs is not None
+        return evolve(output, logprobs=change(output.logprobs, hidden_ND))
+
+    assert clause in broken_clauses(loss, cases=lambda: [loss_case("some of everything")])
+
+
+def test_a_part_of_a_case_numbers_its_rollouts_as_a_batch_does() -> None:
+    batch = loss_case("split", [20, 5, 30], counted=1.0).part(slice(25, None)).batch
+    assert (batch.lengths, batch.counts, batch.segment_ids.tolist()) == ((30,), (30,), [0] * 30)
+
+
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_the_suite_rejects_logits_in_the_dtype_that_a_student_of_float32_weights_computes_in(on_cuda: bool) -> None:
     def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:

@@ -5,9 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from attrs import evolve
 
 from lopd import Lineage, ZarrStore
+from lopd.engines.hf import load_model
 from lopd.records import Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -159,6 +161,21 @@ def test_activations_of_a_student_with_adapters_are_computed_again(folder):
     recipe = evolve(CARDS["24gb"], device="cpu", dtype="float32")
     student, _ = one_gpu.make_student(str(folder / "base"), recipe)
     assert all(layer.training and layer.gradient_checkpointing for layer in student.model.get_base_model().model.layers)
+
+
+def test_an_export_has_the_small_updates_of_adapters_on_16_bit_weights(folder):
+    base, tokenizer = load_model(str(folder / "base"), torch.bfloat16)
+    base.save_pretrained(folder / "coarse")
+    tokenizer.save_pretrained(folder / "coarse")
+    student, tokenizer = one_gpu.make_student(str(folder / "coarse"), evolve(CARDS["24gb"], device="cpu"))
+    name = "model.layers.0.self_attn.q_proj"
+    layer = student.model.get_base_model().get_submodule(name)
+    torch.nn.init.constant_(layer.lora_B["default"].weight, 1e-4)
+    update = layer.get_delta_weight("default").detach()
+    one_gpu.export(student, tokenizer, Lineage(), folder / "merged")
+    exported, _ = load_model(str(folder / "merged"), torch.float32)
+    change = exported.get_submodule(name).weight - base.get_submodule(name).weight
+    assert (change - update).norm() < 0.01 * update.norm()
 
 
 def arm(name, seed, scores, seconds=(), attempts=1):

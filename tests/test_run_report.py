@@ -227,6 +227,11 @@ def test_what_it_cost_by_phase(write, store):
         ["scores: teacher", "not measured", "", f"{responses}", f"{responses + 36}", ""],
         ["training", "30.0 s", "", "", "10,800", "360"],
     ]
+    resumed = [Phase("rollouts", 1.0, 10**6, "the last of 2 attempts", attempts=2), PHASES[1]]
+    assert Page(write(phases=resumed)).tables["costs"][1:] == [  # tokens of both attempts, and the time of the last
+        ["rollouts", "1.0 s", "", "", "1,000,000", "", "the last of 2 attempts"],
+        ["teacher scores", "10.0 s", "", "", "6,000", "600", ""],
+    ]
     assert Page(write(phases=[Phase("p", 0.0)])).tables["costs"][1:] == [["p", "0.0 s", "0.0 %", "", "", ""]]
     assert (duration(59.99), duration(60), duration(3600)) == ("60.0 s", "1 min 0 s", "1 h 0 min")
 
@@ -331,7 +336,7 @@ def test_what_makes_no_sense_is_refused(write, tmp_path):
     for wrong in ({"step": 1}, 7, {**asdict(steps(1)[0]), "other": 1}):
         with pytest.raises(InvalidRecordError, match="entry 1 cannot be read"):
             write([steps(1)[0], wrong])
-    for wrong in ({"seconds": -1.0}, {"seconds": float("nan")}, {"seconds": 1.0, "read_tokens": -1}):
+    for wrong in ({"seconds": -1.0}, {"seconds": float("nan")}, {"seconds": 1.0, "read_tokens": -1}, {"seconds": 1.0, "attempts": 0}):
         with pytest.raises(InvalidRecordError, match="Phase 'p'"):
             Phase("p", **wrong)
     assert not (tmp_path / "run.html").exists()
@@ -350,7 +355,8 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
     assert [m.loss for m in RunHistory.read(path).steps] == [1.0, 7.0, 8.0], "a resumed run repeats steps: the last counts"
     path.write_text(json.dumps({"history": rows, "phases": phases, "versions": {"torch": "2.9"}, "settings": {}}))
     read = RunHistory.read(path)
-    assert read.phases == (Phase("OPD", 2.5, 7, "held-out reverse KL 0.500 ± 0.100"), Phase("x", 1, 0, "the last of 2 attempts"))
+    resumed = Phase("x", 1, 0, "the last of 2 attempts", attempts=2)
+    assert read.phases == (Phase("OPD", 2.5, 7, "held-out reverse KL 0.500 ± 0.100"), resumed)
     assert read.versions == {"torch": "2.9"}
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from served_table import MODEL, STOP, TOKENIZER, _short_pauses, make_prompts, servers_of, source_of, start, stub, truth, without  # noqa: F401
-from vllm_stub import EOS, VOCAB, _processed, answer, changed, table
+from vllm_stub import EOS, VOCAB, answer, changed, drawn_from, table
 
 from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
@@ -180,7 +180,7 @@ def test_log_probs_after_temperature_or_cut_and_raw_ones_are_told_apart_and_kept
 
 def drawn(rollout, temperature=1.0, top_p=1.0):
     rows = table([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])[rollout.prompt_ids.size : -1]
-    return [_processed(row, temperature, top_p)[token] for row, token in zip(rows, rollout.response_ids, strict=True)]
+    return [drawn_from(row, temperature, top_p)[token] for row, token in zip(rows, rollout.response_ids, strict=True)]
 
 
 @pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logprobs"])

@@ -63,6 +63,24 @@ class KeepsWhatCameFirst(MemoryStore):
         super().append([rollout for rollout in rollouts if rollout.rollout_id not in self._rows])
 
 
+class ReplacesOnAppend(MemoryStore):
+    def append(self, rollouts: Sequence[Rollout], /) -> None:
+        super().append(rollouts)
+        for rollout in rollouts:
+            self._rollouts[self._rows[rollout.rollout_id]] = rollout
+
+
+class KeepsSixteenBits(MemoryStore):
+    def append(self, rollouts: Sequence[Rollout], /) -> None:
+        super().append([evolve(r, prompt_ids=r.prompt_ids & 0xFFFF, response_ids=r.response_ids & 0xFFFF) for r in rollouts])
+
+
+class KeepsSixteenBitsOfCandidates(MemoryStore):
+    def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
+        cut = [s if s.top_k is None else evolve(s, top_k=evolve(s.top_k, ids=s.top_k.ids & 0xFFFF)) for s in scores]
+        super().append_scores(column, provenance, cut)
+
+
 class BelievesThePosition(MemoryStore):
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         here = [evolve(s, rollout_id=r.rollout_id) for s, r in zip(scores, self._rollouts, strict=False)]
@@ -108,6 +126,7 @@ class BeginsARoundTwice(MemoryStore):
             self._generations[generation] = policy
 
 
+LARGE_IDS = "test_ids_that_need_more_than_16_bits_come_back_as_they_went_in"
 EMPTY_CALL = "test_a_call_without_scores_commits_nothing_and_is_still_refused_if_the_column_is_of_another_model"
 WRONG_STORES: dict[type[MemoryStore], str] = {
     SkipsEmptyCalls: EMPTY_CALL,
@@ -118,6 +137,9 @@ WRONG_STORES: dict[type[MemoryStore], str] = {
     CommitsOneByOne: "test_other_content_under_an_id_is_a_conflict_and_nothing_is_committed",
     ScoresOneByOne: "test_scores_of_an_unknown_rollout_are_refused_and_nothing_is_committed",
     KeepsWhatCameFirst: "test_other_content_under_an_id_is_a_conflict_and_nothing_is_committed",
+    ReplacesOnAppend: "test_appending_again_or_nothing_changes_nothing",
+    KeepsSixteenBits: LARGE_IDS,
+    KeepsSixteenBitsOfCandidates: LARGE_IDS,
     BelievesThePosition: "test_pain_15_resume_is_keyed_by_id_and_content_not_position",
     BelievesTheName: "test_pain_05_a_score_is_bound_to_the_tokens_it_was_computed_on",
     TakesZeroForNothing: "test_pain_07_zero_is_a_log_probability_not_a_missing_value",

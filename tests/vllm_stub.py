@@ -224,13 +224,13 @@ class Stub:
         reports = []
         while len(sampled) < wanted and not (sampled and sampled[-1] in stops):
             raw = table([*ids, *sampled])[-1]
-            processed = _processed(raw, settings["temperature"], settings["top_p"])
+            processed = drawn_from(raw, settings["temperature"], settings["top_p"])
             sampled.append(int(random.choice(VOCAB, p=np.exp(processed))))
             reports.append(raw if self.mode == "raw_logprobs" else processed)
         return sampled, reports, "stop" if sampled[-1] in stops else "length"
 
 
-def _processed(raw: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+def drawn_from(raw: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
     """Return log-probs after temperature and top_p."""
     if temperature == 0:
         return np.where(np.arange(VOCAB) == raw.argmax(), 0.0, -np.inf)

@@ -27,8 +27,7 @@ memory is computed, and its learning rates were not searched: that of OPD is the
 """
 
 import argparse
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
 from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
-from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
+from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, teacher_dtype
 from recipes.compare import Arm, grade, report
 from recipes.run import Engine, add_fields, given, opd_sampling, sample, score, sft_sampling, test_sampling
 from recipes.train import make_optimizer, phase_of, run_phase
@@ -144,10 +143,10 @@ class Phases:
             return recipe.student, []
         longest = recipe.prompt_tokens + recipe.sft_tokens
         done = [
-            self._phase(
+            self.run.phase(
                 "SFT text", lambda: sample(self._source(recipe.teacher, sft_sampling(recipe), longest), prompts, folder / "sft.zarr")
             ),
-            self._phase("SFT", lambda: train(folder, "sft", recipe.student, recipe)),
+            self.run.phase("SFT", lambda: train(folder, "sft", recipe.student, recipe)),
         ]
         return str(folder / "sft"), done
 
@@ -161,13 +160,13 @@ class Phases:
         recipe, folder = self.recipe, self.run.folder
         store = folder / "opd.zarr"
         offline = [
-            self._phase("rollouts", lambda: sample(make_source(start, opd_sampling(recipe), recipe), prompts, store)),
-            self._phase("scores", lambda: score(make_scorer(recipe), store, "teacher")),
-            self._phase("OPD", lambda: train(folder, "opd", start, recipe)),
+            self.run.phase("rollouts", lambda: sample(make_source(start, opd_sampling(recipe), recipe), prompts, store)),
+            self.run.phase("scores", lambda: score(make_scorer(recipe), store, "teacher")),
+            self.run.phase("OPD", lambda: train(folder, "opd", start, recipe)),
         ]
         yield evolve(self.tested("OPD", str(folder / "opd")), phases=offline)
         if recipe.with_online:
-            online = self._phase("online OPD", lambda: train_online(folder, start, prompts, recipe))
+            online = self.run.phase("online OPD", lambda: train_online(folder, start, prompts, recipe))
             yield evolve(self.tested("online OPD", str(folder / "online")), phases=[online])
 
     def tested(self, name: str, model: str) -> Arm:
@@ -179,24 +178,19 @@ class Phases:
             found = sample(self._source(model, test_sampling(self.recipe), longest), self.problems, path)
             return {**found, "grades": grade(path, self.problems, transformers.AutoTokenizer.from_pretrained(model))}
 
-        return Arm(name, self.recipe.seed, self._phase(f"evaluation of {name}", work))
+        return Arm(name, self.recipe.seed, self.run.phase(f"evaluation of {name}", work))
 
     def _source(self, model: str, sampling: SamplingParams, longest: int) -> Any:
         if self.engine == "hf":
             return make_source(model, sampling, self.recipe)
-        return Engine(self.recipe, self.engine, longest).source(model, sampling)
-
-    def _phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        # what the phase before held is given back, also to another process
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()
-        return self.run.phase(name, work)
+        # students in float32, whose small updates 16 bits would round away
+        recipe = self.recipe if model == self.recipe.teacher else evolve(self.recipe, dtype="float32")
+        return Engine(recipe, self.engine, longest).source(model, sampling)
 
 
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
     """Load a model that samples with transformers, in the dtype in which it scores or is trained."""
-    dtype = teacher_dtype(recipe) if model == recipe.teacher else student_dtype(recipe)
+    dtype = teacher_dtype(recipe) if model == recipe.teacher else torch.float32
     return evolve(HFSource.from_folder(model, sampling, dtype, recipe.device), rows_per_batch=recipe.rows)
 
 
@@ -207,8 +201,8 @@ def make_scorer(recipe: OneGpu) -> HFScorer:
 
 
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
-    """Load the student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
-    model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
+    """Load the student on this card in float32, with new adapters if the recipe trains these; and its tokenizer."""
+    model, tokenizer = load_model(start, torch.float32, recipe.device)
     if recipe.lora_rank:
         torch.manual_seed(recipe.seed)
         model = get_peft_model(model, lora_config(recipe.lora_rank))
@@ -217,7 +211,7 @@ def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
 
 
 def export(student: CausalLMStudent, tokenizer: Any, lineage: Lineage, folder: Path) -> None:
-    """Write a model that every engine loads: adapters are merged into the weights, and the sum is rounded to their dtype."""
+    """Write a model that every engine loads: adapters are merged into the weights."""
     if hasattr(student.model, "merge_and_unload"):
         merged = student.model.merge_and_unload()
         student = CausalLMStudent(merged.requires_grad_(True), tokenizer)

@@ -47,9 +47,10 @@ class LossCase:
         return LossCase(self.name, self.hidden.to(device), _map_head(self.head, lambda tensor: tensor.to(device)), self.batch.to(device))
 
     def part(self, rows: slice) -> "LossCase":
-        """Return the case with these tokens of the batch only."""
+        """Return the case with these tokens of the batch only; its rollouts are numbered from 0, as in any batch."""
         batch = map_batch(self.batch, [f.name for f in fields(Batch)], lambda column: column[rows])
-        return evolve(self, hidden=self.hidden[rows], batch=batch)
+        segments = batch.segment_ids.unique_consecutive(return_inverse=True)[1]
+        return evolve(self, hidden=self.hidden[rows], batch=evolve(batch, segment_ids=segments))
 
     def leaves(self) -> tuple[Tensor, LMHead]:
         """Return hidden states and head as leaves that require a gradient."""

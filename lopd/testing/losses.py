@@ -119,6 +119,10 @@ class LossConformance:
         for name in _SUMS:
             got, expected, exact = (getattr(output, name).detach() for output in (mine, plain, truth))
             assert_at_least_as_exact(f"{label}, {name}", got, expected, exact, largest)
+        if mine.logprobs is not None:
+            expected_M, exact_M = (_own_logprobs(each) for each in (rounded, rounded.rounded(torch.float64)))
+            logit = float(rounded.head.logits(rounded.hidden).abs().max())
+            assert_at_least_as_exact(f"{label}, logprobs", mine.logprobs.detach().to(expected_M.dtype), expected_M, exact_M, logit)
         gradients = zip(("hidden", "weight", "bias"), mine_gradients, plain_gradients, true_gradients, slack, strict=False)
         for name, got, expected, exact, more in gradients:
             assert_at_least_as_exact(f"{label}, gradient by {name}", got, expected, exact, slack=abs(upstream) * more)
@@ -219,6 +223,13 @@ class LossConformance:
         output, _ = evaluate_case(self.make(), self._case("reported").rounded(torch.float32))
         assert output.loss_sum.requires_grad
         assert not any(getattr(output, name).requires_grad for name in _SUMS[1:])
+        assert output.logprobs is None or not output.logprobs.requires_grad
+
+
+def _own_logprobs(case: LossCase) -> Tensor:
+    """Return (M,): the student's log-probs of the targets that count."""
+    logprobs_MV = case.head.logits(case.hidden[case.batch.counted]).log_softmax(-1)
+    return logprobs_MV.gather(-1, case.batch.targets[case.batch.counted, None]).squeeze(-1)
 
 
 def _absolute_sum(loss: OPDLoss, case: LossCase) -> float:

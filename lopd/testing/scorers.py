@@ -113,6 +113,13 @@ class ScorerConformance:
         self._assert_near(self.make().score(begun), [scores.logprobs[: r.response_ids.size] for r in begun], "if the response ends earlier")
         moved = [_cut(whole, start=start) for start in range(1, length)]
         self._assert_near(self.make().score(moved), [scores.logprobs[-r.response_ids.size :] for r in moved], "if the prompt ends later")
+        last, vocab_size = int(whole.response_ids[-1]), self.tokenizer().vocab_size
+        others = [(last + i * vocab_size // 7) % vocab_size for i in range(1, 7)]
+        ended = scorer.score([evolve(whole, rollout_id=f"ends with {i}", response_ids=[*whole.response_ids[:-1], i]) for i in others])
+        before = [evolve(score, logprobs=score.logprobs[:-1], top_k=None) for score in ended]
+        self._assert_near(before, [scores.logprobs[:-1]] * len(before), "if the response ends with another token")
+        own = [float(score.logprobs[-1]) for score in (scores, *ended)]
+        assert vocab_size == 1 or np.ptp(own) > self.tolerance, "another last token has no other score"
 
     def test_masked_tokens_are_read_and_scored_like_others(self) -> None:
         scorer = self.make()

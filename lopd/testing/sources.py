@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from attrs import evolve
+from numpy.typing import NDArray
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import ContextOverflowError, InvalidRecordError
@@ -128,6 +129,30 @@ class SourceConformance:
             there = [logprobs for logprobs in drawn if logprobs is not None]
             assert len(there) in {0, len(drawn)}, "of all rollouts or of none"
 
+    def test_tokens_and_their_log_probs_are_of_the_distribution_that_was_asked_for(self) -> None:
+        sampling = evolve(_SAMPLING, temperature=0.6, top_p=0.9, max_new_tokens=1, samples_per_prompt=64)
+        source, scorer = self.make(sampling, 0), self.scorer()
+        vocab_size, slack = source.manifest.tokenizer.vocab_size, self.tolerance / sampling.temperature
+        if scorer is None or vocab_size > _LARGEST_VOCABULARY:
+            pytest.skip("there is no scorer to compare them with, or its vocabulary is large")
+        for prompt in self.prompts()[:2]:
+            rollouts = source.sample([prompt])
+            truth_V = _next_logprobs(scorer, prompt.token_ids, vocab_size) / sampling.temperature
+            truth_V -= np.logaddexp.reduce(truth_V)
+            own_R = truth_V[[int(rollout.response_ids[0]) for rollout in rollouts]]
+            # rounding may take some more tokens than top_p, or some fewer
+            most_N, fewest_N = (_nucleus(truth_V, sampling.top_p + off) for off in (slack, -slack))
+            assert own_R.min() >= most_N.min(), "a token is drawn that top_p at this temperature leaves out"
+            mass = np.exp(most_N).sum()
+            mean = (np.exp(most_N) * most_N).sum() / mass
+            spread = np.sqrt(len(own_R) * (np.exp(most_N) * (most_N - mean) ** 2).sum() / mass)
+            assert abs(own_R.sum() - len(own_R) * mean) <= 5 * spread + 1, "they are drawn from another distribution"
+            drawn = [rollout.sampler_logprobs[0] for rollout in rollouts if rollout.sampler_logprobs is not None]
+            if drawn:
+                low_R, high_R = (own_R - np.logaddexp.reduce(logprobs_N) for logprobs_N in (most_N, fewest_N))
+                gap = np.abs(np.array(drawn, np.float64) - np.clip(drawn, low_R, high_R)).mean()
+                assert gap <= slack, f"{prompt.prompt_id}: {gap} nats"
+
     def _keeping(self, sampling: SamplingParams) -> RolloutSource:
         try:
             return self.make(sampling, 0)
@@ -154,9 +179,7 @@ class SourceConformance:
         rollout = max(source.sample(self.prompts()), key=lambda rollout: rollout.response_ids.size)
         support = _support(rollout)
         for place in (0, rollout.response_ids.size - 1):
-            before = np.concatenate([rollout.prompt_ids, rollout.response_ids[:place]])
-            nexts = [Rollout(f"next {token}", before, [token], [True], "length") for token in range(vocab_size)]
-            truth_V = np.array([score.logprobs[0] for score in scorer.score(nexts)], np.float64)
+            truth_V = _next_logprobs(scorer, np.concatenate([rollout.prompt_ids, rollout.response_ids[:place]]), vocab_size)
             ids_K, logprobs_K = support.ids[place], support.logprobs[place].astype(np.float64)
             assert np.abs(truth_V[ids_K] - logprobs_K).mean() <= self.tolerance, "they have other log-probs than as responses"
             assert np.abs(np.sort(truth_V)[::-1][:4] - logprobs_K).mean() <= self.tolerance, (
@@ -206,6 +229,18 @@ class SourceConformance:
         assert len(before) == len(self.prompts()) * _SAMPLING.samples_per_prompt
         store.append(self._sample())
         assert _contents([row.rollout for row in store.read(range(len(store)))]) == _contents([row.rollout for row in before])
+
+
+def _next_logprobs(scorer: TeacherScorer, before: NDArray[np.int32], vocab_size: int) -> NDArray[np.float64]:
+    """Return (V,): the log-prob of every token after these."""
+    nexts = [Rollout(f"next {token}", before, [token], [True], "length") for token in range(vocab_size)]
+    return np.array([score.logprobs[0] for score in scorer.score(nexts)], np.float64)
+
+
+def _nucleus(logprobs_V: NDArray[np.float64], top_p: float) -> NDArray[np.float64]:
+    """Return (N,): those of the most likely tokens that hold this much probability."""
+    sorted_V = np.sort(logprobs_V)[::-1]
+    return sorted_V[: int((np.cumsum(np.exp(sorted_V)) - np.exp(sorted_V) < top_p).sum())]
 
 
 def _support(rollout: Rollout) -> TopK:

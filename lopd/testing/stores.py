@@ -56,6 +56,14 @@ class StoreConformance(QuarantineClauses):
         assert_holds(store, kinds)
         assert_holds(self.reopen(store), kinds)
 
+    def test_ids_that_need_more_than_16_bits_come_back_as_they_went_in(self) -> None:
+        store, ids, top_k = self.make(tiny_manifest(200_000)), [65_535, 65_536, 199_999], tiny_top_k(3, start=199_994)
+        large = tiny_rollout("large", ids, prompt_ids=ids)
+        store.append([large])
+        store.append_scores("teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(large), top_k=top_k)])
+        assert_holds(store := self.reopen(store), [large])
+        assert_same_top_k(store.read([0], top_k=("teacher",))[0].top_k["teacher"], top_k)
+
     def test_any_rollouts_and_scores_come_back_as_they_went_in(self) -> None:
         # @given stays inside: on a method that subclasses share, Hypothesis would see one test with many executors.
         @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -91,10 +99,12 @@ class StoreConformance(QuarantineClauses):
 
     def test_appending_again_or_nothing_changes_nothing(self) -> None:
         store, items = self.filled()
-        store.append(items)
-        store.append([])
-        store.append([tiny_rollout("twice"), tiny_rollout("twice")])
-        assert_holds(self.reopen(store), [*items, tiny_rollout("twice")])
+        first = [items[0], tiny_rollout("twice", behavior_logprobs=[-1.0] * 3)]
+        # what came first stays, whatever is said of the same tokens later
+        later = [evolve(r, behavior_logprobs=[-2.0] * r.response_ids.size, finish_reason="length") for r in first]
+        for call in (items, [], [first[1], later[1]], later):
+            store.append(call)
+        assert_holds(self.reopen(store), [*items, first[1]])
 
     def test_other_content_under_an_id_is_a_conflict_and_nothing_is_committed(self) -> None:
         store, items = self.filled()

@@ -1,5 +1,6 @@
 """A run that is a row of phases, each done once: what a program needs to be killed and called again."""
 
+import gc
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, cast
 
+import torch
 from attrs import asdict, evolve, frozen
 from rich.console import Console
 from torch.optim import Optimizer
@@ -78,14 +80,11 @@ class Run:
             attempts = 1 + (json.loads(begun.read_text()) if begun.exists() else 0)
             write_json(begun, attempts)
             started = perf_counter()
-            row = {
-                "name": name,
-                "response_tokens": 0,
-                "read_tokens": 0,
-                "held_out_reverse_kl": None,
-                "ci95": None,
-                "attempts": attempts,
-            }
+            row = {"name": name, "response_tokens": 0, "read_tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts}
+            if torch.cuda.is_available():
+                # what the phase before held is given back, also to another process: that of vLLM
+                gc.collect()
+                torch.cuda.empty_cache()
             with noting() as said:
                 row |= work()
             row["warnings"] = said

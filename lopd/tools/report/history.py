@@ -20,10 +20,11 @@ class Phase:
 
     Args:
         name: the phase's name.
-        seconds: wall time; None if it was not measured.
+        seconds: wall time, of the last attempt; None if it was not measured.
         read_tokens: tokens that models read in it, prompts included; 0 if it has none, or they were not counted.
         result: what it measured, in words.
         response_tokens: tokens of responses in it; 0 if it has none, or they were not counted.
+        attempts: how often it was begun; after several its tokens are of all of them, and its time of the last.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -34,12 +35,14 @@ class Phase:
     read_tokens: int = 0
     result: str = ""
     response_tokens: int = 0
+    attempts: int = 1
 
     def __attrs_post_init__(self) -> None:
         seconds = self.seconds or 0.0
         check_number(f"Phase {self.name!r}", "seconds", seconds, 0 <= seconds < math.inf, "finite and at least 0")
         for name in ("read_tokens", "response_tokens"):
             check_at_least(f"Phase {self.name!r}", name, getattr(self, name), 0)
+        check_at_least(f"Phase {self.name!r}", "attempts", self.attempts, 1)
 
 
 @frozen
@@ -62,7 +65,7 @@ class RunHistory:
 
         A step is `attrs.asdict` of its `StepMetrics`, or its number as `step` with its `numbers()`, as a logger writes it.
         The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
-        perhaps `read_tokens` and `response_tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
+        perhaps `read_tokens`, `response_tokens` and `attempts`, and what else the quickstart writes of one; and `versions`, an object of strings.
 
         Raises:
             InvalidRecordError: the file is absent, or holds something else.
@@ -134,4 +137,4 @@ def _phase(row: Mapping[str, Any]) -> Phase:
     measured = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
     last = f"the last of {attempts} attempts" if attempts > 1 else ""
     result = "; ".join(said for said in (row.get("result", measured), last) if said)
-    return Phase(str(row["name"]), seconds, row.get("read_tokens", 0), result, row.get("response_tokens", 0))
+    return Phase(str(row["name"]), seconds, row.get("read_tokens", 0), result, row.get("response_tokens", 0), attempts)

@@ -201,8 +201,8 @@ def _known_phases(store: LogprobReader, steps: Sequence[StepMetrics]) -> list[Ph
 
 
 def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """Return the cells of each phase; shares where the time of each was measured."""
-    times = [phase.seconds for phase in phases if phase.seconds is not None]
+    """Return the cells of each phase; shares where the time of each was measured, and all of it."""
+    times = [phase.seconds for phase in phases if phase.seconds is not None and phase.attempts == 1]
     total = sum(times) or 1.0 if len(times) == len(phases) else None
     return [
         {
@@ -211,7 +211,7 @@ def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "share": None if total is None or phase.seconds is None else phase.seconds / total,
             "response": f"{phase.response_tokens:,}" if phase.response_tokens else "",
             "read": f"{phase.read_tokens:,}" if phase.read_tokens else "",
-            "rate": f"{phase.read_tokens / phase.seconds:,.0f}" if phase.read_tokens and phase.seconds else "",
+            "rate": f"{phase.read_tokens / phase.seconds:,.0f}" if phase.read_tokens and phase.seconds and phase.attempts == 1 else "",
             "result": phase.result,
         }
         for phase in phases
