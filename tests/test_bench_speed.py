@@ -1,0 +1,65 @@
+"""The benchmarks of speed and memory: what is timed, what is beside what, and what is refused; no figure is measured here."""
+
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_store
+from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Give `bench_store` a clock that goes on only where it is told to."""
+    now = SimpleNamespace(s=0.0)
+    monkeypatch.setattr(bench_store, "time", SimpleNamespace(perf_counter=lambda: now.s))
+    return now
+
+
+def test_what_is_imported_at_the_first_append_is_not_timed(clock, monkeypatch, tmp_path):
+    imported = []
+
+    def write(rows, folder, size):
+        clock.s += 1.0 if imported else 100.0
+        imported.append("it")
+        write_memmap(rows, folder, size)
+
+    monkeypatch.setitem(BACKENDS, "slow to import", Backend(write))
+    found = bench_store.work("slow to import", tmp_path / "store", 64, 0)
+    assert found["append"] == pytest.approx(bench_store.make_rows(64, 0).ids.size / 1e6)
+
+
+def test_each_order_has_a_store_of_its_own_that_was_opened_cold_or_has_read_everything(clock, monkeypatch, tmp_path):
+    events = []
+
+    def write(rows, folder, size):
+        clock.s += 1.0
+        write_memmap(rows, folder, size)
+
+    def open_one(folder):
+        store, number = open_memmap(folder), sum(event[0] == "open" for event in events)
+        events.append(("open", number))
+
+        def read(rows):
+            clock.s += 1e-3
+            events.append(("read", number, rows.tolist()))
+            return store.read(rows)
+
+        return Store(read)
+
+    monkeypatch.setitem(BACKENDS, "one", Backend(write, open_one))
+    monkeypatch.setattr(bench_store, "drop_cache", lambda _: events.append(("dropped",)))
+    bench_store.work("one", tmp_path / "store", 256, 0)
+    dropped = [i for i, event in enumerate(events) if event[0] == "dropped"]
+    assert [events[i + 1][0] for i in dropped] == ["open", "open"]
+    reads = [[event[2] for event in events if event[:2] == ("read", number)] for number in range(6)]
+    assert [len(of_one) for of_one in reads] == [0, 1, 1, 9, 9, 9]  # elsewhere; a quarter, cold; a check, everything, and an order
+    for of_one in reads[3:]:
+        assert list(chain(*of_one[1:5])) == list(range(256))
+        assert sorted(chain(*of_one[5:])) == list(range(256))
