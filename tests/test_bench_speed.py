@@ -63,3 +63,18 @@ def test_each_order_has_a_store_of_its_own_that_was_opened_cold_or_has_read_ever
     for of_one in reads[3:]:
         assert list(chain(*of_one[1:5])) == list(range(256))
         assert sorted(chain(*of_one[5:])) == list(range(256))
+
+
+def test_a_large_store_is_made_by_another_process_and_its_memory_is_not_below_nothing(monkeypatch, tmp_path):
+    bench_store.make_repeated(tmp_path / "large", 16 * 1024)
+    used = iter([9_000_000, 8_000_000, 8_000_000])
+    monkeypatch.setattr(bench_store, "anonymous_memory", lambda: next(used))
+    with pytest.raises(SystemExit, match=r"-1\.0 MB, expected at least 0"):
+        bench_store.open_large(tmp_path / "large")
+    monkeypatch.setattr(bench_store, "anonymous_memory", lambda: 0)
+    assert bench_store.open_large(tmp_path / "large")["tokens"] == 16 * 1024
+    asked = []
+    monkeypatch.setattr(bench_store, "make_repeated", lambda folder, tokens: asked.append(tokens))
+    monkeypatch.setattr(sys, "argv", ["bench_store.py", "--folder", str(tmp_path), "--make-large", "16384"])
+    bench_store.main()
+    assert asked == [16384]
