@@ -230,19 +230,48 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def ratio(runs: dict[str, list[dict[str, float]]], name: str, key: str, other: str = "memmap") -> float:
-    """Return the median over repetitions of one backend's figure over another's in the same repetition."""
-    return statistics.median(a[key] / b[key] for a, b in zip(runs[name], runs[other], strict=True))
+Runs = dict[str, list[dict[str, float]]]
 
 
-def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]) -> list[dict[str, Any]]:
+def alike(runs: Runs, name: str, key: str) -> list[str]:
+    """Return the backends whose figures are one backend's: of appends all that append alike."""
+    return [other for other in runs if BACKENDS[other].write is BACKENDS[name].write] if key == "append" else [name]
+
+
+def figures(runs: Runs, name: str, key: str) -> list[float]:
+    """Return a backend's figure in all repetitions."""
+    return [run[key] for like in alike(runs, name, key) for run in runs[like]]
+
+
+def ratios(runs: Runs, name: str, key: str, other: str = "memmap") -> list[float]:
+    """Return one backend's figure over another's in the same repetition."""
+    return [a[key] / b[key] for like in alike(runs, name, key) for a, b in zip(runs[like], runs[other], strict=True)]
+
+
+def ratio(runs: Runs, name: str, key: str, other: str = "memmap") -> float:
+    """Return the median of `ratios`."""
+    return statistics.median(ratios(runs, name, key, other))
+
+
+def beside_storage(runs: Runs) -> list[dict[str, Any]]:
+    """Return what stores reach of their storage's own speed at the same; no goal is about it."""
+    pairs = [("zarr", "append", "zarr, its files alone")]
+    pairs += [("lance, compacted", order, "lance, its take alone") for order in ("random", "sequential")]
+    return [
+        {"beside": f"{name}: {key} against {other}", "share": spread(ratios(runs, name, key, other))}
+        for name, key, other in pairs
+        if name in runs
+    ]
+
+
+def goals(runs: Runs, large: list[dict[str, float]]) -> list[dict[str, Any]]:
     """Return every goal, met or not."""
     compact, lance = "zarr, compacted", "lance, compacted"
     rows: list[tuple[str, str, float, bool]] = []
     for order, least in (("random", 0.9), ("blocks", 0.9), ("sequential", 1.0)):
         value = ratio(runs, compact, order)
         rows.append((f"Zarr, compacted: {order} reads against memmap", f">= {least}", value, value >= least))
-    appended = statistics.median(run["append"] for run in runs["zarr"])
+    appended = statistics.median(figures(runs, "zarr", "append"))
     share = ratio(runs, "zarr", "append")
     rows.append(
         (
@@ -309,7 +338,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         three, {"sequential": "in order", "blocks": "block-shuffled", "random": "at random"}.items(), strict=True
     ):
         for place, row in enumerate(rows):
-            speed, own = row[order], row["backend"].startswith(("zarr", "lance,"))
+            speed, own = row[order], row["backend"].startswith(("zarr", "lance,")) and not row["backend"].endswith("alone")
             reach = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
             axes.errorbar([speed["median"]], [place], xerr=reach, fmt="o", color=RATIO if own else TEXT)
         axes.set(xscale="log", title=f"Reads {title}", xlabel="million tokens a second")
@@ -354,7 +383,7 @@ def measure(rollouts: int, repeats: int, folder: Path) -> None:
     """Measure every backend in a process of its own, in another order each time."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # every child inherits the one core, and all of its threads
     names = [name for name, backend in BACKENDS.items() if backend.available()]
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    runs: Runs = {name: [] for name in names}
     for repeat in range(repeats):
         for name in random.Random(repeat).sample(names, len(names)):  # noqa: S311
             found = child(folder, "--rollouts", str(rollouts), "--worker", name, str(repeat))
@@ -365,14 +394,15 @@ def measure(rollouts: int, repeats: int, folder: Path) -> None:
         child(folder, "--make-large", str(tokens))
         large.append(child(folder, "--large"))
     trained = child(folder, "--rollouts", str(rollouts), "--training", str(4 * repeats + 1))
-    rows = [{"backend": name, **{key: spread([run[key] for run in runs[name]]) for key in runs[name][0]}} for name in names]
+    rows = [{"backend": name, **{key: spread(figures(runs, name, key)) for key in runs[name][0]}} for name in names]
+    storage = beside_storage(runs)
     to_batch = [{key: value if key == "training" else spread(value) for key, value in row.items()} for row in trained]
-    for row in [*large, *to_batch]:
+    for row in [*large, *to_batch, *storage]:
         print(row)
     found_goals = goals(runs, large) + training_goals(to_batch)
     for goal in found_goals:
         print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:.3g}")
-    result_file("bench_store", describe_machine(), [*rows, *to_batch, *({"large_store": row} for row in large)], found_goals)
+    result_file("bench_store", describe_machine(), [*rows, *to_batch, *storage, *({"large_store": row} for row in large)], found_goals)
     draw(ROOT / "docs" / "bench_store.png", rows)
 
 

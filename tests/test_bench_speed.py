@@ -78,3 +78,32 @@ def test_a_large_store_is_made_by_another_process_and_its_memory_is_not_below_no
     monkeypatch.setattr(sys, "argv", ["bench_store.py", "--folder", str(tmp_path), "--make-large", "16384"])
     bench_store.main()
     assert asked == [16384]
+
+
+def test_backends_that_append_alike_share_their_appends_and_storage_is_beside_them_without_a_goal():
+    def runs(*appends):
+        return [{"append": append, "random": 2.0, "sequential": 2.0} for append in appends]
+
+    found = {"memmap": runs(10, 20), "zarr": runs(1, 2), "zarr, compacted": runs(3, 2), "zarr, its files alone": runs(2, 4)}
+    found |= {"lance, compacted": runs(1, 1), "lance, its take alone": [{**run, "random": 4.0} for run in runs(1, 1)]}
+    assert bench_store.figures(found, "zarr", "append") == bench_store.figures(found, "zarr, compacted", "append") == [1, 2, 3, 2]
+    assert bench_store.figures(found, "zarr", "random") == [2, 2]
+    assert bench_store.ratio(found, "zarr", "append") == pytest.approx(0.1)
+    beside = {row["beside"]: row["share"]["median"] for row in bench_store.beside_storage(found)}
+    assert beside == {
+        "zarr: append against zarr, its files alone": 0.5,
+        "lance, compacted: random against lance, its take alone": 0.5,
+        "lance, compacted: sequential against lance, its take alone": 1.0,
+    }
+
+
+@pytest.mark.parametrize("name", ["lance, its take alone", "lancedb StreamingDataset"])
+def test_what_a_store_is_beside_has_the_same_rows(name, tmp_path):
+    pytest.importorskip("lancedb")
+    backend, rows = BACKENDS[name], bench_store.make_rows(64, 0)
+    backend.write(backend.prepare(rows), tmp_path, 16)
+    backend.finish(tmp_path)
+    store = backend.open(tmp_path)
+    store.check(rows)
+    assert store.tokens_of(np.arange(64)) == rows.ids.size
+    assert len(list(tmp_path.rglob("*.lance"))) >= 1
