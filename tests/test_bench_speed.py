@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_loss
 import bench_store
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
 
@@ -107,3 +108,23 @@ def test_what_a_store_is_beside_has_the_same_rows(name, tmp_path):
     store.check(rows)
     assert store.tokens_of(np.arange(64)) == rows.ids.size
     assert len(list(tmp_path.rglob("*.lance"))) >= 1
+
+
+def loss_row(path, *seconds):
+    runs = [s and {"cpu_s": s, "beyond_gradients_mib": 1.0} for s in seconds]
+    size = {"tokens": 2048, "shape": "151936x896", "dtype": "float32", "library": "mkl", "path": path}
+    return {**size, **bench_loss.summary(runs), "over_floor": 1.0}
+
+
+def test_a_loss_is_beside_its_peer_in_the_same_repetition(monkeypatch):
+    rows = [loss_row("fused", 1.0, 30.0, 5.0), loss_row("full logits", 2.0, 40.0, None)]
+    (goal,) = (goal for goal in bench_loss.goals(rows, []) if "CPU seconds" in goal["name"])
+    assert (goal["measured"], goal["range"]) == (0.625, [0.5, 0.75])
+    older = [{name: value for name, value in row.items() if name != "runs"} for row in rows]
+    assert bench_loss.shares(*older, "cpu_s") == [pytest.approx(5 / 21)]
+    rates = dict.fromkeys(("logits", "hidden", "weight"), 1.0)
+    answers = {"floor": iter([rates, rates, {}]), "fused": iter([{"cpu_s": 30.0}, {"cpu_s": 60.0}, {"cpu_s": 1.0}])}
+    monkeypatch.setattr(bench_loss, "child", lambda name, tokens, *_: {} if tokens == "0" else next(answers[name]))
+    floor, fused = bench_loss.measure_series(10, "49152x576", "bfloat16", 3, ["fused"])
+    assert floor["cpu_s"] == 30
+    assert (fused["over_floor"], fused["over_floor_range"]) == (1.5, [1, 2])
