@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_engines
 import bench_loss
 import bench_store
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
@@ -128,3 +129,10 @@ def test_a_loss_is_beside_its_peer_in_the_same_repetition(monkeypatch):
     floor, fused = bench_loss.measure_series(10, "49152x576", "bfloat16", 3, ["fused"])
     assert floor["cpu_s"] == 30
     assert (fused["over_floor"], fused["over_floor_range"]) == (1.5, [1, 2])
+
+
+def test_scoring_is_beside_the_forward_pass_of_the_same_turn():
+    found = bench_engines.per_turn({"forward": [1.0, 10.0, 2.0], "scoring": [2.0, 10.0, 2.0]})
+    assert found == {"median": 1.0, "min": 0.5, "max": 1.0}
+    (goal,) = bench_engines.goals([{"model": "M", "scoring_over_forward": found}])
+    assert goal["met"]
