@@ -1,5 +1,6 @@
 """The benchmarks of speed and memory: what is timed, what is beside what, and what is refused; no figure is measured here."""
 
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_engines
 import bench_loss
 import bench_store
+import record
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
 
 
@@ -136,3 +138,10 @@ def test_scoring_is_beside_the_forward_pass_of_the_same_turn():
     assert found == {"median": 1.0, "min": 0.5, "max": 1.0}
     (goal,) = bench_engines.goals([{"model": "M", "scoring_over_forward": found}])
     assert goal["met"]
+
+
+def test_the_load_is_kept_and_no_machine_is_compared_by_it(tmp_path):
+    report = record.describe_machine()
+    path = record.result_file("x", report, [], [], tmp_path)
+    assert json.loads(path.read_text())["load"] == record.LOAD
+    assert "load" not in {**report["machine"], **report["versions"]}
