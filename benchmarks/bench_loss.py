@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_paths import PATHS, Problem, make_problem
+from loss_paths import PATHS, Problem, make_problem, paths_on
 from matrix_library import fast_matmul
 from pictures import RATIO, TEXT, panels, rule, save, wrap
 from record import ROOT, describe_machine, result_file
@@ -276,7 +276,7 @@ def main() -> None:
         name, tokens, *rest = options.worker
         print(json.dumps(work(name, int(tokens), *rest)))
         return
-    names = [name for name, path in PATHS.items() if path.package is None or find_spec(path.package)]
+    names = [name for name, path in paths_on("cpu").items() if path.package is None or find_spec(path.package)]
     rows: list[dict[str, Any]] = []
     for tokens, shape, dtype in product(options.tokens, options.shapes, options.dtypes):
         # (N, V) logits, a few times over, of a plain path have to fit into memory

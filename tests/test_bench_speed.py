@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -15,6 +16,7 @@ import bench_engines
 import bench_loss
 import bench_store
 import record
+from loss_paths import paths_on
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
 
 
@@ -131,6 +133,19 @@ def test_a_loss_is_beside_its_peer_in_the_same_repetition(monkeypatch):
     floor, fused = bench_loss.measure_series(10, "49152x576", "bfloat16", 3, ["fused"])
     assert floor["cpu_s"] == 30
     assert (fused["over_floor"], fused["over_floor_range"]) == (1.5, [1, 2])
+
+
+def test_libraries_run_on_a_card_as_they_are_meant_to_and_say_so_elsewhere():
+    here, there = paths_on("cpu"), paths_on("cuda")
+    assert set(here) - set(there) == {"cut-cross-entropy, torch.compile", "Liger's fallback without a GPU"}
+    assert set(there) - set(here) == {"cut-cross-entropy", "Liger, scaled cross-entropy"}
+    asked = []
+    module = SimpleNamespace(linear_cross_entropy=lambda *_, impl, **__: asked.append(impl) or torch.ones(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cut_cross_entropy", module)
+        for path in (there["cut-cross-entropy"], here["cut-cross-entropy, torch.compile"]):
+            path(bench_loss.make_problem(4, 8, 2, torch.float32))
+    assert asked == ["cce", "torch_compile"]
 
 
 def test_scoring_is_beside_the_forward_pass_of_the_same_turn():
