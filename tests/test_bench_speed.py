@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_engines
 import bench_loss
 import bench_store
+import bench_train
 import record
 from loss_paths import paths_on
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
+from testbed.trl_peer import ARM as TRL
 
 
 @pytest.fixture
@@ -153,6 +155,22 @@ def test_scoring_is_beside_the_forward_pass_of_the_same_turn():
     assert found == {"median": 1.0, "min": 0.5, "max": 1.0}
     (goal,) = bench_engines.goals([{"model": "M", "scoring_over_forward": found}])
     assert goal["met"]
+
+
+def test_the_faster_way_of_trl_is_quoted():
+    def rows(peer, ours, theirs):
+        steps = [
+            {"path": path, "step": 1, "tokens": 100, "cpu_s": ours, "parts_s": {"reading and collating": 0.0}} for path in bench_train.PATHS
+        ]
+        return [
+            {**row, "beside": peer} for row in (*steps, {"path": peer, "step": 1, "tokens": 100, "cpu_s": theirs, "teacher_cpu_s": 1.0})
+        ]
+
+    whole, cut = bench_train.PEERS
+    assert whole == TRL
+    found = bench_train.summarise([*rows(whole, 1.0, 4.0), *rows(cut, 2.0, 3.0)])
+    assert (found[0]["faster_than_trl"], found[0]["steps"], found[-1]["path"]) == (1.5, 1, cut)
+    assert bench_train.summarise(rows(whole, 1.0, 4.0))[0]["faster_than_trl"] == 4
 
 
 def test_the_load_is_kept_and_no_machine_is_compared_by_it(tmp_path):
