@@ -16,6 +16,7 @@ import bench_engines
 import bench_loss
 import bench_store
 import bench_train
+import gpu_memory
 import record
 from loss_paths import paths_on
 from store_backends import BACKENDS, Backend, Store, open_memmap, write_memmap
@@ -178,3 +179,23 @@ def test_the_load_is_kept_and_no_machine_is_compared_by_it(tmp_path):
     path = record.result_file("x", report, [], [], tmp_path)
     assert json.loads(path.read_text())["load"] == record.LOAD
     assert "load" not in {**report["machine"], **report["versions"]}
+
+
+def test_a_unit_of_another_commit_is_measured_again(monkeypatch, tmp_path):
+    asked, written = [], []
+
+    def run(command, **_):
+        asked.append(command[-2:])
+        return SimpleNamespace(stdout='{"size": "20M", "case": "scoring", "measured_gb": 1.0}\n')
+
+    monkeypatch.setattr(gpu_memory, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_memory, "CASES", {"scoring": gpu_memory.CASES["scoring"]})
+    monkeypatch.setattr(gpu_memory, "result_file", lambda *given: written.append(given))
+    monkeypatch.setattr(gpu_memory.subprocess, "run", run)
+    monkeypatch.setattr(gpu_memory, "describe_machine", dict)
+    monkeypatch.setattr(sys, "argv", ["gpu_memory.py", "--sizes", "20M"])
+    for commit in ("a", "a", "b"):
+        monkeypatch.setattr(gpu_memory, "commit", lambda commit=commit: commit)
+        gpu_memory.main()
+    assert asked == [["20M", "scoring"]] * 2
+    assert len(written) == 3
