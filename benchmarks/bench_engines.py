@@ -2,7 +2,7 @@
 
 Tokens a second are prompt and response tokens that were scored, or response tokens that were sampled; medians of repeats that take turns
 within one process for each engine.  Both engines run on the same CPU threads, one engine at a time.  Absolute numbers are those of a small
-CPU machine; on a GPU the two engines are much further apart.
+CPU machine, and vLLM runs with `enforce_eager`, in process and served; on a GPU the two engines are much further apart.
 """
 
 import argparse
@@ -92,6 +92,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
         "hf": speeds(hf),
         "vllm": speeds(vllm),
         "served": speeds(served),
+        "scoring_over_forward": per_turn(hf["seconds"]),
+        "options": {
+            "prompts": options.prompts,
+            "max_new_tokens": options.max_new_tokens,
+            "repeats": options.repeats,
+            "enforce_eager": True,
+        },
     }
     row["gaps"] = {"in process": gaps(ours, truth)}
     if "bfloat16" in name:
@@ -121,6 +128,12 @@ def speeds(report: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
+def per_turn(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Return the speed of scoring over that of the bare forward pass of the same tokens in the same turn: median, smallest and largest."""
+    found = [forward / scoring for forward, scoring in zip(seconds["forward"], seconds["scoring"], strict=True)]
+    return {"median": median(found), "min": min(found), "max": max(found)}
+
+
 def gaps(ours: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Return how far two columns of log-probs are apart, in nats."""
     difference = ours.astype(np.float64) - truth
@@ -138,8 +151,8 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every goal, and what was measured of it."""
     found = []
     for row in rows:
-        ratio = row["hf"]["scoring"]["median"] / row["hf"]["forward"]["median"]
-        goal = f"HFScorer, tokens/s beside a bare forward pass of {row['model']}"
+        ratio = row["scoring_over_forward"]["median"]
+        goal = f"HFScorer, tokens/s beside a bare forward pass of {row['model']} in the same turn"
         found.append({"name": goal, "goal": f">= {GOAL}", "measured": round(ratio, 3), "met": ratio >= GOAL})
     return found
 

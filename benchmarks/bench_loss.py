@@ -4,8 +4,9 @@
     python benchmarks/bench_loss.py --rollouts DIR       # the gradient filter, too, on the stored rollouts of a quickstart run
 
 One thread; CPU seconds of the process, which other work on the machine disturbs less than wall time does.  Every measurement is a process
-of its own; repetitions are interleaved, and each figure is a median.  The floor is the best rate, over chunks of 256 to 1024 rows and both
-matrix libraries, of each of the three products (logits, gradient by hidden states, gradient by the weight) in the same series.
+of its own; repetitions are interleaved, and each figure is a median; a ratio is the median, beside its range, of those to the floor or the
+other path in the same repetition.  The floor is the best rate, over chunks of 256 to 1024 rows and both matrix libraries, of each of the three
+products (logits, gradient by hidden states, gradient by the weight).
 The loss is Lightning OPD's.  Liger, cut-cross-entropy and torch's own op give log-probs, on which the same loss is then plain autograd.
 """
 
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loss_paths import PATHS, Problem, make_problem
+from loss_paths import PATHS, Problem, make_problem, paths_on
 from matrix_library import fast_matmul
 from pictures import RATIO, TEXT, panels, rule, save, wrap
 from record import ROOT, describe_machine, result_file
@@ -137,34 +138,50 @@ def child(*arguments: str, threads: int = 1) -> dict[str, float]:
 
 
 def measure_series(tokens: int, shape: str, dtype: str, repeats: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Measure all paths of one size, interleaved with the floor, and return medians."""
+    """Measure all paths of one size, interleaved with the floor; return medians, and the runs of which they are, None where one failed."""
     jobs = [*product(names, ("mkl", "onednn")), *product(["floor"], ("mkl", "onednn"))]
     jobs = [job for job in jobs if job[1] == "mkl" or (dtype == "float32" and job[0] in ("floor", "fused"))]
-    runs: dict[tuple[str, str], list[dict[str, float]]] = {job: [] for job in jobs}
+    runs: dict[tuple[str, str], list[dict[str, float] | None]] = {job: [] for job in jobs}
     for repeat in range(repeats):
         for job in random.Random(repeat).sample(jobs, len(jobs)):  # noqa: S311
             found = child(job[0], str(tokens), shape, dtype, job[1])
-            if found:
-                runs[job].append(found)
+            runs[job].append(found or None)
             print(tokens, shape, dtype, *job, {key: float(f"{value:.3g}") for key, value in found.items()}, flush=True)
-    rates = [run for job in jobs if job[0] == "floor" for run in runs[job]]
-    floor = tokens * sum(min(run[name] for run in rates) for name in ("logits", "hidden", "weight"))
+    floors = [floor_of(tokens, rates) for rates in zip(*(runs.pop(job) for job in jobs if job[0] == "floor"), strict=True)]
     size = {"tokens": tokens, "shape": shape, "dtype": dtype}
-    rows = [{**size, "path": "three products", "library": "best", "cpu_s": floor, "over_floor": 1.0}]
+    rows: list[dict[str, Any]] = [{**size, "path": "three products", "library": "best", "over_floor": 1.0, **summary(floors)}]
     for (name, library), found in runs.items():
-        if name != "floor" and found:
-            medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
-            errors = child(name, "0", shape, dtype, library)
-            rows.append({**size, "path": name, "library": library, **medians, "over_floor": medians["cpu_s"] / floor, **errors})
+        if any(found):
+            row = {**size, "path": name, "library": library, **summary(found), **child(name, "0", shape, dtype, library)}
+            over = shares(row, rows[0], "cpu_s")
+            rows.append({**row, "over_floor": statistics.median(over), "over_floor_range": [min(over), max(over)]})
     return rows
+
+
+def floor_of(tokens: int, rates: Sequence[dict[str, float] | None]) -> dict[str, float] | None:
+    """Return the CPU seconds of the three products in one repetition, each at the best rate of the libraries that ran."""
+    ran = [run for run in rates if run]
+    return {"cpu_s": tokens * sum(min(run[name] for run in ran) for name in ("logits", "hidden", "weight"))} if ran else None
+
+
+def summary(runs: Sequence[dict[str, float] | None]) -> dict[str, Any]:
+    """Return the medians of what ran, and all runs, in their order."""
+    ran = [run for run in runs if run]
+    return {**{key: statistics.median(run[key] for run in ran) for key in ran[0]}, "runs": list(runs)}
+
+
+def shares(row: dict[str, Any], other: dict[str, Any], key: str) -> list[float]:
+    """Return one row's figure over another's in each repetition that both have; of older results, which kept no runs, over their medians."""
+    pairs = zip(*(found.get("runs", [found]) for found in (row, other)), strict=True)
+    return [a[key] / b[key] if b[key] > 0 else float("inf") for a, b in pairs if a and b] or [float("inf")]
 
 
 def goals(rows: Sequence[dict[str, Any]], filtered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return every goal, met or not, at each size that was measured."""
     found: list[dict[str, Any]] = []
 
-    def add(name: str, goal: str, measured: float, met: bool) -> None:
-        found.append({"name": name, "goal": goal, "measured": measured, "met": bool(met)})
+    def add(name: str, goal: str, measured: float, met: bool, **more: Any) -> None:
+        found.append({"name": name, "goal": goal, "measured": measured, "met": bool(met), **more})
 
     for row in rows:
         size = f"N={row['tokens']}, V x D = {row['shape']}, {row['dtype']}"
@@ -179,8 +196,9 @@ def goals(rows: Sequence[dict[str, Any]], filtered: Sequence[dict[str, Any]]) ->
             ]
             for key, what in (("cpu_s", "CPU seconds"), ("beyond_gradients_mib", "memory")):
                 for peer in peers:
-                    share = row[key] / peer[key] if peer[key] > 0 else float("inf")
-                    add(f"fused against {peer['path']}, {what}, {size}", "< 1", share, share < 1)
+                    each = shares(row, peer, key)
+                    share = statistics.median(each)
+                    add(f"fused against {peer['path']}, {what}, {size}", "< 1", share, share < 1, range=[min(each), max(each)])
     useful = [row for row in filtered if row["epsilon"] > 0 and max(row["hidden_error"], row["weight_error"]) <= 1e-3]
     best = min((row["over_floor"] for row in useful), default=None)
     if filtered:
@@ -258,7 +276,7 @@ def main() -> None:
         name, tokens, *rest = options.worker
         print(json.dumps(work(name, int(tokens), *rest)))
         return
-    names = [name for name, path in PATHS.items() if path.package is None or find_spec(path.package)]
+    names = [name for name, path in paths_on("cpu").items() if path.package is None or find_spec(path.package)]
     rows: list[dict[str, Any]] = []
     for tokens, shape, dtype in product(options.tokens, options.shapes, options.dtypes):
         # (N, V) logits, a few times over, of a plain path have to fit into memory

@@ -85,7 +85,8 @@ PATHS = {
     "full logits": "`ReferenceOPDLoss`",
     "torch linear_cross_entropy, chunk 512": "torch `linear_cross_entropy`, chunk 512",
     "cut-cross-entropy, torch.compile": "cut-cross-entropy, `torch.compile`",
-    "Liger, scaled cross-entropy": "Liger, scaled cross-entropy",
+    "Liger's fallback without a GPU": "Liger's fallback without a GPU",
+    "Liger, scaled cross-entropy": "Liger's fallback without a GPU",  # results of before name it so
 }
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from attrs import evolve
 from gpu_device import Device, Found, goal, in_turns
-from loss_paths import PATHS, make_problem
+from loss_paths import make_problem, paths_on
 from roofline import loss_floor
 
 from lopd import Chunking, FusedLoss, FusedOPDLoss, FusedSFTLoss, ReferenceLoss, ReferenceOPDLoss, SFTLoss, TopKObjective
@@ -90,16 +90,16 @@ def conformance(device: Device) -> Found:
 def race(device: Device) -> Found:
     """Measure the loss and its gradients beside full logits and other libraries: seconds, peak memory and share of the roofline."""
     tokens, vocabulary, sizes, dtype = (32, 97, (8,), torch.float32) if device.tiny else (4096, 151_936, (1024, 2048, 4096), torch.bfloat16)
-    rows: list[dict[str, Any]] = []
+    rows, paths = list[dict[str, Any]](), paths_on(device.name)
     for size in sizes:
         problem = make_problem(tokens, vocabulary, size, dtype, device=device.name)
 
         def run(name: str, problem: Any = problem) -> None:
             problem.hidden.grad = problem.weight.grad = None
-            PATHS[name](problem).backward()
+            paths[name](problem).backward()
 
         calls, shape = dict[str, Callable[[], None]](), {"tokens": tokens, "shape": f"{vocabulary}x{size}"}
-        for name, path in PATHS.items():
+        for name, path in paths.items():
             if path.package is not None and not find_spec(path.package):
                 rows.append({**shape, "path": name, "not_run": f"{path.package} is not installed"})
                 continue

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; twenty minutes
 
-Every case is a process of its own, whose result is kept in runs/gpu-memory: a second call finds it.  Measured is the largest resident size that
-the system saw, less that before the model was made, once the same case has run: for each new shape of a product in bfloat16, oneDNN keeps code
-and workspace, which no card holds.  Freed tensors are given back to the system at once.
+Every case is a process of its own, whose result is kept in runs/gpu-memory: a second call at the same commit finds it.  Measured is the largest
+resident size that the system saw, less that before the model was made, once the same case has run: for each new shape of a product in bfloat16,
+oneDNN keeps code and workspace, which no card holds.  Freed tensors are given back to the system at once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from attrs import evolve
 from bench_loss import forget_peak, memory
 from random_rollouts import fill, random_manifest
-from record import ROOT, describe_machine, result_file
+from record import ROOT, commit, describe_machine, result_file
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, opd_steps
@@ -131,7 +131,7 @@ def main() -> None:
         return
     # memory of tensors comes from the system and goes back to it, whatever was freed before
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
-    units, rows = ROOT / "runs" / "gpu-memory", []
+    units, rows = ROOT / "runs" / "gpu-memory" / str(commit()), []
     units.mkdir(parents=True, exist_ok=True)
     for size in options.sizes:
         for case in CASES:

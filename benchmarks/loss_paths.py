@@ -74,11 +74,13 @@ class LossPath:
         run: problem -> scalar loss, to be differentiated.
         package: what must be installed for it.
         bounded: whether its memory does not grow with tokens times vocabulary.
+        only: the kind of device that it is for; None for all.
     """
 
     run: Callable[[Problem], Tensor]
     package: str | None = None
     bounded: bool = True
+    only: str | None = None
 
     def __call__(self, problem: Problem) -> Tensor:
         """Compute the loss."""
@@ -109,11 +111,14 @@ def _torch_op(chunk: int | None) -> Callable[[Problem], Tensor]:
     return run
 
 
-def _cut_cross_entropy(problem: Problem) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
+def _cut_cross_entropy(impl: str) -> Callable[[Problem], Tensor]:
+    def run(problem: Problem) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
 
-    nll_N = linear_cross_entropy(problem.hidden, problem.weight, problem.batch.targets, reduction="none", impl="torch_compile")
-    return downstream(problem, -nll_N.float())
+        nll_N = linear_cross_entropy(problem.hidden, problem.weight, problem.batch.targets, reduction="none", impl=impl)
+        return downstream(problem, -nll_N.float())
+
+    return run
 
 
 def _liger(problem: Problem) -> Tensor:
@@ -133,6 +138,13 @@ PATHS = {
     "recomputed": LossPath(_ours(FusedOPDLoss(transforms=(whole_rollouts,)))),
     "full logits": LossPath(_ours(ReferenceOPDLoss()), bounded=False),
     "torch linear_cross_entropy, chunk 512": LossPath(_torch_op(512)),
-    "cut-cross-entropy, torch.compile": LossPath(_cut_cross_entropy, "cut_cross_entropy", bounded=False),
-    "Liger, scaled cross-entropy": LossPath(_liger, "liger_kernel"),
+    "cut-cross-entropy, torch.compile": LossPath(_cut_cross_entropy("torch_compile"), "cut_cross_entropy", bounded=False, only="cpu"),
+    "cut-cross-entropy": LossPath(_cut_cross_entropy("cce"), "cut_cross_entropy", only="cuda"),
+    "Liger's fallback without a GPU": LossPath(_liger, "liger_kernel", only="cpu"),
+    "Liger, scaled cross-entropy": LossPath(_liger, "liger_kernel", only="cuda"),
 }
+
+
+def paths_on(device: str) -> dict[str, LossPath]:
+    """Return the paths that are for this kind of device: some libraries have their kernels for a GPU alone, and another way elsewhere."""
+    return {name: path for name, path in PATHS.items() if path.only in (None, device)}

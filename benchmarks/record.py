@@ -12,6 +12,8 @@ from typing import Any
 import lopd
 
 ROOT = Path(__file__).parents[1]
+#: Processes that ran or waited, a mean over the minute before the script began: whatever else the machine did.
+LOAD = os.getloadavg()[0]
 
 
 def describe_machine() -> dict[str, Any]:
@@ -29,9 +31,12 @@ def result_file(
     goals: list[dict[str, Any]],
     folder: Path = ROOT / "benchmarks" / "results",
 ) -> Path:
-    """Write `NAME.json` into the folder; machine and versions are those of the report."""
+    """Write `NAME.json` into the folder; machine and versions are those of the report, and the load is that before the script began.
+
+    The load says nothing of which machine it is, so it does not stand in the report, by which machines are compared.
+    """
     machine = {**report["machine"], "system": platform.system()}
-    result = {"machine": machine, "versions": report["versions"], "commit": _commit(), "rows": rows, "goals": goals}
+    result = {"machine": machine, "versions": report["versions"], "load": LOAD, "commit": commit(), "rows": rows, "goals": goals}
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -43,7 +48,7 @@ def judge_again(path: Path, rows: list[dict[str, Any]], goals: list[dict[str, An
     path.write_text(json.dumps({**json.loads(path.read_text()), "rows": rows, "goals": goals}, indent=1) + "\n")
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the commit of the history; None for a copy of the files that has no history."""
     if not (ROOT / ".git").exists():
         return None

@@ -62,17 +62,23 @@ def memory(name: str) -> float:
     return int(fields[name].split()[0]) / 1000
 
 
+def warm_up(opening: Any) -> None:
+    """Write and read a tiny store elsewhere: imports and connections of the libraries are not a cost of the one that is measured."""
+    with tempfile.TemporaryDirectory() as other:
+        tiny = opening.create(f"{other}/store", tiny_manifest(VOCABULARY))
+        made = short_rollouts(0, 2)
+        tiny.append(made)
+        tiny.append_scores("teacher", tiny_provenance(), [Scores.of(r, np.full(r.response_ids.size, -1.0, np.float32)) for r in made])
+        opening.open(f"{other}/store").read([0, 1], ("teacher",))
+
+
 def look(kind: str, folder: Path, draws: int) -> Callable[[], Found]:
     """Return a function that times opening, reading, appending, refreshing and compacting a store.
 
     The process is fresh, and the files of the store are in the page cache.
     """
     opening = STORES[kind]
-    with tempfile.TemporaryDirectory() as other:
-        # imports and connections of the libraries are not a cost of this store
-        tiny = opening.create(f"{other}/store", tiny_manifest(VOCABULARY))
-        tiny.append(short_rollouts(0, 2))
-        opening.open(f"{other}/store").read([0, 1])
+    warm_up(opening)
 
     def work() -> Found:
         with suppress(OSError):

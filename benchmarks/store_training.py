@@ -120,6 +120,5 @@ def training(made: Records, folder: Path, repeats: int) -> Iterator[dict[str, An
 
 def _rows(stream: StepStream, index: int) -> list[NDArray[np.int64]]:
     """Return the rows of each micro-batch of a step, in their order."""
-    rows = stream.rows[_places_of_step(index, stream.rollouts_per_step, len(stream.rows), stream.seed)]
-    lengths = stream.store.lengths()[rows].sum(axis=1) - 1
-    return [rows[part] for part in _split(lengths, stream.tokens_per_batch)]
+    places = _places_of_step(index, stream.rollouts_per_step, len(stream.rows), stream.seed)
+    return [stream.rows[places[part]] for part in _split(stream.positions[places], stream.tokens_per_batch)]

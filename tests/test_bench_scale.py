@@ -82,7 +82,7 @@ def test_a_tiny_run_measures_everything(tmp_path):
         json.loads((tmp_path / part[0] / "scale.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         for part in running
     )
-    assert result.keys() == {"machine", "versions", "commit", "rows", "goals"}
+    assert result.keys() == {"machine", "versions", "load", "commit", "rows", "goals"}
     assert "ray" in result["versions"]
     result = {key: scoring[key] + result[key] for key in ("rows", "goals")}
     names = [goal["name"] for goal in result["goals"]]

@@ -1,6 +1,7 @@
 """From ragged records to a batch: what is aligned with what, and what it weighs."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
@@ -156,6 +157,16 @@ def test_by_rollout_gives_each_rollout_weight_one_shared_by_its_counted_tokens()
 def test_by_token_gives_each_counted_token_weight_one() -> None:
     records = [scored(make_rollout("a", [1, 1], [2, 3, 4, 4], [True, False, True, False]), {}), scored(make_rollout("b", [1], [2]), {})]
     assert collate(records, by_token).weight.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@weightings
+def test_rollouts_without_a_mask_are_weighed_at_once_as_one_by_one_bit_for_bit(
+    weighting: Weighting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [scored(make_rollout(f"r{length}", [1, 1], [2] * length), {}) for length in (1, 3, 49, 1000, 7)]
+    apart = collate(records, partial(weighting)).weight
+    monkeypatch.setattr("lopd.records.collate._weights", None)
+    assert torch.equal(collate(records, weighting).weight, apart)
 
 
 def test_rollouts_share_the_weight_alike_unless_told_otherwise() -> None:

@@ -1,5 +1,6 @@
 """The steps of a run: which rollouts are in step k, how a step is split, and what is refused."""
 
+import pickle
 import threading
 import time
 import warnings
@@ -190,6 +191,13 @@ def test_a_step_is_one_read_whatever_it_is_split_into(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **names: reads.append(len(rows)) or original(self, rows, **names))
     assert len(stream.step(2).batches) > 2
     assert reads == [7]
+
+
+def test_no_step_asks_the_store_for_the_lengths_of_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, asked, original = numbered_stream(9, 7, tokens_per_batch=6), list[int](), MemoryStore.lengths
+    monkeypatch.setattr(MemoryStore, "lengths", lambda self: asked.append(len(self)) or original(self))
+    assert len(list(pickle.loads(pickle.dumps(stream))[:10])) == len(list(stream[:10])) == 10  # noqa: S301 (its own)
+    assert asked == []
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")

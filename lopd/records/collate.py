@@ -93,7 +93,8 @@ def _packed(rows: Rows, weighting: Weighting, values: Mapping[str, NDArray[Any]]
     for array in values.values():
         dtype = np.int64 if array.dtype.kind in "iu" else np.float32
         spread.append((np.zeros((total, *array.shape[1:]), dtype), array))
-    mask_M = np.ones(int(rows.response_ends[-1]), np.bool_) if rows.loss_mask is None else rows.loss_mask
+    uniform = _uniform(rows, weighting)
+    mask_M = np.ones(0 if uniform else int(rows.response_ends[-1]), np.bool_) if rows.loss_mask is None else rows.loss_mask
     counting, start, read, first = np.arange(max(map(sum, zip(prompts, responses, strict=True)))), 0, 0, 0
     # one rollout after the other, for then what is read twice is in the cache
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -101,7 +102,7 @@ def _packed(rows: Rows, weighting: Weighting, values: Mapping[str, NDArray[Any]]
         stop = start + length
         inputs[start:stop], targets[start:stop] = rows.token_ids[read : read + length], rows.token_ids[read + 1 : read + length + 1]
         positions[start:stop], segments[start:stop] = counting[:length], i
-        weight[target:stop] = _weights(rows, i, weighting, mask_M[first:last])
+        weight[target:stop] = uniform[i] if uniform else _weights(rows, i, weighting, mask_M[first:last])
         for packed, array in spread:
             packed[target:stop] = array[first:last]
         start, read, first = stop, read + length + 1, last
@@ -117,6 +118,15 @@ def _packed(rows: Rows, weighting: Weighting, values: Mapping[str, NDArray[Any]]
         "weight": weight,
     }
     return fixed | {name: packed for name, (packed, _) in zip(values, spread, strict=True)}
+
+
+def _uniform(rows: Rows, weighting: Weighting) -> list[float] | None:
+    """Return the weight that all tokens of a rollout have, of each, bit for bit what the weighting gives; None where it must be asked of each."""
+    if rows.loss_mask is not None or weighting not in (by_rollout, by_token):
+        return None
+    lengths_B = np.maximum(rows.response_lengths, 1) if weighting is by_rollout else np.ones(len(rows), np.int64)
+    weights: list[float] = np.divide(1, lengths_B, dtype=np.float32).tolist()
+    return weights
 
 
 def _weights(rows: Rows, i: int, weighting: Weighting, mask_T: BoolArray) -> Float32Array:

@@ -39,12 +39,13 @@ class StepStream(Glanced):
     """The steps of a run, one after the other without end; made by `batches`, which checks what it is made of.
 
     `steps[:150]` ends before step 150, and `steps[60:]` goes on with step 60: step k is the same wherever the run began.
-    It trains on the `rows` that were there when it was made, also if the store grows.
+    It trains on the `rows` that were there when it was made, also if the store grows; `positions` of each are what it takes of a micro-batch.
     """
 
     lineage: Lineage
     store: LogprobReader
     rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
     columns: Columns
     rollouts_per_step: int
     tokens_per_batch: int
@@ -121,8 +122,8 @@ class StepStream(Glanced):
 
     def step(self, index: int) -> Step:
         """Return step `index`, or this rank's share of it, whatever was asked for before."""
-        rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
-        lengths = self.store.lengths()[rows].sum(axis=1) - 1
+        places = _places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)
+        rows, lengths = self.rows[places], self.positions[places]
         shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
         parts = shares[self.ranks.rank]
         # what sums gradients over ranks waits for each of them as many times as for the busiest
@@ -221,7 +222,8 @@ def batches(
             "smaller `rollouts_per_step`, or sample more.",
             RepeatedRolloutsWarning,
         )
-    _check_lengths(store, usable, tokens_per_batch)
+    positions = store.lengths()[usable].sum(axis=1) - 1
+    _check_lengths(store, usable, positions, tokens_per_batch)
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances = columns.provenances(store)
@@ -233,15 +235,14 @@ def batches(
     if graded or (columns.teachers and (ref is not None or not top_k)):
         judge_sampling(store, usable, ratio=ref is not None)
     lineage = evolve(lineage_after(store.manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
-    return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
+    return StepStream(lineage, store, usable, positions, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 
-def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:
-    lengths = store.lengths()[rows].sum(axis=1) - 1
-    longest = int(np.argmax(lengths))
-    if lengths[longest] > tokens_per_batch:
+def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens_per_batch: int) -> None:
+    longest = int(np.argmax(positions))
+    if positions[longest] > tokens_per_batch:
         raise InvalidRecordError(
-            f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {lengths[longest]} positions, expected at most "
+            f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {positions[longest]} positions, expected at most "
             f"tokens_per_batch = {tokens_per_batch}; raise the cap."
         )
 
