@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 from claims_readings import estimators_readings
-from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios, spent, steps_to
+from claims_summary import MARGIN, NO_WORSE, Interval, Row, Runs, accuracy, as_goal, change, no_fall, ratios, spent, steps_to
 from docs_tables import table
 from pictures import band, intervals, label_ends, panels, rule, save
 from results_page import Part
@@ -58,13 +58,9 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
         for other, limit, at in ((peer, OF_TRL, "equal steps"), (online, OF_ONLINE, "equal accuracy")):
             if {best, other} <= set(found.names):
                 more, cost = found.beside(best, other), found.share(best, other)[at]
-                goals.append(as_goal(f"{best}, minus {other}: accuracy", "0 or more, within the interval", more, not more.negative))
+                goals.append(as_goal(f"{best}, minus {other}: accuracy", NO_WORSE, more, more.at_least(-MARGIN)))
                 goals.append(as_goal(f"{best}, as a share of {other}: cost at {at}", f"<= {limit}", cost, cost.at_most(limit)))
-    for arm in FALLEN:
-        if cell := found.runs.where(fall, arm.name):
-            moved = found.runs.mean(cell, change)
-            goals.append(as_goal(f"{arm.name} does not fall below SFT on {fall}", "interval not below 0", moved, not moved.negative))
-    return goals
+    return goals + [no_fall(arm.name, found.runs, cell, f" on {fall}") for arm in FALLEN if (cell := found.runs.where(fall, arm.name))]
 
 
 def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str, claims: Sequence[Row] = ()) -> Part:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from attrs import frozen
-from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios
+from claims_summary import MARGIN, NO_WORSE, Interval, Row, Runs, accuracy, as_goal, change, no_fall, ratios
 from docs_tables import table
 from pictures import band, label_ends, panels, rule, save
-from results_page import NoLower, Part, Reading
+from results_page import Part, Reading
 from testbed.arms import ONLINE, PLAIN, RATIO
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
 from testbed.trl_peer import ARM as TRL
@@ -74,18 +74,14 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for other in (BEST_LIVE.name, ONLINE.name, TRL):
         gain, more = found.runs.mean(found.cell(other), change), found.beside(BEST.name, other)
         goals.append(as_goal(f"{other} gains over SFT, accuracy", "> 0", gain, gain.positive))
-        goals.append(as_goal(f"{BEST.name}, minus {other}: accuracy", "0 or more, within the interval", more, not more.negative))
+        goals.append(as_goal(f"{BEST.name}, minus {other}: accuracy", NO_WORSE, more, more.at_least(-MARGIN)))
     for other in (BEST_LIVE.name, TRL):
         times = found.times(other, BEST.name, "equal accuracy")
         goals.append(as_goal(f"{other} over {BEST.name}, cost at equal accuracy", f">= {TIMES:g}", times, times.at_least(TIMES)))
     for at in ("equal accuracy", "equal steps"):
         share = found.of_limit(BEST_LIVE.name, BEST.name, at)
         goals.append(as_goal(f"cost at {at} as a share of the limit", f">= {OF_LIMIT}", share, share.at_least(OF_LIMIT)))
-    for arm in STORED:
-        if cell := found.cell(arm.name):
-            moved = found.runs.mean(cell, change)
-            goals.append(as_goal(f"{arm.name} does not fall below SFT", "interval not below 0", moved, not moved.negative))
-    return goals
+    return goals + [no_fall(arm.name, found.runs, cell) for arm in STORED if (cell := found.cell(arm.name))]
 
 
 def _setting(rows: Sequence[Row]) -> Row:
@@ -124,13 +120,14 @@ def _readings() -> list[Reading]:
             "One sampled token shows little of where mass should go, and steps are few and small here; a support shows more at each token.",
             told=".",
         ),
-        NoLower(
-            f"The stored arm (*{BEST.name}*) ends no lower than live teachers",
+        Reading(
+            f"The stored arm (*{BEST.name}*) ends at most {MARGIN:g} below live teachers",
             r"^.+, minus (?P<peer>.+): accuracy$",
-            "the stored arm was not shown to end lower than *{peer}* ({measured})",
-            "the stored arm ends lower than *{peer}* ({measured})",
+            f"the stored arm ends at most {MARGIN:g} below *{{peer}}* ({{measured}})",
+            f"the stored arm ends more than {MARGIN:g} below *{{peer}}* ({{measured}})",
             "Stored states are those of the SFT student, and the arm goes through few of them several times.",
             told=".",
+            open=f"the stored arm was not shown to end at most {MARGIN:g} below *{{peer}}* ({{measured}})",
         ),
         Reading(
             "The stored arm costs a fraction of them",
@@ -150,12 +147,13 @@ def _readings() -> list[Reading]:
             open="it was not shown to reach {bound} of the limit at {what} ({measured})",
         ),
         Reading(
-            "No stored arm falls below SFT",
-            r"^(?P<arm>.+) does not fall below SFT$",
-            "*{arm}* was not shown to fall below SFT ({measured})",
-            "*{arm}* falls below SFT ({measured})",
+            f"No stored arm falls more than {MARGIN:g} below SFT",
+            r"^(?P<arm>.+) does not fall more than .+ below SFT$",
+            f"*{{arm}}* ends at most {MARGIN:g} below SFT ({{measured}})",
+            f"*{{arm}}* falls more than {MARGIN:g} below SFT ({{measured}})",
             "The teacher is all but certain of each character, as where the claims have it fail.",
             told=f"^({PLAIN.name}|{RATIO.name}) does",
+            open=f"*{{arm}}* was not shown to end at most {MARGIN:g} below SFT ({{measured}})",
         ),
     ]
 

@@ -1,8 +1,9 @@
 """The goals of the claims in plain words: what each means where it was met, where it was missed, and why."""
 
-from results_page import NoLower, Reading
+from claims_summary import MARGIN
+from results_page import Reading
 
-_SAME = "Training on stored rollouts cannot be told from online OPD (table 1)"
+_SAME = f"Training on stored rollouts ends at most {MARGIN:g} below online OPD (table 1)"
 _SETTLES = "The ratio to the reference policy settles near 1 (figure 3a)"
 
 
@@ -22,13 +23,14 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             "online OPD gains nothing over SFT that could be told from chance ({measured})",
             told=".",
         ),
-        NoLower(
+        Reading(
             _SAME,
             r"^(?P<arm>Lightning.*) minus online OPD",
-            "*{arm}* cannot be told from online OPD ({measured})",
-            "*{arm}* does not end as accurate as online OPD ({measured})",
+            f"*{{arm}}* ends at most {MARGIN:g} below online OPD ({{measured}})",
+            f"*{{arm}}* ends more than {MARGIN:g} below online OPD ({{measured}})",
             "Stored states are those of the SFT student, and the plain loss weighs their tokens as if the student had not moved; the ratio does not.",
             told=".",
+            open=f"*{{arm}}* was not shown to end at most {MARGIN:g} below online OPD ({{measured}})",
         ),
         Reading(
             "Online OPD costs six times as much (table 2)",
@@ -84,17 +86,29 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             "in the part on estimators.",
             told="(ratio to ref|top-8, reverse KL), cost at equal accuracy",
         ),
-        Reading(
-            f"No variant falls below SFT on {fall}, where Lightning may fail",
-            r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
-            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
+        _no_fall(
+            "variant",
+            fall,
+            "^Lightning(, ratio to ref)? does",
             "This teacher is all but certain and finds the errors of a young student impossible.  Without the ratio such a token goes on being "
             "pushed down after the student has dropped it; a smaller rate, a smaller clip or new rollouts every 20 steps slow that and do not "
             "turn it.",
-            told="^Lightning(, ratio to ref)? does",
         ),
     ]
+
+
+def _no_fall(what: str, fall: str, told: str, reason: str = "") -> Reading:
+    """Return the reading of goals on the setting in which Lightning fails."""
+    where = "below SFT where the teacher is all but certain ({measured})"
+    return Reading(
+        f"No {what} falls more than {MARGIN:g} below SFT on {fall}, where Lightning may fail",
+        r"^(?P<arm>.+) does not fall more than .+ below SFT on (?P<setting>.+)$",
+        f"*{{arm}}* ends at most {MARGIN:g} {where}",
+        f"*{{arm}}* falls more than {MARGIN:g} {where}",
+        reason,
+        told=told,
+        open=f"*{{arm}}* was not shown to end at most {MARGIN:g} {where}",
+    )
 
 
 def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
@@ -107,13 +121,13 @@ def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
     """
     either = f"(?P<rate>(?:{rate})?)"
     return [
-        NoLower(
-            f"The stored arm (*{best}*) ends no lower than live teachers",
+        Reading(
+            f"The stored arm (*{best}*) ends at most {MARGIN:g} below live teachers",
             rf"^.+?{either}, minus (?P<peer>.+?)(?:{rate})?: accuracy$",
-            "the stored arm was not shown to end lower than *{peer}* ({measured}{rate})",
-            "the stored arm ends lower than *{peer}* ({measured}{rate})",
-            "At the higher rate the whole vocabulary, sampled again, is still worth a little.",
+            f"the stored arm ends at most {MARGIN:g} below *{{peer}}* ({{measured}}{{rate}})",
+            f"the stored arm ends more than {MARGIN:g} below *{{peer}}* ({{measured}}{{rate}})",
             told=".",
+            open=f"the stored arm was not shown to end at most {MARGIN:g} below *{{peer}}* ({{measured}}{{rate}})",
         ),
         Reading(
             "The stored arm costs a fraction of them",
@@ -124,11 +138,5 @@ def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
             told=".",
             open="it was not shown to cost at most {bound} of *{peer}* at {what}{rate} ({measured})",
         ),
-        Reading(
-            f"No stored arm falls below SFT on {fall}, where Lightning may fail",
-            r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
-            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
-            told="^8 candidates, residual does",
-        ),
+        _no_fall("arm", fall, "^8 candidates, residual does"),
     ]

@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any
 
+from claims_summary import MARGIN
 from pairs_rule import CONSTANT, errors, fit, left_out
 from testbed.arms import ONLINE, PLAIN, RATIO
 
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 #: What a rule may look at here.
 CHOICES = ("tail", "reverse_kl")
 #: Accuracy that is almost no gain.
-LITTLE = 0.02
+LITTLE = MARGIN
 
 
 def starts_of(rows: Sequence[Row]) -> list[Row]:

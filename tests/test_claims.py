@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 from claims_report import claims_part
-from claims_summary import Interval, Runs, as_goal, find_goals, ratios, seconds_to, show_measured
+from claims_summary import MARGIN, Interval, Runs, as_goal, find_goals, no_fall, ratios, seconds_to, show_measured
 from record import result_file
-from results_page import make_page
+from results_page import make_page, undecided
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
 from testbed.gap import run_gap
 from testbed.models import Setting
@@ -98,6 +98,16 @@ def test_an_arm_that_ended_below_sft_is_not_said_to_cost_an_infinity():
     assert (json.loads(json.dumps(goal, allow_nan=False)), show_measured(goal)) == (goal, "below SFT")
     fallen = [fake(ONLINE.name, seed, 0.1, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.5, 3.0) for seed in (0, 1)]
     assert ratios(Runs(fallen), "s", ONLINE.name, PLAIN.name)["half of the gain"].show() == "below SFT"
+
+
+@pytest.mark.parametrize(
+    ("moved", "met", "opened"),
+    [((0.0, -0.01), False, True), ((-0.001, -0.002), True, False), ((-0.2, 0.1), False, True), ((-0.051, -0.052), False, False)],
+)
+def test_noise_does_not_meet_a_goal(moved, met, opened):
+    cell = {seed: fake(PLAIN.name, seed, 0.2 + change, 3.0) for seed, change in enumerate(moved)}
+    goal = no_fall(PLAIN.name, Runs([*cell.values()]), cell)
+    assert (goal["goal"], goal["met"], undecided(goal)) == (f">= {-MARGIN:g}", met, opened)
 
 
 def test_the_time_of_a_run_is_split_without_rest(folder):
