@@ -8,13 +8,10 @@ from typing import Any
 from attrs import frozen
 from claims_plots import draw_ablations, draw_claims, draw_failure
 from claims_readings import claims_readings
-from claims_summary import MARGIN, Interval, Row, Runs, accuracy, change, ratio_path, ratios, show_measured, spent
+from claims_summary import MARGIN, PAPER, TIMES, Interval, Row, Runs, accuracy, change, ratio_path, ratios, show_measured, spent
 from results_page import Part, undecided
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
-
-#: Lightning and online OPD of the paper's table 2 (8B): GPU-hours of training, and of all.
-_PAPER_TRAINING, _PAPER_ONLINE = 16, 120
 
 
 @frozen(eq=False)
@@ -64,7 +61,7 @@ def claims_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str
     links = {name: f"{folder}/{name}.png" for name in pictures}
     sections = [_testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found), _gap(found)]
     sections += [_failure(found, links), _ablations(found, links), _recommendation(found), _LIMITS]
-    readings = claims_readings(fall, found.limit.show(".2f"), f"{_PAPER_ONLINE / _PAPER_TRAINING:.1f}")
+    readings = claims_readings(fall, found.limit.show(".2f"))
     return Part("The claims of the paper on small models", result, readings, _meaning(found), sections, pictures, "claims.py")
 
 
@@ -146,12 +143,12 @@ def _cost(found: Report) -> list[str]:
         "",
         *_table(("", *parts, "equal steps", "equal accuracy", "half of the gain"), rows),
         "",
-        f"That online OPD costs 6 times as much **{found.holds(f'online OPD over {PLAIN.name}, cost of the OPD stage at equal')}** here.",
+        f"That online OPD costs {TIMES:g} times as much **{found.holds(f'online OPD over {PLAIN.name}, cost of the OPD stage at equal s')}** here.",
         "Offline OPD saves sampling and scoring, never training.  If training costs it what it costs online, it saves at most all over training of",
         f"online OPD, {found.limit.show('.2f')} in this testbed; rounds make the training of online OPD dearer, so a store can pass this.",
-        f"In the paper training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so it is",
-        f"{_PAPER_ONLINE / _PAPER_TRAINING:.1f} there: long responses of a large model, decoded token by token, and a larger teacher cost far more",
-        "than a training step; here responses have 10 tokens and the teacher is nearly as small as the student.",
+        f"In the paper online OPD takes {PAPER.online:g} GPU-hours and Lightning {PAPER.total:g}, {PAPER.training:g} of them training (table 2, 8B):",
+        "long responses of a large model, decoded token by token, and a larger teacher cost far more than a training step; here responses have",
+        "10 tokens and the teacher is nearly as small as the student.",
         "",
         "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  Of its",
         "teacher the layers count as scoring, the head and its log-softmax as training.  It costs",
