@@ -54,8 +54,8 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
     """Judge every goal, at the rate of the claims and at the higher one; goals of what was not run are left out."""
     found = Found(Runs.of(rows), claim, fall)
     goals = []
-    for best, peer, online in ((BEST.name, TRL, ONLINE.name), (faster(BEST.name), faster(TRL), faster(ONLINE.name))):
-        for other, limit, at in ((peer, OF_TRL, "equal steps"), (online, OF_ONLINE, "equal accuracy")):
+    for best, peer, *online in ((BEST.name, TRL, *(arm.name for arm in LIVE)), (faster(BEST.name), faster(TRL), faster(ONLINE.name))):
+        for other, limit, at in ((peer, OF_TRL, "equal steps"), *((name, OF_ONLINE, "equal accuracy") for name in online)):
             if {best, other} <= set(found.names):
                 more, cost = found.beside(best, other), found.share(best, other)[at]
                 goals.append(as_goal(f"{best}, minus {other}: accuracy", NO_WORSE, more, more.at_least(-MARGIN)))
@@ -76,7 +76,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "the teacher's.  All are scored by the teacher, once.  A residual is the term that removes the bias of a support;",
         "a window is the ratio of the 8 tokens before, which moves stored states towards the student's.",
         "Costs are CPU seconds of one thread for the whole OPD stage, sampling and scoring with what they keep included.  A share is the arm's cost",
-        "over that of another: at equal steps, then until both have the accuracy with which the worse of them ends.",
+        "over that of another (geometric means): at equal steps, then until both have the accuracy with which the worse of them ends.",
         "",
         *table(
             ("", "accuracy", "minus online OPD", "minus TRL", f"gain on {fall}"),

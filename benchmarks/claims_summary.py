@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from attrs import frozen
@@ -33,7 +33,7 @@ class Interval:
     seeds: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
+    def of(cls, values: Sequence[float]) -> Self:
         """Return the mean of these values, one a seed, with its interval."""
         n = len(values)
         with np.errstate(invalid="ignore"):  # a value may be infinite: then so is the mean, and there is no width
@@ -41,22 +41,32 @@ class Interval:
         return cls(float(np.mean(values)), half, n)
 
     @property
+    def low(self) -> float:
+        """Its lower end; NaN where one seed has no interval."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """Its upper end."""
+        return self.mean + self.half
+
+    @property
     def positive(self) -> bool:
         """All of it is above 0."""
-        return self.mean - self.half > 0
+        return self.low > 0
 
     @property
     def negative(self) -> bool:
         """All of it is below 0."""
-        return self.mean + self.half < 0
+        return self.high < 0
 
     def at_least(self, wanted: float) -> bool:
         """Return whether all of it is at or above this; never where one seed has no interval."""
-        return self.mean - self.half >= wanted
+        return self.low >= wanted
 
     def at_most(self, wanted: float) -> bool:
         """Return whether all of it is at or below this."""
-        return self.mean + self.half <= wanted
+        return self.high <= wanted
 
     def show(self, form: str = ".3f") -> str:
         """Return the text that tables show.
@@ -65,8 +75,34 @@ class Interval:
         """
         if not math.isfinite(self.mean):
             return "below SFT" if math.isnan(self.mean) else "never"
-        half = "" if math.isnan(self.half) else f" ± {self.half:{form.lstrip('+')}}"
-        return f"{self.mean:{form}}{half}"
+        return f"{self.mean:{form}}{'' if math.isnan(self.half) else self._show_half(form.lstrip('+'))}"
+
+    def _show_half(self, form: str) -> str:
+        return f" ± {self.half:{form}}"
+
+
+@frozen
+class Ratio(Interval):
+    """A geometric mean over seeds, and half the width of the interval of its logarithm: of how many times as much, not of how much more."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Return the geometric mean of these positive values, one a seed, with its interval."""
+        logs = Interval.of(np.log(values))
+        return cls(math.exp(logs.mean), logs.half, logs.seeds)
+
+    @property
+    def low(self) -> float:
+        """Its lower end; NaN where one seed has no interval."""
+        return self.mean * math.exp(-self.half)
+
+    @property
+    def high(self) -> float:
+        """Its upper end."""
+        return self.mean * math.exp(self.half)
+
+    def _show_half(self, form: str) -> str:
+        return f" [{self.low:{form}} to {self.high:{form}}]"
 
 
 @frozen(eq=False)
@@ -131,28 +167,28 @@ def _reached(row: Row, target: float, by: int) -> float:
     return math.inf
 
 
-def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Interval]:
+def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Ratio]:
     """Return how many times as much as `arm` does `base` cost, seed by seed.
 
     At equal steps; until both have the accuracy with which the worse of them ends; and until both have half of what online OPD gains.
-    Where that is not above the start in a seed, there is nothing to reach, and the figure is NaN.
+    Where that is not above the start in a seed, there is nothing to reach, and the figure is NaN; it is infinite where either never reaches it.
     """
     online, slow, fast = (runs.where(setting, name) for name in (ONLINE.name, base, arm))
     ended = {seed: min(accuracy(slow[seed]), accuracy(fast[seed])) for seed in fast}
     half = {seed: (online[seed]["start"] + online[seed]["accuracy"]) / 2 for seed in fast}
 
-    def until(targets: dict[int, float]) -> Interval:
-        return Interval.of([_over(slow[seed], fast[seed], targets[seed]) for seed in fast])
+    def until(targets: dict[int, float]) -> Ratio:
+        return Ratio.of([_over(slow[seed], fast[seed], targets[seed]) for seed in fast])
 
-    steps = Interval.of([spent(slow[seed]) / spent(fast[seed]) for seed in fast])
+    steps = Ratio.of([spent(slow[seed]) / spent(fast[seed]) for seed in fast])
     return {"equal steps": steps, "equal accuracy": until(ended), "half of the gain": until(half)}
 
 
 def _over(slow: Row, fast: Row, target: float) -> float:
     if target <= max(slow["start"], fast["start"]):
         return math.nan
-    spent_by_slow = seconds_to(slow, target)
-    return spent_by_slow if math.isinf(spent_by_slow) else spent_by_slow / seconds_to(fast, target)
+    both = seconds_to(slow, target), seconds_to(fast, target)
+    return math.inf if math.inf in both else both[0] / both[1]
 
 
 def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
@@ -163,11 +199,12 @@ def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
 def as_goal(name: str, goal: str, measured: Interval, met: bool) -> dict[str, Any]:
     """Return the goal as result files have it.
 
-    JSON has neither infinity nor NaN, so a cost that is no number is null, with the word that tables show.
+    JSON has neither infinity nor NaN, so a cost that is no number is null, with the word that tables show.  That of a ratio has both ends.
     """
     mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
     word = {} if mean is not None else {"shown": measured.show()}
-    return {"name": name, "goal": goal, "measured": mean, **word, "ci95": half, "seeds": measured.seeds, "met": bool(met)}
+    width = {"low": measured.low, "high": measured.high} if half is not None and isinstance(measured, Ratio) else {"ci95": half}
+    return {"name": name, "goal": goal, "measured": mean, **word, **width, "seeds": measured.seeds, "met": bool(met)}
 
 
 def show_measured(goal: dict[str, Any]) -> str:
@@ -176,6 +213,8 @@ def show_measured(goal: dict[str, Any]) -> str:
         return str(goal["shown"])
     signed = not {"0", *NO_WORSE.split()[1:]}.isdisjoint(goal["goal"].split()) or ", minus " in goal["name"]
     form = "+.3f" if abs(goal["measured"]) < 1 and signed else ".2f"
+    if "low" in goal:
+        return f"{goal['measured']:.2f} [{goal['low']:.2f} to {goal['high']:.2f}]"
     half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
     return f"{goal['measured']:{form}}{half}"
 
@@ -218,7 +257,7 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
         add(f"{arm} on {setting}: largest gradient gap over its bound (theorem 3.5)", "<= 1", largest, largest.at_most(1))
     for arm in (PLAIN, RATIO, TOP_K):
         for what, times in ratios(runs, claim, TRL, arm.name).items():
-            add(f"TRL over {arm.name}, cost at {what}", "> 1", times, times.mean - times.half > 1)
+            add(f"TRL over {arm.name}, cost at {what}", "> 1", times, times.low > 1)
     fallen = {arm: runs.where(fall, arm) for arm in (PLAIN.name, RATIO.name, *(a.name for arms in ABLATIONS.values() for a in arms))}
     return goals + [no_fall(arm, runs, cell, f" on {fall}") for arm, cell in fallen.items() if cell]
 

@@ -60,8 +60,11 @@ class Reading:
 def undecided(goal: Goal) -> bool:
     """Return whether the interval of a goal holds the bound that it names, so that it is neither met nor excluded; one seed has no interval."""
     bound = re.fullmatch(r"[<>]=? (\S+)", goal["goal"])
-    alone = goal.get("seeds") == 1
-    return bool(bound and (alone or (goal["ci95"] is not None and abs(goal["measured"] - float(bound[1])) <= goal["ci95"])))
+    if not bound or goal.get("seeds") == 1:
+        return bool(bound)
+    if "low" in goal:
+        return bool(goal["low"] <= float(bound[1]) <= goal["high"])
+    return goal["ci95"] is not None and bool(abs(goal["measured"] - float(bound[1])) <= goal["ci95"])
 
 
 @frozen(eq=False)

@@ -84,11 +84,25 @@ def test_an_accuracy_that_is_never_reached_is_no_number():
     slow = [fake(ONLINE.name, seed, 0.6, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.3, 3.0) for seed in (0, 1)]
     never = ratios(Runs(slow), "s", PLAIN.name, ONLINE.name)["half of the gain"]
     assert (never.mean, never.show()) == (math.inf, "never")
-    assert ratios(Runs(slow), "s", ONLINE.name, PLAIN.name)["half of the gain"].mean == 0
+    assert ratios(Runs(slow), "s", ONLINE.name, PLAIN.name)["half of the gain"].show() == "never", "not 0 times as much"
     slow = [row if row["arm"] == ONLINE.name else {**row, "arm": name} for row in slow for name in (PLAIN.name, RATIO.name)]
     assert ratios(Runs(slow), "s", PLAIN.name, RATIO.name)["half of the gain"].show() == "never", "neither of them reaches it"
     goal = as_goal("a", ">= 6", never, met=False)
     assert (goal["measured"], show_measured(goal)) == (None, "never")
+    assert not never.at_least(6)
+
+
+def test_means_of_ratios_are_judged_on_logarithms():
+    cost = [fake(ONLINE.name, seed, 0.6, seconds) for seed, seconds in enumerate((20.0, 80.0))] + [
+        fake(PLAIN.name, seed, 0.6, 10.0) for seed in (0, 1)
+    ]
+    found = ratios(Runs(cost), "s", ONLINE.name, PLAIN.name)["equal steps"]
+    back = ratios(Runs(cost), "s", PLAIN.name, ONLINE.name)["equal steps"]
+    assert (found.mean, back.mean) == (pytest.approx(4), pytest.approx(1 / 4)), "one is not judged otherwise than the other"
+    assert (found.low, found.high) == (pytest.approx(1 / back.high), pytest.approx(1 / back.low))
+    goal = as_goal("a", ">= 3", found, found.at_least(3))
+    assert (undecided(goal), show_measured(goal)) == (True, found.show(".2f"))
+    assert found.show(".2f").startswith("4.00 [0.00 to ")
 
 
 def test_an_arm_that_ended_below_sft_is_not_said_to_cost_an_infinity():
@@ -193,7 +207,7 @@ def test_how_much_more_online_opd_is_to_cost_is_what_the_paper_has():
 def test_online_opd_is_not_said_to_cost_four_times_as_much_by_its_mean(rows):
     def dearer(row):
         online = row["kind"] == "run" and row["arm"] == ONLINE.name
-        return {**row, "cpu_s": {**row["cpu_s"], "all": 1000.0 * (1 + row["seed"])}} if online else row
+        return {**row, "cpu_s": {**row["cpu_s"], "all": 1000.0 * 100.0 ** row["seed"]}} if online else row
 
     goals = [goal for goal in find_goals([*map(dearer, rows)], CLAIM.name, FALL.name) if "at equal steps (table 2)" in goal["name"]]
     assert [(goal["measured"] > TIMES, goal["met"]) for goal in goals] == [(True, False)] * 2
