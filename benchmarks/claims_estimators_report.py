@@ -115,9 +115,9 @@ def _of_the_claims(found: Found, claims: Runs) -> str:
 
 def _meaning(found: Found) -> str:
     """Return the third sentence."""
-    arm, more, cost = BEST.name.split(",")[0], found.beside(BEST.name, ONLINE.name), found.share(BEST.name, ONLINE.name)["equal steps"]
+    more, cost = found.beside(BEST.name, ONLINE.name), found.share(BEST.name, ONLINE.name)["equal steps"]
     return (
-        f"where a store may hold more of a token than one number, keep a support: {arm} with the residual ended {more.show('+.3f')} beside "
+        f"where a store may hold more of a token than one number, keep a support: *{BEST.name}* ended {more.show('+.3f')} beside "
         f"online OPD with the sampled token, at {cost.show('.2f')} of its cost ([which support](../docs/decisions/0008-recommended-loss.md))."
     )
 

@@ -12,8 +12,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 import claims_long_report
+from claims_readings import claims_readings
 from claims_report import claims_part
-from claims_summary import MARGIN, PAPER, TIMES, Interval, Runs, as_goal, find_goals, no_fall, ratios, seconds_to, show_measured
+from claims_summary import (
+    MARGIN,
+    NO_WORSE,
+    PAPER,
+    TIMES,
+    Interval,
+    Runs,
+    as_goal,
+    find_goals,
+    mismatch,
+    no_fall,
+    ratios,
+    seconds_to,
+    show_measured,
+)
 from record import result_file
 from results_page import make_page, undecided
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
@@ -241,8 +256,40 @@ def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):
     part = claims_part({"rows": worse, "goals": goals}, "", claim=CLAIM.name, fall=FALL.name)
     held, missed, _ = part.sentences()
     assert "online OPD gains" not in held
-    assert "online OPD gains nothing over SFT that could be told from chance (-0.505 ± 0.064)" in missed
+    assert "online OPD falls below SFT (-0.505 ± 0.064)" in missed
     assert "That online OPD beats SFT **does not hold**" in "\n".join(line for section in part.sections for line in section)
+
+
+def test_what_fell_is_not_said_to_have_gained_nothing():
+    readings = claims_readings("certain", "2", "0.01", "-0.001")
+
+    def said(name, measured, ci95, wanted="> 0", met=False):
+        goal = {"name": name, "goal": wanted, "measured": measured, "ci95": ci95, "seeds": 5, "met": met}
+        (reading,) = (reading for reading in readings if reading.find([goal]))
+        return reading.say(goal)
+
+    young = "Lightning gains over SFT at 150 SFT steps (figure 3c)"
+    assert said(young, -0.012, 0.006) == "after 150 steps of SFT Lightning makes the student worse (-0.012 ± 0.006)"
+    assert said(young, 0.03, 0.04) == "after 150 steps of SFT Lightning was not shown to gain (+0.030 ± 0.040)"
+    cost = "TRL over Lightning, cost at half of the gain"
+    assert said(cost, 0.83, 0.07, "> 1").startswith("TRL costs less than *Lightning* at half of the gain")
+    assert said(cost, 0.97, 0.07, "> 1").startswith("TRL was not shown to cost more than *Lightning*")
+    above = said("Lightning minus online OPD, accuracy (table 1)", 0.05, 0.01, NO_WORSE, met=True)
+    assert above == f"*Lightning* ends at most {MARGIN:g} below online OPD (+0.050 ± 0.010)"
+
+
+def test_what_another_teacher_costs_lightning_alone_is_beside_online_opd():
+    def gain(arm, seed, teachers, accuracy):
+        return {**fake(arm, seed, accuracy, 1.0), "sft_teacher": teachers[0], "opd_teacher": teachers[1]}
+
+    ends = {PLAIN.name: (0.5, 0.1), ONLINE.name: (0.6, 0.3)}
+    found = Runs(
+        [gain(arm, seed, pair, ends[arm][pair[0] != pair[1]]) for arm in ends for seed in (0, 1) for pair in ("AA", "AB", "BA", "BB")]
+    )
+    assert [mismatch(found, "s", arm) for arm in ends] == [pytest.approx({0: 0.4, 1: 0.4}), pytest.approx({0: 0.3, 1: 0.3})]
+    page = json.loads((claims.ROOT / "benchmarks" / "results" / "claims.json").read_text())
+    (goal,) = (goal for goal in page["goals"] if "table 4" in goal["name"])
+    assert (goal["met"], goal["measured"]) == (True, pytest.approx(0.170, abs=5e-4)), "not the 0.523 that both lose alike"
 
 
 def test_the_full_plan_has_five_seeds_and_every_ablation_once():

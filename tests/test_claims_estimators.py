@@ -93,6 +93,7 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     part.draw(tmp_path / "plots")
     assert text.count("✓ held") + text.count("✗ missed") == len(goals)
     assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.095 ± 0.064 |" in text
+    assert f"keep a support: *{BEST.name}* ended +0.100 ± 0.000" in part.sentences()[2], "figures stand beside the arm that they are of"
     assert "pays before its first step is 2.50 ± 0.00 CPU s.  After 75 ± 0 steps of 100" in text
     assert "nan" not in text
     for name in ("claims_estimators", "claims_estimators_ends"):
