@@ -65,11 +65,11 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
 
 def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str, claims: Sequence[Row] = ()) -> Part:
     """Make the part of the page that reports `claims_estimators.json`, with its pictures in a folder; `claims` are the rows of `claims.json`."""
-    found = Found(Runs.of(result["rows"]), claim, fall)
+    found, known = Found(Runs.of(result["rows"]), claim, fall), Runs.of(claims)
     pictures = {"claims_estimators": partial(_draw_curves, found=found), "claims_estimators_ends": partial(_draw_ends, found=found)}
     curves, ends = (f"{folder}/{name}.png" for name in pictures)
     lines = [
-        f"{len({row['seed'] for row in found.runs.rows})} seeds, {_of_the_claims(found, Runs.of(claims))}; prompts, batch and steps are the",
+        f"{len({row['seed'] for row in found.runs.rows})} seeds, {_of_the_claims(found, known)}; prompts, batch and steps are the",
         "same.  The arm of the goals was chosen on other seeds.",
         "",
         "Candidates are the tokens that the policy finds most likely, kept while it samples; drawn ones are drawn from it besides; top-K ones are",
@@ -77,6 +77,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "a window is the ratio of the 8 tokens before, which moves stored states towards the student's.",
         "Costs are CPU seconds of one thread for the whole OPD stage, sampling and scoring with what they keep included.  A share is the arm's cost",
         "over that of another (geometric means): at equal steps, then until both have the accuracy with which the worse of them ends.",
+        *_clock(found, known),
         "",
         *table(
             ("", "accuracy", "minus online OPD", "minus TRL", f"gain on {fall}"),
@@ -111,6 +112,18 @@ def _of_the_claims(found: Found, claims: Runs) -> str:
     same = all(starts.get((row["setting"], row["seed"], row["sft_teacher"])) == row["start"] for row in found.runs.rows)
     again = "the numbers of the claims', with models built again: they differ from those above"
     return "those of the claims, with the same models" if same else again
+
+
+def _clock(found: Found, claims: Runs) -> list[str]:
+    """Say how much dearer or cheaper the same run was in the claims: seconds of two files are not to be compared."""
+    there, here = (runs.where(found.claim, ONLINE.name) for runs in (claims, found.runs))
+    if not there:
+        return []
+    seconds = [Interval.of([spent(row) for row in cell.values()]).show(".2f") for cell in (there, here)]
+    return [
+        f"The same run of online OPD took {seconds[0]} of them in the claims and {seconds[1]} here, at another commit and another load of the",
+        "machine: the clock does not count while a thread waits, but neighbours slow it while it runs.  So seconds are compared within a file.",
+    ]
 
 
 def _meaning(found: Found) -> str:

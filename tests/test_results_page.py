@@ -1,5 +1,6 @@
 """The page of results: it is what its script makes of the result files, and states each goal once, in words that fit."""
 
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -10,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_train
 import publish
-from claims_summary import MARGIN, Runs, accuracy, change, ratios
+from claims_summary import MARGIN, Runs, accuracy, change, ratios, spent
 from docs_tables import IN_WORDS
 from results_page import Part, Reading, make_page, undecided
 from testbed.arms import ONLINE, PLAIN
@@ -81,6 +82,15 @@ def test_pages_state_what_both_files_of_costs_have():
     assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
     table, supports = times(TRL, ONLINE.name)
     assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
+
+
+def test_seconds_of_two_files_are_not_told_to_be_of_one_clock():
+    page = publish.PAGE.read_text()
+    claimed, again = (Runs.of(publish.read(name)["rows"]).where(publish.WORKS, ONLINE.name) for name in ("claims", "claims_estimators"))
+    took = [mean(spent(row) for row in cell.values()) for cell in (claimed, again)]
+    assert 1.9 < took[1] / took[0] < 2.3, "the decision: twice as long"
+    assert re.search(rf"The same run of online OPD took {took[0]:.2f} ± \S+ of them in the claims and {took[1]:.2f} ", page)
+    assert "does meanwhile does not count" not in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
 
 
 def test_the_decision_says_of_supports_what_the_file_has():
