@@ -64,9 +64,18 @@ def claims_readings(fall: str, limit: str, before: str, online: str) -> list[Rea
         ),
         Reading(
             _SETTLES,
+            r"spread of the ratio at the last step",
+            "the spread of the ratio over tokens is {measured} at the end",
+            "the spread of the ratio over tokens is as much as {measured} at the end",
+            told=".",
+            open="the spread of the ratio over tokens was not shown to be at most {bound} at the end ({measured})",
+        ),
+        Reading(
+            "Stored tokens are not overfitted: on new ones the mean ratio is 1 for every student",
             r"of any step is within",
             "the mean ratio of a step is never further than {measured} from 1",
             "the mean ratio of a step goes {measured} away from 1",
+            open="the mean ratio of a step was not shown to be within {bound} of 1 ({measured})",
         ),
         Reading(
             "Lightning gains after any length of SFT (figure 3c)",

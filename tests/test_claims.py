@@ -278,6 +278,23 @@ def test_what_fell_is_not_said_to_have_gained_nothing():
     assert above == f"*Lightning* ends at most {MARGIN:g} below online OPD (+0.050 ± 0.010)"
 
 
+def test_the_ratio_is_judged_by_its_spread_and_the_theorem_by_its_own_gradient(rows):
+    wide = [
+        {
+            **row,
+            "step_ratiomean_ratiostd_kl_gain_ess": [(step, 1.0, 0.3, 0, 0, 0) for step, *_ in row["step_ratiomean_ratiostd_kl_gain_ess"]],
+        }
+        if row["kind"] == "run" and row["arm"] == PLAIN.name
+        else row
+        for row in rows
+    ]
+    goals = {goal["name"]: goal for goal in find_goals(wide, CLAIM.name, FALL.name)}
+    spread = goals["Lightning: the spread of the ratio at the last step (figure 3a)"]
+    assert (spread["goal"], spread["measured"], spread["met"]) == ("<= 0.1", pytest.approx(0.3), False)
+    assert [name for name in goals if "mean ratio of any step" in name and "figure" in name] == []
+    assert [name for name in goals if "theorem 3.5" in name and RATIO.name in name] == []
+
+
 def test_what_another_teacher_costs_lightning_alone_is_beside_online_opd():
     def gain(arm, seed, teachers, accuracy):
         return {**fake(arm, seed, accuracy, 1.0), "sft_teacher": teachers[0], "opd_teacher": teachers[1]}
