@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from claims_summary import MARGIN, Interval, as_goal, show_measured
 from record import ROOT, describe_machine, judge_again, result_file
 from testbed.models import HEALTHY, STYLES, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
@@ -86,33 +87,30 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answer each question by a mean over seeds, and over cells; what must change no cell by that which it changes most."""
+def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answer each question by the interval over seeds of a mean over cells; what must change no cell by that which it changes most."""
+    changes: dict[tuple[str, str, str, int], float] = {
+        (row["sft_teacher"], row["opd_teacher"], row["method"], row["seed"]): row["accuracy"] - row["accuracy_at_start"] for row in rows
+    }
+    seeds = sorted({row["seed"] for row in rows})
+    same, other = [[pair for pair in product(STYLES, STYLES) if (pair[0] == pair[1]) == alike] for alike in (True, False)]
 
-    def changes(method: str, *, consistent: bool) -> list[float]:
-        return [c["change"] for c in cells if c["method"] == method and (c["sft_teacher"] == c["opd_teacher"]) == consistent]
-
-    def change(method: str, *, consistent: bool) -> float:
-        return statistics.mean(changes(method, consistent=consistent))
+    def change(method: str, pairs: Sequence[tuple[str, str]], seed: int) -> float:
+        return statistics.mean(changes[*pair, method, seed] for pair in pairs)
 
     found = []
     for ratio in ("", ", ratio to ref"):
-        gap = change(f"offline{ratio}", consistent=True) - change(f"offline{ratio}", consistent=False)
-        found.append(
-            {
-                "name": f"offline{ratio}: a consistent teacher gains more than a mismatched one",
-                "goal": "> 0",
-                "measured": gap,
-                "met": gap > 0,
-            }
-        )
-        repaired = change(f"offline, residual{ratio}", consistent=False) - change(f"offline{ratio}", consistent=False)
-        name = f"offline{ratio}: residualisation repairs the mismatched cells (gain over raw scores)"
-        found.append({"name": name, "goal": "> 0", "measured": repaired, "met": repaired > 0})
-        both = [changes(f"offline{residual}{ratio}", consistent=True) for residual in (", residual", "")]
-        kept = max((after - before for after, before in zip(*both, strict=True)), key=abs)
-        name = f"offline{ratio}: residualisation leaves the consistent cells alone (change of the one that it changes most)"
-        found.append({"name": name, "goal": "within 0.02 of 0", "measured": kept, "met": abs(kept) <= 0.02})
+        raw, repaired = f"offline{ratio}", f"offline, residual{ratio}"
+        gap = Interval.of([change(raw, same, seed) - change(raw, other, seed) for seed in seeds])
+        found.append(as_goal(f"{raw}: a consistent teacher gains more than a mismatched one", "> 0", gap, gap.positive))
+        gain = Interval.of([change(repaired, other, seed) - change(raw, other, seed) for seed in seeds])
+        name = f"{raw}: residualisation repairs the mismatched cells (gain over raw scores)"
+        found.append(as_goal(name, "> 0", gain, gain.positive))
+        cells = [Interval.of([change(repaired, [pair], seed) - change(raw, [pair], seed) for seed in seeds]) for pair in same]
+        most = max(cells, key=lambda moved: abs(moved.mean))
+        name = f"{raw}: residualisation leaves the consistent cells alone (change of the one that it changes most)"
+        alone = all(moved.at_least(-MARGIN) and moved.at_most(MARGIN) for moved in cells)
+        found.append(as_goal(name, f"within {MARGIN:g} of 0", most, alone))
     return found
 
 
@@ -143,9 +141,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     rows = measured() if options.report else measure(range(options.seeds), options.workers, options.folder)
     cells = summarise(rows)
-    found = goals(cells)
+    found = goals(rows)
     for goal in found:
-        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:+.3f}")
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", show_measured(goal))
     every = [*({"cell": True, **cell} for cell in cells), *rows]
     if options.report:
         judge_again(RESULT, every, found)

@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 import pairs_claims
-from claims_summary import Runs, change, spent
+from claims_summary import Runs, change, show_measured, spent
 from pairs_report import correlation_lines, correlation_titles, pair_lines, pair_titles, words
 from record import ROOT, fill
 
@@ -365,7 +365,7 @@ def missed() -> list[str]:
         for path in sorted(RESULTS.glob("*.json")):
             for goal in json.loads(path.read_text())["goals"]:
                 if path.stem not in IN_WORDS and not goal["met"]:
-                    measured = goal["measured"]
+                    measured = show_measured(goal) if goal.get("ci95") else goal["measured"]
                     yield f"`{path.name}`", goal["name"], goal["goal"], measured if isinstance(measured, str) else number(measured)
 
     return table(("result file", "goal", "wanted", "measured"), lines(), 3)

@@ -85,7 +85,7 @@ def _ranks(values_P: NDArray[np.float64]) -> NDArray[np.float64]:
 def pairs_of(rows: Sequence[Row]) -> list[Row]:
     """Return means over the seeds of each pair.
 
-    Every arm is its share of the KL that is removed, and its gain in accuracy where there is one.
+    Every arm is the KL that it removes, as a share and in nats, and its gain in accuracy where there is one.
     """
     found = []
     for name in dict.fromkeys(row["pair"] for row in rows):
@@ -108,9 +108,15 @@ def _start(rows: Sequence[Row]) -> Row:
 
 
 def _arm(rows: Sequence[Row], arm: str) -> Row:
-    removed = [-row["arms"][arm]["change"] / row["held_out_kl"] for row in rows]
+    nats = [-row["arms"][arm]["change"] for row in rows]
+    removed = [each / row["held_out_kl"] for each, row in zip(nats, rows, strict=True)]
     gains = [row["arms"][arm]["accuracy"] - row["accuracy"] for row in rows if "accuracy" in row]
-    return {"removed": float(np.mean(removed)), "by_seed": removed, **({"gain": float(np.mean(gains))} if gains else {})}
+    return {
+        "removed": float(np.mean(removed)),
+        "nats": float(np.mean(nats)),
+        "by_seed": removed,
+        **({"gain": float(np.mean(gains))} if gains else {}),
+    }
 
 
 def removed(arm: str) -> Outcome:
@@ -140,6 +146,12 @@ OUTCOMES: dict[str, Outcome] = {
     STORED: removed(DRAWN.name),
     LIVE: removed(ONLINE_DRAWN.name),
     BESIDE_SFT: _minus(DRAWN.name, TEXT.name),
+}
+#: Those that are also judged in nats: a share is divided by the very KL that a diagnostic may be.
+NATS: dict[str, Outcome] = {
+    BESIDE_LIVE: _minus(DRAWN.name, ONLINE_DRAWN.name, "nats"),
+    STORED: partial(_of, DRAWN.name, "nats"),
+    LIVE: partial(_of, ONLINE_DRAWN.name, "nats"),
 }
 #: Of pairs with a verifier, in accuracy.
 GAINS: dict[str, Outcome] = {

@@ -26,7 +26,7 @@ class Reading:
         pattern: a regular expression that finds them, by name; its named groups may be used in the words.
         held: what was seen where one is met, a clause that may name `{measured}`.
         missed: likewise, where it is not.
-        reason: why it is missed, as far as that is known: whole sentences, said once for the claim.
+        reason: why it is missed, as far as that is known: whole sentences, said once for the claim; not where it was left open.
         told: which of them the three sentences tell; of the others only the first that was missed, if none of these was.
         open: what was seen where one is missed because its interval holds the `{bound}` that it names; as `missed` where it is empty.
     """
@@ -57,21 +57,14 @@ class Reading:
         return [self.say(goal) for goal in (told if told or met else found[:1])]
 
 
-@frozen
-class NoLower(Reading):
-    """Of goals that are met where an interval holds 0: the words say how large a loss it holds."""
-
-    def say(self, goal: Goal) -> str:
-        """Return the clause on a goal, with the largest loss that is not excluded where it is met."""
-        lost = (goal["ci95"] or 0.0) - goal["measured"]
-        return f"{super().say(goal)}{f', and may end {lost:.3f} lower' if goal['met'] and lost > 0 else ''}"
-
-
 def undecided(goal: Goal) -> bool:
     """Return whether the interval of a goal holds the bound that it names, so that it is neither met nor excluded; one seed has no interval."""
     bound = re.fullmatch(r"[<>]=? (\S+)", goal["goal"])
-    alone = goal.get("seeds") == 1
-    return bool(bound and (alone or (goal["ci95"] is not None and abs(goal["measured"] - float(bound[1])) <= goal["ci95"])))
+    if not bound or goal.get("seeds") == 1:
+        return bool(bound)
+    if "low" in goal:
+        return bool(goal["low"] <= float(bound[1]) <= goal["high"])
+    return goal["ci95"] is not None and bool(abs(goal["measured"] - float(bound[1])) <= goal["ci95"])
 
 
 @frozen(eq=False)
@@ -119,7 +112,7 @@ class Part:
             rows = (["✓ held" if goal["met"] else "✗ missed", reading.say(goal), goal["goal"]] for reading, goal in found)
             yield from (f"**{claim}**: {met} of {len(found)} goals met.", "")
             yield from (*table(("", "what was found", "wanted"), rows, 3), "")
-            reasons = dict.fromkeys(reading.reason for reading, goal in found if reading.reason and not goal["met"])
+            reasons = dict.fromkeys(reading.reason for reading, goal in found if reading.reason and not goal["met"] and not undecided(goal))
             yield from ("Why: " + " ".join(reasons), "") if reasons else ()
 
     def draw(self, folder: Path) -> None:

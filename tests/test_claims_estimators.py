@@ -56,7 +56,7 @@ def rows():
 
 def test_goals_are_met_by_what_meets_them_and_by_nothing_else(rows):
     goals = {goal["name"]: goal for goal in find_goals(rows, CLAIM.name, FALL.name)}
-    assert [goal["met"] for name, goal in goals.items() if "does not fall" not in name] == [True] * 4
+    assert [goal["met"] for name, goal in goals.items() if "does not fall" not in name] == [True] * 6
     assert goals[f"{BEST.name}, as a share of {TRL}: cost at equal steps"]["measured"] == pytest.approx(0.5)
     until = goals[f"{BEST.name}, as a share of {ONLINE.name}: cost at equal accuracy"]
     assert until["measured"] == pytest.approx((2.5 + 2.5 * 0.3 / 0.4) / 45)
@@ -64,7 +64,7 @@ def test_goals_are_met_by_what_meets_them_and_by_nothing_else(rows):
     cheap = f"{BEST.name}, as a share of {TRL}: cost at equal steps"
     wide = [{**row, "cpu_s": {**row["cpu_s"], "all": 5.0 - 0.2 * row["seed"]}} if row["arm"] == BEST.name else row for row in rows]
     wide = {goal["name"]: goal for goal in find_goals(wide, CLAIM.name, FALL.name)}[cheap]
-    assert (wide["measured"], wide["met"]) == (pytest.approx(0.49), False), "0.49 is below the goal, its interval is not"
+    assert (wide["measured"], wide["met"]) == (pytest.approx(0.49, rel=1e-3), False), "0.49 is below the goal, its interval is not"
     worse = [{**row, "accuracy": row["accuracy"] - (0.1 + row["seed"] / 1000) * (row["arm"] == BEST.name)} for row in rows]
     assert not next(goal["met"] for goal in find_goals(worse, CLAIM.name, FALL.name) if f"minus {TRL}" in goal["name"])
 
@@ -78,6 +78,10 @@ def test_what_the_decision_says_of_the_goals_of_cost_is_what_the_file_has():
     page = (Path(__file__).parents[1] / "docs" / "decisions" / "0008-recommended-loss.md").read_text()
     assert "0.3 of online OPD at equal accuracy and 0.55 of TRL at equal steps: the mean is below the first" in page
     assert [g["goal"] for g in (of_online, of_trl)] == ["<= 0.3", "<= 0.55"]
+    same = next(g for g in found if f"as a share of {LIVE[1].name}: cost" in g["name"])
+    assert (same["measured"] > 0.3, undecided(same), "with the same candidates and residual, the mean is above 0.3 too" in page) == (
+        True,
+    ) * 3
 
 
 def test_the_part_says_what_the_rows_say(rows, tmp_path):
@@ -89,6 +93,7 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     part.draw(tmp_path / "plots")
     assert text.count("✓ held") + text.count("✗ missed") == len(goals)
     assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.095 ± 0.064 |" in text
+    assert f"keep a support: *{BEST.name}* ended +0.100 ± 0.000" in part.sentences()[2], "figures stand beside the arm that they are of"
     assert "pays before its first step is 2.50 ± 0.00 CPU s.  After 75 ± 0 steps of 100" in text
     assert "nan" not in text
     for name in ("claims_estimators", "claims_estimators_ends"):

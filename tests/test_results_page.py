@@ -1,5 +1,6 @@
 """The page of results: it is what its script makes of the result files, and states each goal once, in words that fit."""
 
+import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -10,10 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_train
 import publish
-from claims_summary import Runs, change, ratios
+from claims_summary import MARGIN, Runs, accuracy, change, ratios, spent
 from docs_tables import IN_WORDS
-from results_page import NoLower, Part, Reading, make_page, undecided
+from results_page import Part, Reading, make_page, undecided
 from testbed.arms import ONLINE, PLAIN
+from testbed.estimator_arms import STORED
 from testbed.trl_peer import ARM as TRL
 
 READINGS = [
@@ -56,7 +58,10 @@ def test_the_step_of_trl_is_said_to_hold_a_part_of_its_teacher():
 
 def test_no_goal_is_met_whose_interval_holds_its_bound():
     named = [
-        (name, goal) for name in publish.measured() for goal in publish.read(name)["goals"] if goal["goal"][:1] in "<>" and goal["ci95"]
+        (name, goal)
+        for name in publish.measured()
+        for goal in publish.read(name)["goals"]
+        if goal["goal"][:1] in "<>" and (goal.get("ci95") or "low" in goal)
     ]
     assert len(named) > 20
     assert [goal["name"] for _, goal in named if goal["met"] and undecided(goal)] == []
@@ -77,6 +82,26 @@ def test_pages_state_what_both_files_of_costs_have():
     assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
     table, supports = times(TRL, ONLINE.name)
     assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
+
+
+def test_seconds_of_two_files_are_not_told_to_be_of_one_clock():
+    page = publish.PAGE.read_text()
+    claimed, again = (Runs.of(publish.read(name)["rows"]).where(publish.WORKS, ONLINE.name) for name in ("claims", "claims_estimators"))
+    took = [mean(spent(row) for row in cell.values()) for cell in (claimed, again)]
+    assert 1.9 < took[1] / took[0] < 2.3, "the decision: twice as long"
+    assert re.search(rf"The same run of online OPD took {took[0]:.2f} ± \S+ of them in the claims and {took[1]:.2f} ", page)
+    assert "does meanwhile does not count" not in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
+
+
+def test_the_decision_says_of_supports_what_the_file_has():
+    runs = Runs.of(publish.read("claims_estimators")["rows"])
+    ends = {
+        arm.name: runs.difference(runs.where(publish.WORKS, arm.name), runs.where(publish.WORKS, TRL), accuracy)
+        for arm in STORED
+        if arm.support.width
+    }
+    assert [name for name, end in ends.items() if not end.at_least(-MARGIN)] == ["8 drawn"]
+    assert f"all but the draws at most {MARGIN:g} below TRL" in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
 
 
 def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
@@ -119,11 +144,13 @@ def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
     assert reading.say(goal("cost", 0.4, met=True)) == "it costs 0.40 ± 0.50"
 
 
-@pytest.mark.parametrize(("measured", "met", "words"), [(-0.1, True, ", and may end 0.600 lower"), (0.6, True, ""), (-0.6, False, "")])
-def test_words_tell_how_much_an_arm_may_lose_that_was_not_shown_to(measured, met, words):
-    reading = NoLower("No lower", "^a", "a was not shown to end lower", "a ends lower")
-    said = "a was not shown to end lower" if met else "a ends lower"
-    assert reading.say(goal("a", measured, met, "0 or more, within the interval")) == said + words
+def test_no_goal_is_easier_to_meet_the_wider_its_interval_is():
+    wanted = [goal["goal"] for name in (*publish.measured(), "consistency") for goal in publish.read(name)["goals"]]
+    assert [words for words in wanted if "interval" in words] == []
+
+
+def test_no_reason_is_given_for_what_was_only_not_shown():
+    assert "Why:" not in "".join(part(goal("cost of a", 1.2, met=False)).goals())
 
 
 def test_a_part_in_which_nothing_was_missed_says_so():
