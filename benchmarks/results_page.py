@@ -47,8 +47,12 @@ class Reading:
         """Return the clause on one of these goals."""
         named = re.search(self.pattern, goal["name"])
         words = {**(named.groupdict() if named else {}), "measured": show_measured(goal), "bound": goal["goal"].split()[-1]}
-        missed = self.open if self.open and undecided(goal) else self.missed
+        missed = self.open if self.leaves_open(goal) else self.missed
         return (self.held if goal["met"] else missed).format(**words)
+
+    def leaves_open(self, goal: Goal) -> bool:
+        """Return whether a goal is neither met nor excluded, and there are words for that."""
+        return bool(self.open and not goal["met"] and undecided(goal))
 
     def tell(self, goals: Sequence[Goal], *, met: bool) -> list[str]:
         """Return the clauses of the three sentences on the goals that were met, or missed."""
@@ -109,7 +113,8 @@ class Part:
             if not found:
                 continue
             met = sum(goal["met"] for _, goal in found)
-            rows = (["✓ held" if goal["met"] else "✗ missed", reading.say(goal), goal["goal"]] for reading, goal in found)
+            signs = ("✓ held" if goal["met"] else "? open" if reading.leaves_open(goal) else "✗ missed" for reading, goal in found)
+            rows = ([sign, reading.say(goal), goal["goal"]] for sign, (reading, goal) in zip(signs, found, strict=True))
             yield from (f"**{claim}**: {met} of {len(found)} goals met.", "")
             yield from (*table(("", "what was found", "wanted"), rows, 3), "")
             reasons = dict.fromkeys(reading.reason for reading, goal in found if reading.reason and not goal["met"] and not undecided(goal))

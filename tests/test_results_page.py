@@ -30,9 +30,9 @@ def goal(name, measured, met, wanted="<= 1"):
     return {"name": name, "goal": wanted, "measured": measured, "ci95": 0.5, "seeds": 2, "met": met}
 
 
-def part(*goals):
+def part(*goals, readings=READINGS):
     result = {"commit": "0123456789abcdef", "machine": {"cores": 2}, "versions": {"lopd": "1"}, "goals": goals}
-    return Part("A small part", result, READINGS, "be careful.", [["### More", "", "words"]], {}, "some.py")
+    return Part("A small part", result, readings, "be careful.", [["### More", "", "words"]], {}, "some.py")
 
 
 def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files():
@@ -142,6 +142,8 @@ def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
     assert reading.say(goal("cost", 1.2, met=False)) == "not shown to be at most 1 (1.20 ± 0.50)"
     assert reading.say(goal("cost", 1.6, met=False)) == "it costs as much as 1.60 ± 0.50"
     assert reading.say(goal("cost", 0.4, met=True)) == "it costs 0.40 ± 0.50"
+    page = "".join(part(goal("cost", 1.2, met=False), goal("cost", 1.6, met=False), readings=[reading]).goals())
+    assert page.count("| ? open | not shown") == page.count("| ✗ missed | it costs as much") == 1
 
 
 def test_no_goal_is_easier_to_meet_the_wider_its_interval_is():
