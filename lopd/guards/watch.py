@@ -126,7 +126,7 @@ def stored_advantages(
 
     Raises:
         ArgumentError: the store is something else.
-        InvalidRecordError: a column holds labels, `count` is less than 1, or rows are given and there are none, or they are not whole numbers.
+        InvalidRecordError: a column holds labels, `count` is less than 1, or `rows` is empty or holds other than whole numbers.
         NoSuchRowError: a row is not in the store.
     """
     check_noun(store, LogprobReader)
