@@ -106,7 +106,7 @@ def run_arm(
     bed = prepare(setting, seed, folder, sorted(set(teachers)))
     training = Training.of(bed.students[sft], setting.opd_lr * arm.rate)
     row = {"setting": setting.name, "seed": seed, "arm": arm.name, "sft_teacher": sft, "opd_teacher": opd, "steps": setting.opd_steps}
-    row |= {"start": training.accuracy(bed).mean, "start_greedy": training.accuracy(bed, temperature=0.0).mean}
+    row |= training.start(bed, bed.teachers[opd])
     warnings.simplefilter("ignore", UserWarning)
     clock = Clock()
     if arm.every is None:
@@ -125,8 +125,7 @@ def run_arm(
         if metrics.step + 1 in curve:
             spent = clock.total()
             points.append((metrics.step + 1, clock.run("evaluation", training.accuracy, bed).mean, spent))
-    row |= {"cpu_s": clock.split(), "watch_spoke_at": spoke, "accuracy": training.accuracy(bed).mean}
-    row |= {"greedy": training.accuracy(bed, temperature=0.0).mean, "curve": points}
+    row |= {"cpu_s": clock.split(), "watch_spoke_at": spoke, **training.measure(bed, bed.teachers[opd]), "curve": points}
     return {**row, "step_ratiomean_ratiostd_kl_gain_ess": drifts}
 
 

@@ -34,7 +34,7 @@ def run_gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: tuple[int, 
     steps = offline(bed, stored, training, arm.loss)
     for step in range(max(at) + 1):
         if step in at:
-            source = training.source(bed, generation=step + 1)
+            source = training.source(bed.sampling(), generation=step + 1)
             fresh = MemoryStore(source.manifest)
             sample_round(source, teacher, bed.opd_prompts, fresh)
             online, own = _LOSSES[PLAIN.name], _LOSSES[arm.name]

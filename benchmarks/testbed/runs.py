@@ -20,7 +20,7 @@ from lopd import (
     sample_round,
     score_rollouts,
 )
-from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.protocols import OPDLoss, RolloutSource, TeacherScorer
 from lopd.records import (
     Estimate,
@@ -157,15 +157,32 @@ class Training:
         optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
         return cls(student, tokenizer, optimizer, Lineage.read(folder))
 
-    def source(self, bed: Testbed, *, samples: int = 1, temperature: float = 1.0, generation: int = 0) -> HFSource:
+    def source(self, sampling: SamplingParams, *, identity: ModelId | None = None, generation: int = 0) -> HFSource:
         """Return the student as it is, as a source of rollouts."""
-        sampling = bed.sampling(samples, temperature)
-        return HFSource(self.student.model, self.tokenizer, sampling, self.lineage, generation=generation, rows_per_batch=1024)
+        model, known = self.student.model, {"identity": identity, "generation": generation, "rows_per_batch": 1024}
+        return HFSource(model, self.tokenizer, sampling, self.lineage, **known)
 
     def accuracy(self, bed: Testbed, *, temperature: float = 1.0, samples: int = 4) -> Estimate:
         """Measure the accuracy on the held-out prompts."""
-        samples = samples if temperature else 1
-        return evaluate(self.source(bed, samples=samples, temperature=temperature), bed.held_out, verify).avg_at_n
+        sampling = bed.sampling(samples if temperature else 1, temperature)
+        return evaluate(self.source(sampling), bed.held_out, verify).avg_at_n
+
+    def measure(self, bed: Testbed, teacher: Path | None = None) -> dict[str, float]:
+        """Measure a row's results on the held-out prompts: accuracy, sampled and greedy.
+
+        Beside a teacher also the reverse KL to it on fresh responses, over the whole vocabulary, in nats a token.
+        """
+        found = {"accuracy": self.accuracy(bed).mean, "greedy": self.accuracy(bed, temperature=0.0).mean}
+        if teacher is None:
+            return found
+        source = self.source(bed.sampling())
+        kl = exact_reverse_kl(source, HFScorer.from_folder(teacher), source.sample(bed.held_out))
+        return {**found, "kl": kl.per_token().mean}
+
+    def start(self, bed: Testbed, teacher: Path) -> dict[str, float]:
+        """Measure the same before the first step, under names of their own."""
+        found = self.measure(bed, teacher)
+        return {"start": found["accuracy"], "start_greedy": found["greedy"], "start_kl": found["kl"]}
 
 
 def scored_rollouts(
@@ -223,9 +240,8 @@ def online(
     teacher = TimedScorer(support.scorer(bed.teachers[opd]), clock)
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
-        source = training.source(bed, generation=generation)
         named = ModelId("online", f"step-{start}", "as trained")  # a hash of all weights at each step would be paid as training
-        source = TimedSource(evolve(source, sampling=support.sampling(source.sampling), identity=named), clock)
+        source = TimedSource(training.source(support.sampling(bed.sampling()), identity=named, generation=generation), clock)
         store = MemoryStore(source.manifest)
         count = min(every * setting.batch, len(bed.opd_prompts))
         prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(count)]

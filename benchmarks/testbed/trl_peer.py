@@ -66,7 +66,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, 
     training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]
     tokenizer = training.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
-    started = training.accuracy(bed).mean
+    started = training.start(bed, bed.teachers["A"])
     prompts = [tokenizer.decode(p.token_ids).replace(" ", "") for p in bed.opd_prompts]
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(
@@ -87,8 +87,9 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, 
         with counted(trainer, clock):
             trainer.train()
             spent = clock.split()
-    row = {"setting": setting.name, "seed": seed, "arm": name, "sft_teacher": "A", "opd_teacher": "A", "start": started}
-    return {**row, "accuracy": training.accuracy(bed).mean, "cpu_s": spent, "curve": [(0, started, 0.0), *measure.points]}
+    row = {"setting": setting.name, "seed": seed, "arm": name, "sft_teacher": "A", "opd_teacher": "A", **started}
+    ended, curve = training.measure(bed, bed.teachers["A"]), [(0, started["start"], 0.0), *measure.points]
+    return {**row, **ended, "cpu_s": spent, "curve": curve}
 
 
 @contextmanager
