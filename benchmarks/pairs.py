@@ -2,9 +2,9 @@
 
     python benchmarks/pairs.py            # benchmarks/results/pairs.json and docs/bench_pairs.png; about an hour on one core
     python benchmarks/pairs.py --quick    # two pairs, one seed, into runs/pairs-quick; three minutes
-    python benchmarks/pairs.py --report   # both again, of the pairs that are finished
+    python benchmarks/pairs.py --report   # its goals and the picture again, from its rows
 
-Every piece that is done is a file in runs/pairs, so a killed run that is called again goes on where it was.
+Every piece that is done is a file in runs/pairs, so a killed run that is called again goes on where it was, if the commit is the same.
 """
 
 import argparse
@@ -19,15 +19,14 @@ import torch
 from pairs_made import REAL, SUMS, Spec
 from pairs_report import draw, find_goals
 from pairs_runs import DRAWN, ONLINE_DRAWN, Pair, Row, run_arm, run_start
-from record import ROOT, describe_machine, result_file
+from record import ROOT, commit, describe_machine, judge_again, result_file
+from testbed.seeds import PAIRS
 from transformers.utils.logging import disable_progress_bar
 
 from lopd.records import RolloutSums
 from lopd.tools.phases import write_json
 
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "pairs.json", ROOT / "docs" / "bench_pairs.png"
-#: Seeds on which nothing was chosen.
-SUMS_SEEDS, REAL_SEEDS = range(200, 203), range(200, 201)
 QUICK = SUMS[3:5]
 
 Unit = tuple[Spec, int]
@@ -36,16 +35,16 @@ Unit = tuple[Spec, int]
 def plan(*, quick: bool) -> list[Unit]:
     """Return pairs and their seeds, in the order in which they are run."""
     if quick:
-        return [(spec, SUMS_SEEDS[0]) for spec in QUICK]
-    first, *others = SUMS_SEEDS
+        return [(spec, PAIRS[0]) for spec in QUICK]
+    first, *others = PAIRS
     sums = [(spec, seed) for seed in others for spec in SUMS]
-    return [*((spec, first) for spec in SUMS), *((spec, seed) for seed in REAL_SEEDS for spec in REAL), *sums]
+    return [*((spec, first) for spec in (*SUMS, *REAL)), *sums]
 
 
 def files(unit: Unit, folder: Path) -> dict[str, Path]:
     """Return the files of the results of a pair and a seed, by arm."""
     spec, seed = unit
-    home = folder / "found" / _slug(f"{spec.name} {seed}")
+    home = folder / f"found-{commit()}" / _slug(f"{spec.name} {seed}")
     return {name: home / f"{_slug(name)}.json" for name in ("SFT", *(arm.name for arm in spec.arms))}
 
 
@@ -115,6 +114,11 @@ def _against(after: RolloutSums, before: RolloutSums) -> Row:
     return {"held_out_kl": kl.mean, "ci95": kl.ci95, "change": change.mean, "change_ci95": change.ci95}
 
 
+def goals_of(rows: Sequence[Row]) -> list[Row]:
+    """Judge every goal, those of the starts of the claims included."""
+    return [*find_goals(rows), *pairs_claims.find_goals(json.loads(RESULT.with_name("claims.json").read_text())["rows"])]
+
+
 def main() -> None:
     """Run what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -123,17 +127,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
-    units, folder = plan(quick=options.quick), ROOT / "runs" / "pairs"
-    for unit in [] if options.report else units:
-        for path in run(unit, folder):
-            print(path.parent.name, path.stem, flush=True)
     result, plot = (ROOT / "runs" / "pairs-quick" / path.name if options.quick else path for path in (RESULT, PLOT))
-    rows = rows_of(units, folder)
-    claims = json.loads(RESULT.with_name("claims.json").read_text())["rows"]
-    goals = [*(find_goals(rows) if rows else []), *pairs_claims.find_goals(claims)]
-    result_file(result.stem, describe_machine(), rows, goals, result.parent)
-    if rows:
-        draw(rows, plot)
+    if options.report:
+        rows = json.loads(result.read_text())["rows"]
+        judge_again(result, rows, goals_of(rows))
+    else:
+        units, folder = plan(quick=options.quick), ROOT / "runs" / "pairs"
+        for unit in units:
+            for path in run(unit, folder):
+                print(path.parent.name, path.stem, flush=True)
+        rows = rows_of(units, folder)
+        result_file(result.stem, describe_machine(), rows, goals_of(rows), result.parent)
+    draw(rows, plot)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,11 @@ def test_what_is_done_is_not_done_again(spec, folder, row):
     assert found["arms"][ARMS[-1].name]["held_out_kl"] == pytest.approx(row["arms"][ARMS[-1].name]["held_out_kl"])
 
 
+def test_what_another_commit_found_is_run_again(spec, folder, row, monkeypatch):
+    monkeypatch.setattr(pairs, "commit", lambda: "another")
+    assert pairs.rows_of([(spec, 0)], folder) == []
+
+
 def test_the_plan_has_enough_pairs_and_every_one_once():
     units = pairs.plan(quick=False)
     assert len({spec.name for spec, _ in units}) >= 16
