@@ -23,6 +23,7 @@ from claims_summary import MARGIN, Interval, as_goal, show_measured
 from record import ROOT, describe_machine, judge_again, result_file
 from testbed.models import HEALTHY, STYLES, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
+from testbed.seeds import GUARDS
 
 from lopd import ConsistencyPolicy, FusedOPDLoss, residualise
 from lopd.records.estimates import mean
@@ -134,12 +135,11 @@ def main() -> None:
     """Run all cells, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    rows = measured() if options.report else measure(range(options.seeds), options.workers, options.folder)
+    rows = measured() if options.report else measure(GUARDS, options.workers, options.folder)
     cells = summarise(rows)
     found = goals(rows)
     for goal in found:

@@ -26,6 +26,7 @@ from pictures import band, color_of, label_ends, panels, rule, save
 from record import ROOT, describe_machine, judge_again, result_file
 from testbed.models import FAILING, HEALTHY, Setting, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
+from testbed.seeds import GUARDS
 
 from lopd import FusedOPDLoss, stored_advantages, watch_drift
 from lopd.errors import DriftWarning
@@ -181,7 +182,6 @@ def main() -> None:
     """Build the models, run all jobs, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
     options = parser.parse_args()
@@ -191,11 +191,11 @@ def main() -> None:
         judge_again(RESULT, rows, goals(rows))
         draw(PLOT, rows)
         return
-    seeds, settings = range(options.seeds), (HEALTHY, FAILING)
-    jobs = [("follow", setting, seed, name, options.folder) for name in RUNS for setting in settings for seed in seeds]
-    jobs += [("judge", setting, seed, "", options.folder) for setting in settings for seed in seeds]
+    settings = (HEALTHY, FAILING)
+    jobs = [("follow", setting, seed, name, options.folder) for name in RUNS for setting in settings for seed in GUARDS]
+    jobs += [("judge", setting, seed, "", options.folder) for setting in settings for seed in GUARDS]
     with ProcessPoolExecutor(options.workers) as pool:
-        list(pool.map(build, [(setting, seed, options.folder) for setting in settings for seed in seeds]))
+        list(pool.map(build, [(setting, seed, options.folder) for setting in settings for seed in GUARDS]))
         rows = []
         for row in pool.map(work, jobs):
             print({name: value for name, value in row.items() if name not in {"curve", "kl_gain_ratio_ess"}}, flush=True)

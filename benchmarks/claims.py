@@ -26,6 +26,8 @@ from results_page import make_page
 from testbed.arms import ABLATIONS, MAIN, PLAIN, RATIO, TOP_K, Arm, run_arm
 from testbed.gap import run_gap
 from testbed.models import FAILING, HEALTHY, STYLES, Setting, prepare
+from testbed.runs import Training
+from testbed.seeds import CLAIMS
 from testbed.task import Writer
 from testbed.trl_peer import run_trl
 from transformers.utils.logging import disable_progress_bar
@@ -74,10 +76,8 @@ def _map() -> list[Setting]:
     return [evolve(CLAIM, name=f"{name}, SFT {steps}", writer=WRITERS[name], sft_steps=steps) for name, steps in cells]
 
 
-#: Seeds on which nothing was chosen.
-SEEDS = range(200, 205)
-FULL = Plan(SEEDS, _map(), tuple(ABLATIONS), mismatch=True, gap_at=GAP_AT)
-QUICK = Plan(SEEDS[:2], [CLAIM, FALL], ("top-k",), mismatch=False, gap_at=(0, 25))
+FULL = Plan(CLAIMS, _map(), tuple(ABLATIONS), mismatch=True, gap_at=GAP_AT)
+QUICK = Plan(CLAIMS[:2], [CLAIM, FALL], ("top-k",), mismatch=False, gap_at=(0, 25))
 
 
 def builds(plan: Plan, folder: Path) -> list[Job]:
@@ -97,19 +97,29 @@ def build(settings: Sequence[Setting], seed: int, folder: Path, styles: Sequence
 
 def runs(plan: Plan, folder: Path) -> list[Job]:
     """Return a job for every run of the plan."""
+    return turned([_runs_of(plan, seed, folder) for seed in plan.seeds])
+
+
+def _runs_of(plan: Plan, seed: int, folder: Path) -> list[Job]:
     jobs: list[Job] = []
-    for seed in plan.seeds:
-        for setting in plan.settings:
-            followed = CURVE if setting.name in {CLAIM.name, FALL.name} else ()
-            jobs += [partial(one, setting, seed, folder, arm, curve=followed) for arm in MAIN]
-        jobs += [partial(against_trl, seed, folder)]
-        ablations = [arm for name in plan.ablations for arm in ABLATIONS[name]]
-        jobs += [partial(one, CLAIM, seed, folder, arm, curve=CURVE if arm is TOP_K else ()) for arm in ablations]
-        jobs += [partial(one, FALL, seed, folder, arm) for name in plan.ablations if name in REPAIRS for arm in ABLATIONS[name]]
-        crossed = [("A", "B"), ("B", "A"), ("B", "B")] if plan.mismatch else []
-        jobs += [partial(one, CLAIM, seed, folder, arm, teachers=teachers) for teachers in crossed for arm in MAIN]
-        jobs += [partial(gap, setting, seed, folder, arm, plan.gap_at) for setting, arm in ((CLAIM, PLAIN), (CLAIM, RATIO), (FALL, PLAIN))]
-    return jobs
+    for setting in plan.settings:
+        followed = CURVE if setting.name in {CLAIM.name, FALL.name} else ()
+        jobs += [partial(taught, setting, seed, folder)]
+        jobs += [partial(one, setting, seed, folder, arm, curve=followed) for arm in MAIN]
+    jobs += [partial(against_trl, seed, folder)]
+    ablations = [arm for name in plan.ablations for arm in ABLATIONS[name]]
+    jobs += [partial(one, CLAIM, seed, folder, arm, curve=CURVE if arm is TOP_K else ()) for arm in ablations]
+    jobs += [partial(one, FALL, seed, folder, arm) for name in plan.ablations if name in REPAIRS for arm in ABLATIONS[name]]
+    crossed = [("A", "B"), ("B", "A"), ("B", "B")] if plan.mismatch else []
+    jobs += [partial(one, CLAIM, seed, folder, arm, teachers=teachers) for teachers in crossed for arm in MAIN]
+    return jobs + [
+        partial(gap, setting, seed, folder, arm, plan.gap_at) for setting, arm in ((CLAIM, PLAIN), (CLAIM, RATIO), (FALL, PLAIN))
+    ]
+
+
+def turned(by_seed: Sequence[Sequence[Job]]) -> list[Job]:
+    """Return the jobs of all seeds, those of each begun at another place: so no arm always runs first, or beside the same other."""
+    return [job for at, jobs in enumerate(by_seed) for begin in [len(jobs) * at // len(by_seed)] for job in (*jobs[begin:], *jobs[:begin])]
 
 
 def one(setting: Setting, seed: int, folder: Path, arm: Arm, **options: Any) -> Rows:
@@ -120,6 +130,13 @@ def one(setting: Setting, seed: int, folder: Path, arm: Arm, **options: Any) -> 
 def against_trl(seed: int, folder: Path, **options: Any) -> Rows:
     """Train the same in TRL."""
     return [{"kind": "run", **run_trl(CLAIM, seed, folder, CURVE, **options)}]
+
+
+def taught(setting: Setting, seed: int, folder: Path) -> Rows:
+    """Measure how often the teacher is right, greedily and sampled as the students are."""
+    bed = prepare(setting, seed, folder, STYLES[:1])
+    teacher = Training.of(bed.teachers["A"], setting.opd_lr)
+    return [{"kind": "teacher", "setting": setting.name, "seed": seed, "arm": "teacher", **teacher.measure(bed)}]
 
 
 def gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: Sequence[int]) -> Rows:

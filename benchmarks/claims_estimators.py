@@ -22,6 +22,7 @@ from record import ROOT, describe_machine, result_file
 from results_page import make_page
 from testbed.estimator_arms import BEST, FALLEN, FAST, FASTER, LIVE, STORED, faster
 from testbed.models import STYLES
+from testbed.seeds import CLAIMS
 from testbed.trl_peer import ARM as TRL
 
 RESULT = ROOT / "benchmarks" / "results" / "claims_estimators.json"
@@ -43,7 +44,7 @@ def measure(seeds: Sequence[int], folder: Path, workers: int, home: Path, *, qui
     """Build the models, run all jobs, and write the result file into a folder."""
     builds = [partial(claims.build, [setting], seed, folder, STYLES[:1]) for seed in seeds for setting in SETTINGS[: 1 if quick else None]]
     rows: claims.Rows = [{"kind": "setting", **asdict(setting)} for setting in SETTINGS]
-    rows += claims.run_all(builds, [job for seed in seeds for job in runs(seed, folder, quick=quick)], workers)
+    rows += claims.run_all(builds, claims.turned([runs(seed, folder, quick=quick) for seed in seeds]), workers)
     return result_file(RESULT.stem, describe_machine(), rows, find_goals(rows, claims.CLAIM.name, claims.FALL.name), home)
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     options = parser.parse_args()
     trial = options.quick or options.seeds
     home = claims.QUICK_HOME if trial else RESULT.parent
-    seeds = options.seeds or (claims.SEEDS[:2] if options.quick else claims.SEEDS)
+    seeds = options.seeds or (CLAIMS[:2] if options.quick else CLAIMS)
     written = RESULT if options.report else measure(seeds, options.folder, options.workers, home, quick=options.quick)
     if trial:
         part = estimators_part(json.loads(written.read_text()), ".", claim=claims.CLAIM.name, fall=claims.FALL.name)

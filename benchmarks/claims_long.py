@@ -5,8 +5,7 @@
     python benchmarks/claims_long.py --quick    # two seeds and few arms; writes to runs/claims-quick, in ten minutes
     python benchmarks/claims_long.py --seeds 100    # others: for choosing; likewise
 
-Every run is kept in a file when it ends, so after a kill the same command goes on.  All was chosen on seeds from 100 on, except
-one change of lengths after the first seed of the report, which its page tells.
+Every run is kept in a file when it ends, so after a kill the same command of the same commit goes on.
 """
 
 import argparse
@@ -22,12 +21,13 @@ import claims
 from attrs import asdict, evolve
 from claims_long_report import find_goals, long_part
 from publish import publish
-from record import ROOT, describe_machine, result_file
+from record import ROOT, commit, describe_machine, result_file
 from results_page import make_page
 from testbed.arms import ONLINE, Arm
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, PROMPTS, STORED
 from testbed.models import Setting, prepare, untrained_teacher
 from testbed.runs import Clock, Training, online
+from testbed.seeds import LONG
 from testbed.task import Writer
 from testbed.trl_peer import ARM as TRL
 from testbed.trl_peer import run_trl
@@ -49,12 +49,12 @@ SETTING = Setting(
     sft_prompts=2000,
     sft_steps=1000,
     opd_prompts=PROMPTS,
-    held_out_prompts=200,
+    held_out_prompts=500,
     max_new_tokens=92,
     batch=8,
     opd_steps=150,
 )
-CURVE = (50, 100, 150)
+CURVE = (10, 20, 35, 50, 75, 100, 125, 150)
 #: What may move the limit, each changed alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "as in the runs": {},
@@ -83,14 +83,6 @@ def split(setting: Setting, seed: int, folder: Path, name: str, changes: dict[st
     return [{"kind": "split", "setting": setting.name, "seed": seed, "arm": name, "cpu_s": spent}]
 
 
-def taught(setting: Setting, seed: int, folder: Path) -> claims.Rows:
-    """Measure how often the teacher is right, greedily and sampled as the students are."""
-    bed = prepare(setting, seed, folder, ("A",))
-    teacher = Training.of(bed.teachers["A"], setting.opd_lr)
-    found = {"accuracy": teacher.accuracy(bed).mean, "greedy": teacher.accuracy(bed, temperature=0.0).mean}
-    return [{"kind": "teacher", "setting": setting.name, "seed": seed, "arm": "teacher", **found}]
-
-
 def kept(path: Path, job: claims.Job) -> claims.Rows:
     """Return the rows of a job: from the file if it exists, otherwise measured and written to it."""
     if not path.exists():
@@ -105,9 +97,10 @@ def runs(setting: Setting, seed: int, folder: Path, *, quick: bool) -> list[clai
     """Return a job for every run of a seed."""
     arms: Sequence[Arm] = (ONLINE, BEST_LIVE, BEST) if quick else (*LIVE, *STORED)
     jobs: dict[str, claims.Job] = {arm.name: partial(claims.one, setting, seed, folder, arm, curve=CURVE) for arm in arms}
-    jobs |= {TRL: partial(against_trl, setting, seed, folder), "teacher": partial(taught, setting, seed, folder)}
+    jobs |= {TRL: partial(against_trl, setting, seed, folder), "teacher": partial(claims.taught, setting, seed, folder)}
     jobs |= {name: partial(split, setting, seed, folder, name, changes) for name, changes in CHANGES.items()}
-    named = {name: hashlib.sha256(json.dumps([asdict(setting), seed, name]).encode()).hexdigest()[:12] for name in jobs}
+    made = commit()
+    named = {name: hashlib.sha256(json.dumps([made, asdict(setting), seed, name]).encode()).hexdigest()[:12] for name in jobs}
     return [partial(kept, folder / "runs" / f"{seed}-{named[name]}.json", job) for name, job in jobs.items()]
 
 
@@ -120,7 +113,7 @@ def measure(setting: Setting, seeds: Sequence[int], folder: Path, workers: int, 
     """Build the models, run all jobs, and write the result file into a folder."""
     builds = [partial(claims.build, [setting], seed, folder, ("A",)) for seed in seeds]
     rows: claims.Rows = [{"kind": "setting", **asdict(setting)}]
-    rows += claims.run_all(builds, [job for seed in seeds for job in runs(setting, seed, folder, quick=quick)], workers)
+    rows += claims.run_all(builds, claims.turned([runs(setting, seed, folder, quick=quick) for seed in seeds]), workers)
     return result_file(RESULT.stem, describe_machine(), rows, find_goals(rows), home)
 
 
@@ -135,7 +128,7 @@ def main() -> None:
     options = parser.parse_args()
     trial = options.quick or options.seeds
     home = claims.QUICK_HOME if trial else RESULT.parent
-    seeds = options.seeds or (claims.SEEDS[:2] if options.quick else claims.SEEDS)
+    seeds = options.seeds or (LONG[:2] if options.quick else LONG)
     written = RESULT if options.report else measure(SETTING, seeds, options.folder, options.workers, home, quick=options.quick)
     if trial:
         part = long_part(json.loads(written.read_text()), ".")

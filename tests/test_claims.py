@@ -309,6 +309,11 @@ def test_what_another_teacher_costs_lightning_alone_is_beside_online_opd():
     assert (goal["met"], goal["measured"]) == (True, pytest.approx(0.170, abs=5e-4)), "not the 0.523 that both lose alike"
 
 
+def test_no_arm_runs_first_with_every_seed():
+    jobs = claims.turned([[f"{seed}{arm}" for arm in "abcde"] for seed in (0, 1, 2)])
+    assert jobs == ["0a", "0b", "0c", "0d", "0e", "1b", "1c", "1d", "1e", "1a", "2d", "2e", "2a", "2b", "2c"]
+
+
 def test_the_full_plan_has_five_seeds_and_every_ablation_once():
     jobs = claims.runs(claims.FULL, Path("testbed"))
     arms = [(job.args[1], job.args[0].name, job.args[3].name, job.keywords.get("teachers")) for job in jobs if job.func is claims.one]

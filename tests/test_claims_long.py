@@ -70,13 +70,15 @@ def test_what_has_run_is_read_and_not_run_again(tmp_path):
     assert not (tmp_path / "b.json").exists(), "what failed is run again"
 
 
-def test_a_plan_has_every_arm_once_a_seed_and_files_of_their_own():
+def test_a_plan_has_every_arm_once_a_seed_and_files_of_their_own(monkeypatch):
     jobs = [job for seed in (200, 201) for job in claims_long.runs(claims_long.SETTING, seed, Path("testbed"), quick=False)]
     assert len({job.args[0] for job in jobs}) == len(jobs)
     named = [job.args[1].args[3].name for job in jobs if job.args[1].func is claims.one]
     assert named == [arm.name for arm in (*LIVE, *STORED)] * 2
     assert {ONLINE.name, BEST.name, BEST_LIVE.name} < set(named)
     other = claims_long.runs(evolve(claims_long.SETTING, opd_lr=1.0), 200, Path("testbed"), quick=False)
+    monkeypatch.setattr(claims_long, "commit", lambda: "another")
+    other += claims_long.runs(claims_long.SETTING, 200, Path("testbed"), quick=False)
     assert not {job.args[0] for job in other} & {job.args[0] for job in jobs}
 
 

@@ -13,7 +13,7 @@ from lopd.records import Lineage, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from testbed import runs
+from testbed import runs, seeds
 from testbed.models import HEALTHY, Setting, prepare, source_of
 from testbed.products import Product
 from testbed.runs import Training, offline, online, scored_rollouts
@@ -132,6 +132,22 @@ def test_the_same_seed_gives_the_same_run_offline_and_online(bed):
     for kind in ("offline", "online"):
         assert run(kind) == run(kind)
         assert [m.step for m in run(kind)] == [0, 1]
+
+
+def test_a_student_is_measured_by_its_answers_and_beside_its_teacher(bed):
+    training, teacher = Training.of(bed.students["A"], 1e-3), Training.of(bed.teachers["A"], 1e-3)
+    assert {*teacher.measure(bed)} == {"accuracy", "greedy"}
+    assert teacher.measure(bed, bed.teachers["A"])["kl"] == pytest.approx(0, abs=1e-5)
+    found = training.measure(bed, bed.teachers["A"])
+    assert found["kl"] > 1e-3
+    start = training.start(bed, bed.teachers["A"])
+    assert start == {"start": found["accuracy"], "start_greedy": found["greedy"], "start_kl": found["kl"]}
+
+
+def test_no_seed_of_a_report_is_that_of_another():
+    every = [seed for name in ("CLAIMS", "LONG", "PAIRS", "GUARDS") for seed in getattr(seeds, name)]
+    assert len(set(every)) == len(every)
+    assert min(every) >= 300
 
 
 def test_the_settings_of_the_benchmarks_leave_room_for_every_response():
