@@ -7,7 +7,7 @@ from small_runs import Stopping, exact_reverse_kl, source, teacher_model  # noqa
 
 from lopd import evaluate, evaluate_reverse_kl
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import InvalidRecordError, TokenizerMismatchError
+from lopd.errors import InvalidRecordError, ScorerError, SourceError, TokenizerMismatchError
 from lopd.records import Manifest, ModelId, Rollout, SamplingParams, fingerprint_tokenizer, rollout_id
 
 
@@ -53,6 +53,33 @@ def test_avg_at_n_and_pass_at_k_are_the_values_one_gets_by_hand(tokenizer, promp
             4: np.mean([0, 1, 1, 1, 1]),
         }
     )
+
+
+class Wrong:
+    """A source, or a scorer, whose answers are changed on the way."""
+
+    def __init__(self, honest, change):
+        self.honest, self.change = honest, change
+
+    def __getattr__(self, name):
+        return getattr(self.honest, name)
+
+    def sample(self, prompts):
+        return self.change(self.honest.sample(prompts))
+
+    def score(self, rollouts):
+        return self.change(self.honest.score(rollouts))
+
+
+@pytest.mark.parametrize("change", [lambda found: found[::-1], lambda found: found[:-1], lambda found: [*found, found[0]]])
+def test_what_was_not_asked_for_is_not_judged(source, teacher_model, tokenizer, prompts, change):
+    wrong, teacher = Wrong(source, change), HFScorer(teacher_model, tokenizer)
+    with pytest.raises(SourceError, match="every sample of every prompt, in order"):
+        evaluate(wrong, prompts, lambda *_: 1.0)
+    with pytest.raises(SourceError, match="every sample of every prompt, in order"):
+        evaluate_reverse_kl(wrong, teacher, prompts)
+    with pytest.raises(ScorerError, match="fix the scorer"):
+        evaluate_reverse_kl(source, Wrong(teacher, change), prompts)
 
 
 def test_evaluation_asks_for_n_fresh_samples_of_each_prompt_of_a_real_model(source, prompts):

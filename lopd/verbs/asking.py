@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError, SourceError
 from lopd.protocols import Counted, Progress, TeacherScorer
-from lopd.records.rollouts import Rollout, Scores
+from lopd.records.manifest import Manifest
+from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 from lopd.records.waiting import overlapped
 from lopd.verbs.showing import Showing
 
@@ -96,6 +97,23 @@ def _check_refused(owner: str, reasons: Sequence[str], most: int) -> None:
         raise EngineError(
             f"{owner}: it refused {len(reasons)} rows, expected at most {most} (`max_refused`); the first reason is {reasons[0]!r}; set right what "
             "is wrong with them all, or allow more."
+        )
+
+
+def check_rollouts(manifest: Manifest, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> None:
+    """Refuse other rollouts than every sample of these prompts, in order.
+
+    Raises:
+        SourceError: one is another, or is missing.
+    """
+    samples = range(manifest.sampling.samples_per_prompt)
+    wanted = [rollout_id(prompt.prompt_id, sample, manifest.generation) for prompt in prompts for sample in samples]
+    got = [r.rollout_id for r in rollouts]
+    if got != wanted:
+        place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
+        raise SourceError(
+            f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
+            f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
         )
 
 

@@ -14,7 +14,7 @@ from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
 from lopd.records.warn import warn_user
-from lopd.verbs.asking import ask, shown
+from lopd.verbs.asking import ask, check_rollouts, shown
 
 
 @frozen
@@ -110,8 +110,7 @@ def collect_rollouts(
     with shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
-            accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
-            _check_ids([rollout_id(name, s, manifest.generation) for name in accepted for s in samples], rollouts)
+            check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
             candidates = _candidates(manifest, rollouts)
             store.append(rollouts)
             if candidates:
@@ -188,16 +187,6 @@ def _begin(store: LogprobStore, manifest: Manifest) -> None:
         )
     if generation not in store.generations:
         store.begin_generation(generation, policy)
-
-
-def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
-    got = [r.rollout_id for r in rollouts]
-    if got != wanted:
-        place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
-        raise SourceError(
-            f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
-            f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
-        )
 
 
 def _warn_of_cut(manifest: Manifest, cut: Sequence[Rollout], count: int) -> None:

@@ -15,6 +15,7 @@ from lopd.records.checks import check_call
 from lopd.records.estimates import Estimate
 from lopd.records.glance import Glance, Glanced
 from lopd.records.rollouts import Prompt, Rollout
+from lopd.verbs.asking import check_rollouts, check_scores
 
 
 @frozen(repr=False)
@@ -43,18 +44,24 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
     Raises:
         ArgumentError: the source is something else, or the verifier does not take a prompt and a rollout; nothing is sampled.
         InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
+        SourceError: the source gave other rollouts than it was asked for.
 
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
     check_noun(source, RolloutSource)
     check_call("Verifier", verifier, "prompt, rollout")
     check_prompt_list(prompts)
-    n = source.manifest.sampling.samples_per_prompt
-    rollouts = source.sample(prompts)
+    n, rollouts = source.manifest.sampling.samples_per_prompt, _sample(source, prompts)
     scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
     right_B = (scores_BN == 1).sum(axis=1)
     pass_at_k = {k: float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in right_B])) for k in range(1, n + 1)}
     return Evaluation(estimates.mean_score(scores_BN), pass_at_k, n)
+
+
+def _sample(source: RolloutSource, prompts: Sequence[Prompt]) -> Sequence[Rollout]:
+    rollouts = source.sample(prompts)
+    check_rollouts(source.manifest, prompts, rollouts)
+    return rollouts
 
 
 def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
@@ -74,6 +81,8 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
+        SourceError: the source gave other rollouts than it was asked for.
+        ScorerError: the teacher gave other scores than those of the rollouts, in order.
     """
     check_noun(source, RolloutSource)
     check_noun(teacher, TeacherScorer)
@@ -84,10 +93,12 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         raise InvalidRecordError(
             f"Sampling: temperature is {sampling.temperature} and top_p {sampling.top_p}, expected 1 and 1; other samples are not the policy's own."
         )
-    rollouts = source.sample(prompts)
+    rollouts = _sample(source, prompts)
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
     if len(student) < len(rollouts):
         raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
-    teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, teacher.score(rollouts), strict=True)]
+    scores = teacher.score(rollouts)
+    check_scores(rollouts, scores, ())
+    teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, scores, strict=True)]
     sums = estimates.sampled_reverse_kl(student, teachers)
     return sums.pooled(sampling.samples_per_prompt).per_token()
