@@ -2,6 +2,7 @@
 
 import copy
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_every_few_steps_a_new_round_of_the_weights_of_its_moment_begins(new_run
     assert len({policy.revision for policy in run.store.generations.values()}) == 3
     fresh = [m.drift.kl < 1e-6 for m in metrics]
     assert fresh == [True, False, False, True, False, False, True, False], "the ratio is one to the policy of the rollout's own round"
+
+
+@pytest.mark.parametrize("ends", [1, 2])
+@pytest.mark.parametrize("refresh", [refresh_every, lambda steps, *rest: refresh_when(lambda m: m.step % steps == steps - 1, *rest)])
+def test_a_round_that_ends_by_itself_is_refused_and_not_sampled_again(refresh, ends):
+    rounds = []
+
+    def make_round(generation, start):
+        rounds.append(start)
+        return [SimpleNamespace(step=step) for step in range(start, 4 * ends)]
+
+    with pytest.raises(
+        InvalidRecordError, match=r"round 1 ended before step 4, .*`stop=`" if ends == 1 else r"round 2 ended before step 8, "
+    ):
+        list(refresh(4 if ends == 2 else 3, make_round))
+    assert len(rounds) == ends + 1
 
 
 def test_a_round_ends_with_the_first_step_that_finds_it_stale(new_run):

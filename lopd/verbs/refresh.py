@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, TrainingWarning
+from lopd.errors import ConflictError, InvalidRecordError, TrainingWarning
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named, rows_of
@@ -53,7 +53,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
         stop: one past the last step, and no round begins there; None never ends.
 
     Raises:
-        InvalidRecordError: `steps` is less than 1, or `start` than 0.
+        InvalidRecordError: `steps` is less than 1, or `start` than 0; or a round ended by itself.
     """
     check_call("Refresh: make_round", make_round, "generation,first")
     steps = check_at_least("Refresh", "steps", steps, 1)
@@ -63,7 +63,10 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
         end = end if stop is None else min(end, stop)
         if first >= end:
             return
-        yield from islice(make_round(generation, first), end - first)
+        for next_step, metrics in enumerate(islice(make_round(generation, first), end - first), first + 1):
+            yield metrics
+            first = next_step
+        _check_whole(generation, first, end)
 
 
 def refresh_when(
@@ -79,7 +82,7 @@ def refresh_when(
         generation: the round of `start`: that of the step before, or the next one if that step was stale.
 
     Raises:
-        InvalidRecordError: `start` or `generation` is less than 0.
+        InvalidRecordError: `start` or `generation` is less than 0; or a round ended by itself.
     """
     check_call("Refresh: stale", stale, "metrics")
     check_call("Refresh: make_round", make_round, "generation,first")
@@ -93,6 +96,17 @@ def refresh_when(
             yield metrics
             if stale(metrics) or start == stop:
                 break
+        else:
+            _check_whole(current, start, None)
+
+
+def _check_whole(generation: int, ended: int, wanted: int | None) -> None:
+    """Refuse a round that ended by itself: the next ones would be sampled for nothing, or their steps be other ones."""
+    if ended != wanted:
+        raise InvalidRecordError(
+            f"Refresh: round {generation} ended before step {ended}, expected steps {'without end' if wanted is None else f'up to {wanted}'}; give "
+            "a round `batches(...)[start:]`, and the number of the last step to `stop=`."
+        )
 
 
 def sample_round(
