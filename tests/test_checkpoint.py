@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,24 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, score
     monkeypatch.undo()
     save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.0"]
+
+
+def test_a_run_that_went_back_goes_on_where_it_was_saved_though_what_it_left_is_half_removed(small, monkeypatch, tmp_path):
+    for step in (60, 150):
+        save_checkpoint(tmp_path, *small, next_step=step, lineage=Lineage(), keep=None)
+
+    def half(folder, **_):
+        for state in sorted(Path(folder).rglob("state.json")):
+            state.unlink()
+            raise Interrupted
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, *small, next_step=70, lineage=Lineage())
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path, *small) == 70
+    save_checkpoint(tmp_path, *small, next_step=80, lineage=Lineage())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000080.0"]
 
 
 def test_an_interrupted_save_of_the_same_step_again_leaves_a_checkpoint(small, monkeypatch, tmp_path):

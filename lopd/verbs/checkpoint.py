@@ -2,8 +2,9 @@
 
 Bit for bit needs the same threads, processor and versions (`docs/reliability.md`, "What bit for bit needs").
 
-Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete,
-and no folder is removed before its successor has one, so at every moment the newest name is a whole checkpoint.
+Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete.
+Later ones, of a run that went back, lose theirs before that, and earlier ones after it, so at every moment the newest name is a whole checkpoint of
+the run that goes on.
 """
 
 import json
@@ -150,20 +151,25 @@ def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list
 def _write(
     final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage, superseded: list[Path]
 ) -> None:
-    """Write all of a checkpoint, then its name; then remove those before it."""
-    folder, partial = final.parent, final.with_name(".partial")
+    """Write all of a checkpoint, take their names from later ones, give it its own; then remove those before it."""
+    folder, partial, gone = final.parent, final.with_name(".partial"), final.with_name(".gone")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        for left in (partial, gone):
+            shutil.rmtree(left, ignore_errors=True)
+            left.mkdir(parents=True)
         for name, values in tensors.items():
             save_file(_apart(values), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(state, indent=1))
         lineage.write(partial)
         flush(*partial.iterdir(), partial)
+        for path in superseded:
+            if _order(path) > _order(final):
+                path.rename(gone / path.name)
         partial.rename(final)
         flush(folder)
-        for path in superseded:
-            shutil.rmtree(path)
+        for path in [path for path in superseded if path.exists()]:
+            path.rename(gone / path.name)
+        shutil.rmtree(gone)
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(
             f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."
