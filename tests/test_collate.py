@@ -197,6 +197,8 @@ def test_columns_that_were_not_asked_for_are_none() -> None:
 def test_no_records_make_no_batch() -> None:
     with pytest.raises(InvalidRecordError, match="0 rollouts"):
         collate([])
+    with pytest.raises(InvalidRecordError, match="0 rollouts"):
+        collate([], teacher="teacher", top_k="teacher")
 
 
 @pytest.mark.parametrize("columns", [{"teacher": "big"}, {"ref": "big"}])

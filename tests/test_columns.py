@@ -12,6 +12,7 @@ from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, co
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     AdvantageWarning,
+    ArgumentError,
     InvalidRecordError,
     MissingScoresError,
     NoSuchRowError,
@@ -161,6 +162,11 @@ def test_each_teacher_is_judged_on_the_rollouts_that_learn_from_it():
     with pytest.warns(AdvantageWarning, match=r"MemoryStore, column 'math': 66\.7% of its advantages are below -5") as caught:
         batches(store, teacher={"math": [*MATH[:1], *CODE[1:]], "code": CODE[:1]})
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_text_beside_teachers_is_refused():
+    with pytest.raises(ArgumentError, match="Teacher: one of several is None, expected the name of a column"):
+        batches(of_two_kinds(), teacher={"math": MATH, None: CODE})
 
 
 def test_one_of_several_sft_teachers_passes_where_it_was_given_its_prompts():

@@ -67,11 +67,11 @@ def collate(
         MissingScoresError: a column was not read; it names the rollout.
     """
     named = {"teacher_logprobs": teacher, "ref_logprobs": ref, "label_values": label, "label_means": label_mean}
-    if not isinstance(rows, Rows):
-        supports = [name for name in (top_k, ref) if name is not None and (name == top_k or (rows and name in rows[0].top_k))]
-        rows = Rows.of(rows, [name for name in named.values() if name is not None], supports)
     if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
+    if not isinstance(rows, Rows):
+        supports = [name for name in (top_k, ref) if name is not None and (name == top_k or name in rows[0].top_k)]
+        rows = Rows.of(rows, [name for name in named.values() if name is not None], supports)
     values = {f: _column(rows, rows.scores, column, "columns") for f, column in named.items() if column is not None}
     if ref is not None and rows.sampler_logprobs is not None:
         values["sampler_logprobs"] = _sampler(rows, ref)

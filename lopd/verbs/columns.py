@@ -76,11 +76,15 @@ def choose(
     """Return the columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
-        ArgumentError: `teacher` is neither a name nor a mapping, or `ref` or `label` is not a name.
+        ArgumentError: `teacher` is neither a name nor a mapping of names, or `ref` or `label` is not a name.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, a rollout has two teachers, or labels are given for log-probs or the other way round.
     """
+    if isinstance(teacher, Mapping) and (others := [column for column in teacher if not isinstance(column, str)]):
+        raise ArgumentError(
+            f"Teacher: one of several is {others[0]!r:.80}, expected the name of a column; leave it out, and train on text in a run of its own."
+        )
     if not isinstance(teacher, str | Mapping | None):
         raise ArgumentError(
             f"Teacher: it is {a_kind(teacher)}, expected the name of a column; of several pass a dict with the prompts of each."
