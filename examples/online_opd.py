@@ -21,7 +21,7 @@ def online_opd(
     *,
     steps: int,
     start: int = 0,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 8192,
     weighting: Weighting = by_rollout,
     schedule: Callable[[int], None] = lambda _: None,
 ) -> Iterator[StepMetrics]:

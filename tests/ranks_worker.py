@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
-from lopd.errors import CheckpointError
+from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.records import Lineage, Manifest, ModelId, Provenance, Ranks, Rollout, SamplingParams, Scores
 from lopd.records.ranks import inner, on_first
 
@@ -129,6 +129,11 @@ def main(rank: int, size: int, folder: str) -> None:
             load_checkpoint(own, student)
         except CheckpointError as error:
             found[f"{wrap} different folders"] = str(error)
+        stream = batches(make_store(5), rollouts_per_step=5, tokens_per_batch=50, ref="behavior", seed=rank)
+        try:
+            next(opd_steps(student, stream, FusedOPDLoss(), make_optimizer(student)))
+        except InvalidRecordError as error:
+            found[f"{wrap} seeds of their own"] = str(error)
         inner(student).export(Path(folder) / f"export-{wrap}", build_tokenizer(), Lineage())
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

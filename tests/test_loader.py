@@ -18,7 +18,7 @@ from hypothesis import given
 from named_batches import PLAIN, VOCAB, numbered_records, numbered_stream, quick, rows_of, weightings
 from torch import Tensor
 
-from lopd import ConsistencyPolicy, batches, collate, opd_steps
+from lopd import ConsistencyPolicy, SamplingParams, batches, collate, opd_steps
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import InvalidRecordError, MissingScoresError, RepeatedRolloutsWarning
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
@@ -365,6 +365,18 @@ def test_a_rollout_longer_than_the_cap_is_refused_and_one_as_long_as_the_cap_is_
     assert max(batch.inputs.numel() for batch in step.batches) == 5
     with pytest.raises(InvalidRecordError, match=r"Rollout .*: it has 5 positions, expected at most tokens_per_batch = 4"):
         batches(store, tokens_per_batch=4)
+
+
+def test_the_longest_response_that_is_sampled_by_default_fits_a_batch_by_default() -> None:
+    longest = SamplingParams().max_new_tokens
+    store = make_store([ScoredRollout(make_rollout("a", [1] * 1000, [2] * longest, [True] * longest), {})])
+    assert batches(store, teacher=None).step(0).batches[0].inputs.numel() == 999 + longest
+
+
+@pytest.mark.parametrize("index", [-1, 2.0, "3"])
+def test_a_step_that_is_none_is_refused(index: Any) -> None:
+    with pytest.raises(InvalidRecordError, match="Steps: index is"):
+        batches(make_store(numbered_records(3)), teacher=None).step(index)
 
 
 def test_a_step_in_which_no_token_counts_is_refused() -> None:

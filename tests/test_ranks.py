@@ -73,6 +73,14 @@ def assert_same(found, expected, *, rough=False):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_ranks_whose_steps_are_not_shares_of_one_are_refused(wrap, several):
+    said = several[0][f"{wrap} seeds of their own"]
+    assert said.startswith("Step 0: rank 1 has a share of step 0 (")
+    assert "), expected one of rank 0's step 0 (" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
 def test_ranks_that_find_different_checkpoints_are_refused(wrap, several):
     found, folder = several
     said = f"Checkpoint {folder / f'checkpoints-{wrap}'}: the newest that rank 1 finds there is none, expected step-00000002.0 as on rank 0"

@@ -132,12 +132,14 @@ class Step(Glanced):
         batches: at least one.
         vocab_hash: hash of the vocabulary of these ids; `opd_steps` compares it with the student's.  None if it is not known.
         idle: so many of the last batches weigh nothing, and are there for this rank to keep step with others.
+        shares: hash of how the whole step is shared among ranks; `opd_steps` compares it between them.  None if it is not known.
     """
 
     index: int
     batches: tuple[Batch, ...]
     vocab_hash: str | None = None
     idle: int = 0
+    shares: str | None = None
 
     def _glance(self) -> Glance:
         names = ("rollouts", "read tokens", "tokens that count")

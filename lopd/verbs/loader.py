@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import blake2b
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, chain, count, pairwise
 from threading import Lock
 from typing import final
 
@@ -121,7 +121,12 @@ class StepStream(Glanced):
         return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
 
     def step(self, index: int) -> Step:
-        """Return step `index`, or this rank's share of it, whatever was asked for before."""
+        """Return step `index`, or this rank's share of it, whatever was asked for before.
+
+        Raises:
+            InvalidRecordError: the index is not a whole number from 0 on.
+        """
+        index = check_at_least("Steps", "index", index, 0)
         places = _places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)
         rows, lengths = self.rows[places], self.positions[places]
         shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
@@ -142,7 +147,8 @@ class StepStream(Glanced):
             made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
-        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
+        shared = blake2b(np.concatenate([places, lengths, *chain.from_iterable(shares)]).astype("<i8").tobytes(), digest_size=6).hexdigest()
+        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared)
 
     def _collate(self, rows: Rows) -> Batch:
         role = {name: name if name in rows.scores else None for name in ("teacher", "ref", "label", "label_mean")}
@@ -153,7 +159,7 @@ def batches(
     store: LogprobReader,
     *,
     rollouts_per_step: int | None = None,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 8192,
     seed: int = 0,
     rows: NDArray[np.int64] | None = None,
     teacher: str | Mapping[str, Sequence[Prompt]] | None = "teacher",

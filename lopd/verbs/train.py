@@ -78,7 +78,8 @@ def opd_steps(
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
-        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
+        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
+            steps, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them.
     """
     ranks = Ranks.current()
@@ -107,6 +108,7 @@ def _train(
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
         read = step.batches[: len(step.batches) - step.idle]
         if place_of_step == 0:
+            _check_shares(ranks, step)
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
             judge_labels(optimizer, loss, step.batches)
@@ -176,6 +178,17 @@ def _train(
 
 def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _check_shares(ranks: Ranks, step: Step) -> None:
+    """Refuse ranks whose steps are not shares of one: some rollouts would count twice, or the ranks wait for each other for ever."""
+    found = ranks.gather([(step.index, step.shares)])
+    for rank, (index, shares) in enumerate(found):
+        if (index, shares) != found[0]:
+            raise InvalidRecordError(
+                f"Step {index}: rank {rank} has a share of step {index} ({shares}), expected one of rank 0's step {found[0][0]} ({found[0][1]}); "
+                "open the store on every rank once it is written, and give all the same `rows`, `seed`, `rollouts_per_step` and `tokens_per_batch`."
+            )
 
 
 def _check_output(loss: OPDLoss, output: object) -> None:
