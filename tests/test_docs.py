@@ -347,6 +347,12 @@ def test_no_page_installs_from_an_index_what_is_in_a_checkout_alone() -> None:
     assert [page for page in pages if re.search(r"pip install '?lopd", page.read_text())] == []
 
 
+def test_the_store_that_going_offline_plans_by_is_made_on_its_page() -> None:
+    page = DOCS / "go-offline.md"
+    (store,) = re.findall(r"`lopd plan --like (\S+)", page.read_text())
+    assert any(f'ZarrStore.open_or_create("{store}", ' in block.code for block in blocks_of(page))
+
+
 @pytest.mark.parametrize("words", ["tutorial", "wandb", "LoRA", "learning rate", "out of memory", "checkpoint", "S3", "warm-up"])
 def test_what_newcomers_search_for_is_on_a_page_that_explains(words: str) -> None:
     assert [page for page in PAGES if page.parent in {DOCS, DOCS / "howto"} and words.lower() in page.read_text().lower()]
