@@ -1,6 +1,6 @@
 """Metrics into any logger: `opd_steps` is a generator of plain numbers, so logging is three lines of your own loop.
 
-JSON lines are written always; TensorBoard, trackio and Weights & Biases where they are installed: `pip install 'lopd[loggers]'` brings all three.
+JSON lines are written always; TensorBoard, trackio and Weights & Biases where they are installed: the extra `loggers` brings all three.
 """
 
 import json

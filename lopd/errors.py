@@ -208,7 +208,7 @@ class RefusedPromptsWarning(LopdWarning):
 
 
 class ContextWarning(LopdWarning):
-    """Responses that the policy's context cut before they had `max_new_tokens` tokens.
+    """Responses that the policy's context cut before they had `max_new_tokens` tokens, or that are longer than the teacher's in an evaluation.
     To do: Sample with a longer context or shorter prompts, or set `max_new_tokens` to what fits beside them.
     """
 

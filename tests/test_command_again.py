@@ -6,6 +6,7 @@ import shutil
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_command_run import example, here, models, written  # noqa: F401
@@ -16,6 +17,7 @@ from lopd.errors import ConflictError, SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import main
 from lopd.tools.command.before import fixed_by
+from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning"),
@@ -192,3 +194,56 @@ def test_a_gradient_that_will_be_biased_is_said_before_anything_is_done(here, tm
     with pytest.warns(SamplerWarning, match=r"loss.ratio is false, and sampling has temperature 0.7 .* set it to true"):
         assert main(["run", written(here, example(**changes, loss={"ratio": False}))]) == 2
     assert main(["run", written(here, example(**changes, loss={"ratio": True}))]) == 2, "and nothing is said of this one"
+
+
+# --- contexts -------------------------------------------------------------------------------------------------------------------------
+
+
+def seed_that_trains_on(wanted, count):
+    """Return a seed that holds out all of so many prompts but these."""
+    for seed in range(1000):
+        np.random.default_rng(seed).shuffle(order := [*range(count)])
+        if {*order[-len(wanted) :]} == wanted:
+            return seed
+    raise AssertionError
+
+
+@pytest.mark.filterwarnings("always::lopd.errors.RefusedPromptsWarning")
+def test_a_prompt_that_does_not_fit_is_said_before_anything_is_done_and_is_not_held_out(here, tmp_path, capsys):
+    prompts = ["what is 2 + 1?", "what is 2 + 2?", "what is 2 + 3?", "2 +" * 43 + "?"]
+    small = {"sampling": {"max_new_tokens": 4}, "sft": None, "opd": {"steps": 1, "lr": 1e-3}, "prompts": prompts}
+    seed = seed_that_trains_on({0, 1}, 4)
+    changes = {**small, "evaluation": {"held_out": 2}, "seeds": [seed], "out": str(tmp_path / "run")}
+    assert main(["run", written(here, example(**changes)), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    said = r"RefusedPromptsWarning: Run: 1 of 4 prompts do not fit, .* 130 tokens, expected fewer than the model's context of 128;"
+    assert re.match(said, found["warnings"][0])
+    assert found["seeds"][str(seed)]["reverse_kl"]["ci95"] > 0
+    assert main(["run", written(here, example(**{**changes, "evaluation": {"held_out": 3}, "out": str(tmp_path / "other")}))]) == 2
+    assert "there are 3 that fit, expected more than evaluation.held_out" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.filterwarnings("always::lopd.errors.ContextWarning", "always::lopd.errors.QuarantineWarning")
+@pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")
+def test_a_held_out_response_that_the_teacher_cannot_read_is_left_out_before_opd_and_after_it(here, tmp_path, capsys):
+    shutil.copytree("runs/tiny/teacher", tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher/config.json").read_text())
+    (tmp_path / "teacher/config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
+    prompts = [text for i in range(4) for text in (f"2 + {i}?", f"what is 2 + {i}?")]
+    small = {"sampling": {"max_new_tokens": 12}, "sft": None, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": {"held_out": 6}}
+    changes = {**small, "teacher": str(tmp_path / "teacher"), "prompts": prompts, "seeds": [seed_that_trains_on({0, 1}, 8)]}
+    assert main(["run", written(here, example(**changes, consistency="warn", out=str(tmp_path / "run"))), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    (change,) = (seed["reverse_kl"] for seed in found["seeds"].values())
+    assert change["change"] == pytest.approx(change["after"] - change["before"])
+    said = [text.split(": ", 1)[0].split(", ")[1] for text in found["warnings"] if "longer than the teacher's context of 20" in text]
+    assert said == [_BEFORE, _AFTER]
+
+
+def test_a_change_is_over_the_prompts_that_were_measured_before_and_after():
+    before, after = {"sums": [2.0, 4.0, 0.0], "counts": [1.0, 2.0, 0.0]}, {"sums": [1.0, 4.0, 9.0], "counts": [1.0, 1.0, 1.0]}
+    found = _changes({_BEFORE: {"per_prompt": before}, _AFTER: {"per_prompt": after}})["reverse_kl"]
+    assert (found["before"], found["after"], found["change"]) == (2.0, 2.5, 0.5)
+    one = {"sums": [2.0, 0.0, 0.0], "counts": [1.0, 0.0, 0.0]}
+    assert _changes({_BEFORE: {"per_prompt": one}, _AFTER: {"per_prompt": after}}) == {}, "one prompt has no interval"

@@ -346,7 +346,7 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
     monkeypatch.setattr(HFSource, "from_folder", stop)
     s = read_settings(written(here, example()))
     with pytest.raises(RuntimeError, match=r"student in torch\.float32"):
-        _Seeded.of(s, 0, [])._evaluate(s.evaluation, "student")
+        _Seeded.of(s, 0, [], set())._evaluate(s.evaluation, "student")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from attrs import fields, has
@@ -17,7 +16,6 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer
 from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
 from lopd.losses.divergences import forward_kl, reverse_kl
-from lopd.records import RolloutSums
 from lopd.records.stored import read_as
 from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.command import before, models, settings, whole_run
@@ -107,9 +105,9 @@ class Api(dict):
             verify(prompt, tiny_rollout("a"))
         return SimpleNamespace(avg_at_n=SimpleNamespace(mean=0.0, ci95=0.0))
 
-    def reverse_kl(self, _source, _teacher, prompts):
+    def reverse_kl(self, _source, _teacher, prompts, _samples):
         self.note("exact_reverse_kl", prompts=len(prompts))
-        return RolloutSums(np.ones(12), np.ones(12))
+        return {"sums": [1.0] * 2, "counts": [1.0] * 2}
 
     def verifier(self, place):
         return self.call("verifier", "place", lambda *_: 1.0, place)
@@ -124,7 +122,7 @@ class Api(dict):
                 {"tokenizer": lambda model: f"tokenizer of {model.model}", "identity": lambda model: (model.model, model.revision)},
             ),
             (before, {"check_vocabulary": lambda *_: None, "fingerprint_tokenizer": str, "_check_writer": lambda *_: None}),
-            (before, {"digest": str, "read_verifier": self.verifier}),
+            (before, {"_unfit": lambda *_: {}, "digest": str, "read_verifier": self.verifier}),
             (HFSource, {"from_folder": call("HFSource", "folder sampling dtype device", self.source)}),
             (HFScorer, {"from_folder": call("HFScorer", "folder dtype device", None)}),
             (VLLMSource, {"from_folder": call("VLLMSource", "folder sampling settings", self.source)}),
@@ -136,7 +134,7 @@ class Api(dict):
             (lopd, {"batches": self.batches, "CausalLMStudent": self.student, "evaluate": self.evaluate}),
             (lopd.ZarrStore, {"open": self.opened, "open_or_create": self.opened}),
             (whole_run, {"load_model": call("load_model", "folder dtype device", ("model", "tokenizer")), "train_phase": self.train}),
-            (whole_run, {"exact_reverse_kl": self.reverse_kl, "read_verifier": self.verifier, "write_page": lambda *_: None}),
+            (whole_run, {"_reverse_kl": self.reverse_kl, "read_verifier": self.verifier, "write_page": lambda *_: None}),
             (whole_run.console, {"print": lambda *_, **__: None}),
             (whole_run, {"measure_start": lambda _: SimpleNamespace(verdict="", reason=""), "write_json": lambda *_: None}),
         ):

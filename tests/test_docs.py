@@ -341,6 +341,18 @@ def test_what_becomes_of_equations_and_cells_when_the_site_is_built(monkeypatch:
     assert cells == "<p>1 ± 2</p><td>1\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2 <code>a/<wbr>b.<wbr>py::<wbr>test_<wbr>c</code></td>"
 
 
+def test_no_page_installs_from_an_index_what_is_in_a_checkout_alone() -> None:
+    assert "not on PyPI yet" in (ROOT / "README.md").read_text()
+    pages = [page for page in WRITTEN if page.name != "releasing.md"]  # which is about the day when it is there
+    assert [page for page in pages if re.search(r"pip install '?lopd", page.read_text())] == []
+
+
+def test_the_store_that_going_offline_plans_by_is_made_on_its_page() -> None:
+    page = DOCS / "go-offline.md"
+    (store,) = re.findall(r"`lopd plan --like (\S+)", page.read_text())
+    assert any(f'ZarrStore.open_or_create("{store}", ' in block.code for block in blocks_of(page))
+
+
 @pytest.mark.parametrize("words", ["tutorial", "wandb", "LoRA", "learning rate", "out of memory", "checkpoint", "S3", "warm-up"])
 def test_what_newcomers_search_for_is_on_a_page_that_explains(words: str) -> None:
     assert [page for page in PAGES if page.parent in {DOCS, DOCS / "howto"} and words.lower() in page.read_text().lower()]

@@ -257,6 +257,17 @@ def test_like_a_store_of_as_many_prompts_is_its_size(capsys, tmp_path):
     assert "Training is guessed for 8.2 billion parameters; pass --student-billions, or --training-rate." in " ".join(shown.split())
     for given in ("--student-billions", "--student-active", "--training-rate"):
         assert main([*like, given, "2"]) == 0
+        assert "Training is guessed" not in capsys.readouterr().out
+
+
+def test_scoring_that_a_store_does_not_show_the_pace_of_is_said_to_be_guessed(capsys, tmp_path):
+    fill(ZarrStore.create(tmp_path / "store", tiny_manifest()))  # scored in one commit a column
+    like = ("--prompts", "9", "--like", str(tmp_path / "store"), "--student-billions", "2")
+    assert main(like) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Scoring is guessed for 32.8 billion parameters; pass --teacher-billions, or --scoring-rate." in shown
+    for given in ("--teacher-billions", "--teacher-active", "--scoring-rate"):
+        assert main([*like, given, "2"]) == 0
         assert "is guessed" not in capsys.readouterr().out
 
 

@@ -261,7 +261,12 @@ def context_length(model: Any) -> int:
     embeddings = getattr(getattr(decoder_of(unwrap(model)), "embeddings", None), "position_embeddings", None)
     # RoBERTa and its kin count positions from behind the padding id
     before = getattr(embeddings, "padding_idx", None)
-    return int(_first_number(text_config(model), _CONTEXTS) or 1 << 30) - (0 if before is None else before + 1)
+    return stated_context(text_config(model)) - (0 if before is None else before + 1)
+
+
+def stated_context(config: Any) -> int:
+    """Return the positions of a configuration about text, whose model need not be loaded."""
+    return int(_first_number(config, _CONTEXTS) or 1 << 30)
 
 
 @contextmanager

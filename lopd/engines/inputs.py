@@ -21,12 +21,16 @@ SEED_BITS = 63
 NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
-def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:
+def check_prompts(
+    prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int, borders: Sequence[int] = (), max_new_tokens: int = 0
+) -> None:
     """Check that each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
+
+    Its response may not cross a rope border: its first tokens would then be drawn from another function than they are scored with.
 
     Raises:
         ArgumentError: they are not a list, or one is something else, such as a text.
-        ContextOverflowError: the first that leaves none.
+        ContextOverflowError: the first that leaves none, or whose response of up to `max_new_tokens` could cross one of `borders`.
         InvalidRecordError: the first with an id outside the vocabulary.
     """
     check_list("Prompts", prompts)
@@ -37,6 +41,13 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: in
         if prompt.token_ids.size >= context:
             raise ContextOverflowError(
                 f"{owner}: it has {prompt.token_ids.size} tokens, expected fewer than the model's context of {context}; shorten it or drop it."
+            )
+        length = min(prompt.token_ids.size + max_new_tokens, context)
+        crossed = next((border for border in borders if prompt.token_ids.size <= border < length), None)
+        if crossed is not None:
+            raise ContextOverflowError(
+                f"{owner}: with its response it has up to {length} tokens, expected at most {crossed}, where LongRoPE "
+                "changes the angles of all positions; sample with a smaller `max_new_tokens`, or drop the prompt."
             )
 
 

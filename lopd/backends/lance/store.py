@@ -34,7 +34,7 @@ _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 4096, 1 << 21
 
 @final
 class LanceStore(DurableBase[Snapshot, Writer]):
-    """A `DurableStore` of LanceDB tables; make one with `create`, `open` or `open_or_create`.  It needs `pip install 'lopd[lance]'`.
+    """A `DurableStore` of LanceDB tables; make one with `create`, `open` or `open_or_create`.  It needs the extra `lance`.
 
     A store sees the versions that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
     The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be

@@ -18,7 +18,6 @@ from lopd.engines.identity import Identified, check_unchanged, identify, model_n
 from lopd.engines.inputs import check_prompts, check_top_k, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_support
-from lopd.errors import ContextOverflowError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
@@ -111,8 +110,7 @@ class HFSource:
             ContextOverflowError: a prompt leaves no room for a response, or its rollout could cross a LongRoPE border; nothing is sampled.
             InvalidRecordError: a prompt has an id outside the vocabulary, or the model gives logits that are not finite.
         """
-        check_prompts(prompts, self._known, context_length(self.model))
-        self._check_borders(prompts)
+        check_prompts(prompts, self._known, context_length(self.model), rope_borders(self.model), self.sampling.max_new_tokens)
         check_unchanged("HFSource", self.model, self._identified)
         way = check_sampling(self.model, self._known.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
@@ -129,18 +127,6 @@ class HFSource:
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
         return stop_ids(self.sampling, stated_ends(self.model), self.tokenizer_id)
-
-    def _check_borders(self, prompts: Sequence[Prompt]) -> None:
-        """Refuse a rollout that would cross a rope border: its first tokens are then drawn from another function than they are scored with."""
-        borders, context = rope_borders(self.model), context_length(self.model)
-        for prompt in prompts:
-            length = min(prompt.token_ids.size + self.sampling.max_new_tokens, context)
-            crossed = next((border for border in borders if prompt.token_ids.size <= border < length), None)
-            if crossed is not None:
-                raise ContextOverflowError(
-                    f"Prompt {prompt.prompt_id!r}: with its response it has up to {length} tokens, expected at most {crossed}, where LongRoPE "
-                    "changes the angles of all positions; sample with a smaller `max_new_tokens`, or drop the prompt."
-                )
 
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """Return a row with its own stream of uniform numbers, whatever it will be batched with."""

@@ -4,13 +4,23 @@ import json
 import math
 import runpy
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lopd
-from lopd.engines.finding import local_folder
+from lopd.engines.causal_lm import stated_context, stated_rope_borders
+from lopd.engines.finding import described_text, local_folder
+from lopd.engines.inputs import check_prompts
 from lopd.engines.supports import provenance_of
-from lopd.errors import InvalidRecordError, SamplerWarning, TeacherConsistencyError
+from lopd.errors import (
+    ContextOverflowError,
+    EngineError,
+    InvalidRecordError,
+    RefusedPromptsWarning,
+    SamplerWarning,
+    TeacherConsistencyError,
+)
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
@@ -46,8 +56,12 @@ _ADDED = {
 }
 
 
-def prepare(s: RunSettings) -> list[Prompt]:
-    """Refuse a run that cannot end well, take its folder, and return the prompts.
+def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
+    """Refuse a run that cannot end well, take its folder, and return the prompts, and the ids of those that do not fit.
+
+    Warns:
+        RefusedPromptsWarning: there are some that do not fit, see `_unfit`.
+        SamplerWarning: the loss would have a biased gradient.
 
     Raises:
         ConflictError: `out` holds a run of other settings, or what it reads has changed.
@@ -63,15 +77,19 @@ def prepare(s: RunSettings) -> list[Prompt]:
     if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
         warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
     prompts = _prompts(s.prompts, tokenizer)
-    if s.evaluation and len(prompts) <= s.evaluation.held_out:
-        raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
+    unfit = _unfit(s, prompts, ours)
+    fit = len(prompts) - len(unfit)
+    if s.evaluation and fit <= s.evaluation.held_out:
+        raise InvalidRecordError(
+            f"Prompts: there are {fit}{' that fit' * bool(unfit)}, expected more than evaluation.held_out; hold out fewer."
+        )
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
     settings = s.flat()
     _rename(Path(s.out), settings, read)
     Run(Path(s.out)).claim(settings, read, fixed_by)
-    return prompts
+    return prompts, {*unfit}
 
 
 def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
@@ -96,6 +114,30 @@ def _prompts(given: Prompts | list[Any], tokenizer: Any) -> list[Prompt]:
     if isinstance(given, list):
         return lopd.make_prompts(given, tokenizer)
     return lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template)
+
+
+def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str, str]:
+    """Return why prompts leave no room for a response in the context of student or teacher, by id."""
+    found = dict[str, str]()
+    for model in (s.student, s.teacher):
+        config: Any = None
+        with suppress(EngineError):  # adapters have no configuration of their own, and of what a server has there may be a tokenizer alone
+            config = described_text(local_folder(model.model, weights=False))
+        # vLLM has one side of a border; an evaluation runs on transformers
+        borders = stated_rope_borders(config) if model is s.student and (s.evaluation or model.engine == "hf") else ()
+        for prompt in prompts:
+            try:
+                check_prompts([prompt], ours, model.context or stated_context(config), borders, s.sampling.max_new_tokens)
+            except ContextOverflowError as error:
+                found.setdefault(prompt.prompt_id, str(error))
+    if found:
+        first, reason = next(iter(found.items()))
+        warn_user(
+            f"Run: {len(found)} of {len(prompts)} prompts do not fit, so they are not held out, and a phase that cannot take them leaves them out; "
+            f"the first is {first!r} ({reason})",
+            RefusedPromptsWarning,
+        )
+    return found
 
 
 def _check_writer(s: RunSettings, ours: TokenizerId) -> None:

@@ -7,7 +7,7 @@ store or a configuration cannot be read.
 
 import math
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def add_plan(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}-rate", type=float, metavar="TOKENS/S", help=f"{what} a second of one GPU, measured")
     parser.add_argument(
-        "--like", metavar="URL", help="a store: its lengths and columns, and how fast it was filled, where nothing is given"
+        "--like", metavar="URL", help="a store: its lengths and columns, and how fast commits in a row filled it, where nothing is given"
     )
     parser.add_argument("--like-gpus", type=int, default=1, metavar="N", help="GPUs that filled it (1)")
     add_storage_option(parser)
@@ -139,21 +139,21 @@ def _plan(options: Namespace) -> int:
         return _fit(options)
     options.gpus = 8 if options.gpus is None else options.gpus
     check_at_least("Plan", "like_gpus", options.like_gpus, 1)
-    like, measured = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
+    like, known = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
     if options.like:
         store = opened(options.like, options)
         like = work_like(store, options.logprob_dtype)
-        measured = {name: rate / options.like_gpus for name, rate in measured_rates(store).items()}
-    given = {name: rate for name in ("sampling", "scoring", "training") if (rate := getattr(options, f"{name}_rate")) is not None}
+        known = {name: rate / options.like_gpus for name, rate in measured_rates(store).items()}
+    known |= {name: rate for name in ("sampling", "scoring", "training") if (rate := getattr(options, f"{name}_rate")) is not None}
     plans = list[tuple[Work, GpuRates, _Bills]]()
     for work in _works(like, options):
-        rates = evolve(rates_like(work, options.tflops * _TERA), **{**measured, **given})
+        rates = evolve(rates_like(work, options.tflops * _TERA), **known)
         gpus = options.gpus
         plans.append((work, rates, (lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep))))
     if options.json:
         print_json([_as_json(*plan) for plan in plans])
     else:
-        show(*(thing for plan in plans for thing in _shown(*plan, options)))
+        show(*(thing for plan in plans for thing in _shown(*plan, options, known)))
     return FINE
 
 
@@ -184,7 +184,7 @@ def _as_json(work: Work, rates: GpuRates, bills: _Bills) -> dict[str, Any]:
     }
 
 
-def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace) -> Iterator[Table | str]:
+def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace, known: Container[str]) -> Iterator[Table | str]:
     size = work.stored.total
     price = f", {size / _GIGA * options.storage_price:,.2f} a month" if options.storage_price else ""
     title = (
@@ -194,8 +194,10 @@ def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace) -> It
     columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
     yield title, columns, list(_rows(bills, options.gpu_price))
     yield from _sentences(rates, bills)
-    if options.like and not (options.training_rate or options.student_billions or options.student_active):
-        yield f"Training is guessed for {work.student_billions:g} billion parameters; pass --student-billions, or --training-rate."
+    for phase, role in (("sampling", "student"), ("scoring", "teacher"), ("training", "student")):
+        if options.like and phase not in known and not (getattr(options, f"{role}_billions") or getattr(options, f"{role}_active")):
+            guessed = f"{phase.capitalize()} is guessed for {getattr(work, f'{role}_billions'):g} billion parameters"
+            yield f"{guessed}; pass --{role}-billions, or --{phase}-rate."
     yield f"{_store_sentence(work, work.stored)}\n"
 
 

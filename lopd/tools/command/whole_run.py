@@ -1,6 +1,6 @@
 """A whole run over the public API: SFT where it is asked for, rollouts, scores, OPD, evaluation, a page.  Each phase is done once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -12,14 +12,16 @@ import transformers
 from attrs import asdict, evolve, frozen
 
 import lopd
+from lopd.engines.causal_lm import context_length
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.errors import printable
+from lopd.errors import ContextWarning, printable
 from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
 from lopd.protocols.reading import walk
 from lopd.records import Prompt, Rollout, RolloutSums
 from lopd.records.estimates import mean
+from lopd.records.warn import warn_user
 from lopd.tools.command.before import prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
@@ -40,8 +42,8 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     """
     transformers.utils.logging.disable_progress_bar()
     with noting() as said:
-        prompts = prepare(s)
-    runs = {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds}
+        prompts, unfit = prepare(s)
+    runs = {seed: _Seeded.of(s, seed, prompts, unfit).finish() for seed in s.seeds}
     said += [
         f"seed {seed}, {phase['name']}: {text}" for seed, phases in runs.items() for phase in phases for text in phase.get("warnings", ())
     ]
@@ -55,10 +57,11 @@ def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:
     """Print how the evaluations of all seeds changed; return it with what was refused."""
     changes = {seed: _changes({phase["name"]: phase for phase in phases}) for seed, phases in runs.items()}
     over_seeds = {}
-    for name in next(iter(changes.values())):
-        rows: list[list[object]] = [[f"seed {seed}", *change[name].values()] for seed, change in changes.items()]
+    for name in dict.fromkeys(name for change in changes.values() for name in change):
+        found = {seed: change[name] for seed, change in changes.items() if name in change}
+        rows: list[list[object]] = [[f"seed {seed}", *change.values()] for seed, change in found.items()]
         if len(rows) > 1:
-            over = over_seeds[name] = mean([change[name]["change"] for change in changes.values()])
+            over = over_seeds[name] = mean([change["change"] for change in found.values()])
             rows.append(["mean over seeds", "", "", over.mean, over.ci95])
         console.print(table(_TITLES[name], ["", "before OPD", "after OPD", "change", "± (95 %)"], rows))
     console.print(f"Students, metrics and pages: {s.out}/seed-*/opd, metrics.json, report.html", soft_wrap=True)
@@ -70,15 +73,41 @@ def _changes(phases: dict[str, _Phase]) -> dict[str, dict[str, float]]:
     """Return what each measure was before and after OPD, and its change over the same prompts."""
     found = dict[str, dict[str, float]]()
     before, after = phases.get(_BEFORE, {}), phases.get(_AFTER, {})
-    if "per_prompt" in after:
-        sums = [RolloutSums(*(np.array(phase["per_prompt"][part]) for part in ("sums", "counts"))) for phase in (before, after)]
-        change = sums[1].minus(sums[0])
-        kls = [phase["held_out_reverse_kl"] for phase in (before, after)]
+    if "per_prompt" in before and "per_prompt" in after and (sums := _shared(before["per_prompt"], after["per_prompt"])):
+        change, kls = sums[1].minus(sums[0]), [float(part.sums.sum() / part.counts.sum()) for part in sums]
         found["reverse_kl"] = {"before": kls[0], "after": kls[1], "change": change.mean, "ci95": change.ci95}
     if "scores" in after:
         gains = mean(np.subtract(after["scores"], before["scores"]))
         found["score"] = {"before": before["score"], "after": after["score"], "change": gains.mean, "ci95": gains.ci95}
     return found
+
+
+def _shared(*measured: dict[str, list[float]]) -> list[RolloutSums]:
+    """Return the sums of the prompts that have tokens in all of these; nothing for fewer than two, which have no interval."""
+    found_PFB = np.array([[each["sums"], each["counts"]] for each in measured])
+    found_PFB = found_PFB[:, :, (found_PFB[:, 1] > 0).all(axis=0)]
+    return [RolloutSums(*each_FB) for each_FB in found_PFB] if found_PFB.shape[2] > 1 else []
+
+
+def _reverse_kl(source: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout], samples: int) -> dict[str, list[float]]:
+    """Return the sums of `exact_reverse_kl` and their tokens by prompt, without the rollouts that the teacher cannot read.
+
+    Warns:
+        ContextWarning: there are such rollouts.
+    """
+    context = context_length(teacher.model)
+    reads_B = np.array([len(rollout) <= context for rollout in rollouts])
+    if not reads_B.all():
+        warn_user(
+            f"Evaluation: {(~reads_B).sum()} of {len(rollouts)} responses, with their prompts, are longer than the teacher's context of {context}, "
+            "so the KL leaves them out; it needs a smaller sampling.max_new_tokens, and another folder, to have them all.",
+            ContextWarning,
+        )
+    found_FB = np.zeros((2, len(rollouts)))
+    if reads_B.any():
+        sums = exact_reverse_kl(source, teacher, [rollouts[i] for i in np.flatnonzero(reads_B)])
+        found_FB[:, reads_B] = sums.sums, sums.counts
+    return dict(zip(("sums", "counts"), found_FB.reshape(2, -1, samples).sum(axis=-1).tolist(), strict=True))
 
 
 @frozen
@@ -92,9 +121,10 @@ class _Seeded:
     held_out: list[Prompt]
 
     @classmethod
-    def of(cls, s: RunSettings, seed: int, prompts: list[Prompt]) -> "_Seeded":
+    def of(cls, s: RunSettings, seed: int, prompts: list[Prompt], unfit: set[str]) -> "_Seeded":
         held_out = s.evaluation.held_out if s.evaluation else 0
         np.random.default_rng(seed).shuffle(shuffled := [*prompts])
+        shuffled.sort(key=lambda prompt: prompt.prompt_id in unfit)  # an evaluation asks for all of its prompts, and would end
         return cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), shuffled[held_out:], shuffled[:held_out])
 
     def finish(self) -> list[_Phase]:
@@ -205,9 +235,9 @@ class _Seeded:
         if asked.reverse_kl:
             rollouts = source.sample(self.held_out)  # before the teacher takes its share of the memory
             teacher = HFScorer.from_folder(self.s.teacher.model, self.s.teacher.torch_dtype, self.s.teacher.place)
-            sums = exact_reverse_kl(source, teacher, rollouts).pooled(asked.samples_per_prompt)
-            kl, per_prompt = sums.per_token(), {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
-            found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "response_tokens": kl.values, "per_prompt": per_prompt}
+            found["per_prompt"] = _reverse_kl(source, teacher, rollouts, asked.samples_per_prompt)
+            for kl in (sums.per_token() for sums in _shared(found["per_prompt"])):
+                found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "response_tokens": kl.values}
         return found
 
     def _report(self, phases: list[_Phase]) -> None:
