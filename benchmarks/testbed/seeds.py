@@ -1,7 +1,7 @@
 """Seeds of what is reported on the testbed.
 
 Nothing was chosen on any of them: rates, lengths, limits of the guards and arms of the goals come from seeds below 300.  Experiments do not
-share them, but for `claims.py` and `claims_estimators.py`, whose models are the same.
+share them, except `claims.py` and `claims_estimators.py`, whose models are the same.
 """
 
 CLAIMS = range(300, 305)

@@ -2,9 +2,8 @@
 
 Bit for bit needs the same threads, processor and versions (`docs/reliability.md`, "What bit for bit needs").
 
-Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete.
-Later ones, of a run that went back, lose theirs before that, and earlier ones after it, so at every moment the newest name is a whole checkpoint of
-the run that goes on.
+Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete; just before that later ones lose theirs, of a run that went back, and just after it earlier ones.
+So at every moment the newest name is a whole checkpoint of the run that goes on.
 """
 
 import json
@@ -167,9 +166,8 @@ def _write(
                 path.rename(gone / path.name)
         partial.rename(final)
         flush(folder)
-        for path in [path for path in superseded if path.exists()]:
-            path.rename(gone / path.name)
-        shutil.rmtree(gone)
+        for path in (gone, *filter(Path.exists, superseded)):
+            shutil.rmtree(path)
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(
             f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."

@@ -63,10 +63,11 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
         end = end if stop is None else min(end, stop)
         if first >= end:
             return
-        for next_step, metrics in enumerate(islice(make_round(generation, first), end - first), first + 1):
+        ended = first
+        for metrics in islice(make_round(generation, first), end - first):
             yield metrics
-            first = next_step
-        _check_whole(generation, first, end)
+            ended += 1
+        _check_whole(generation, ended, end)
 
 
 def refresh_when(
