@@ -71,6 +71,18 @@ def test_the_most_that_fits_is_the_last_that_fits():
     assert needed.most_rows(1e-6) == 0
 
 
+def test_a_micro_batch_is_counted_with_all_positions_that_shorter_rollouts_fill():
+    use = evolve(USE, tokens_per_batch=127, rows=1)
+    needed = training(CONFIG, use)
+    one, full, two = (sum(needed.gigabytes(tokens / 64).values()) for tokens in (64, 127, 128))
+    tiny, small, large = (fit._by_tokens("training", needed, use, room) for room in (0.9 * one, (one + full) / 2, full + 1e-9))
+    assert one < small.gb == large.gb == full < two
+    assert (tiny.fits, small.fits, large.fits) == (False, False, True)
+    assert 64 <= small.most < large.most == 127
+    assert tiny.most == 0, "a part of a rollout cannot be trained"
+    training(CONFIG, evolve(use, tokens_per_batch=63))  # the last token of a rollout is not read
+
+
 def test_adapters_are_all_that_is_trained_beside_weights_that_stay():
     whole, adapted = (training(CONFIG, evolve(USE, lora_rank=rank, dtype=torch.bfloat16)).gigabytes(1) for rank in (0, 8))
     assert adapted["moments"] == pytest.approx(2 * adapted["gradients"])
@@ -150,6 +162,10 @@ def test_other_families_are_followed_too():
         (lambda: Use(autocast=torch.float32), "Use: autocast is torch.float32, expected None or torch.bfloat16"),
         (lambda: Use(autocast=torch.float16), "Use: autocast is torch.float16, expected None or torch.bfloat16"),
         (lambda: training(CONFIG, evolve(USE, dtype=torch.float16)), "its weights are torch.float16, expected torch.float32"),
+        (
+            lambda: training(CONFIG, evolve(USE, tokens_per_batch=62)),
+            "Use: tokens_per_batch is 62, expected at least 63, the longest rollout",
+        ),
         (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected finite and more than 0"),
         (lambda: fits(CONFIG, USE, card_gb="24"), "Fit: card_gb is '24', expected a number"),
         (lambda: fits(CONFIG, USE, card_gb=float("nan")), "Fit: card_gb is nan"),
