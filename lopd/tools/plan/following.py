@@ -150,13 +150,14 @@ def _fill(model: Any) -> None:
 
 
 def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
-    """Return how many layers there are, if more than three and all like the first three."""
+    """Return how many layers there are, if more than three and all alike, also where there are three."""
     text = config.get_text_config()
     depth, kinds = getattr(text, "num_hidden_layers", 0), getattr(text, "layer_types", None) or [""]
     if depth <= 3 or len(set(kinds)) > 1 or _place(config) is None:
         return None
-    layers = layers_of(make(_cut(config, 3)))
-    return depth if len(layers) == 3 and len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1 else None
+    few, whole = (layers_of(make(some)) for some in (_cut(config, 3), config))
+    shapes = {tuple(p.shape for p in layer.parameters()) for layer in (*few, *whole)}
+    return depth if (len(few), len(whole), len(shapes)) == (3, depth, 1) else None
 
 
 def _place(config: Any) -> str | None:
