@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from transformers import AutoConfig, MambaConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, MambaConfig, Qwen3Config
 
 from lopd.errors import LopdError, ModelError
 from lopd.losses import chunking
@@ -120,6 +120,19 @@ def test_what_does_not_fit_is_said_with_what_to_change(monkeypatch):
     assert "gpus=2" in advice[-1]
     none = fits(CONFIG, USE, card_gb=1e-5).advice
     assert none[-1] == "training: take shorter rollouts, a smaller model or a larger card"
+
+
+def test_a_sliding_window_keeps_its_own_tokens_alone():
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_key_value_heads": 2, "head_dim": 16}
+    near, far = (
+        sampling(Gemma3TextConfig(**sizes, **layers, sliding_window=window, max_position_embeddings=512), evolve(USE, response_tokens=248))
+        for window in (16, 4096)
+    )
+    token = 2 * 2 * 16 * 4  # keys and values
+    beside = far.gigabytes(1)["keys and values"] * 1e9 - 3 * 254 * token
+    assert 0 <= beside < 3 * 254 * token / 20, "masks and positions"
+    assert near.gigabytes(1)["keys and values"] * 1e9 == pytest.approx((2 * 16 + 254) * token + beside)
 
 
 def test_a_model_whose_code_looks_at_numbers_is_refused():

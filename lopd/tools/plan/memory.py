@@ -276,9 +276,12 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use, way: "Way") -> Phas
         with evaluating(model):
             first = token(begin(rows, use.prompt_tokens), rows)
             live.make("keys and values")
-            texts = begin(rows, max(use.length - 2, 1))
-            texts.last_hidden()
-            texts.extend(torch.zeros(rows, dtype=torch.long), range(rows))
+            read = max(use.length - 3, 1)
+            texts = begin(rows, read)
+            # a sliding window keeps what was read at once until the next token takes its place
+            for _ in range(read, max(use.length - 1, 2)):
+                texts.last_hidden()
+                texts.extend(torch.zeros(rows, dtype=torch.long), range(rows))
             return [first, token(texts, rows)]
 
     return step
