@@ -25,6 +25,7 @@ CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
+QUANTISED = Qwen3Config(quantization_config={"quant_method": "awq", "bits": 4})
 USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
 
 
@@ -179,6 +180,7 @@ def test_other_families_are_followed_too():
             lambda: training(CONFIG, evolve(USE, tokens_per_batch=62)),
             "Use: tokens_per_batch is 62, expected at least 63, the longest rollout",
         ),
+        (lambda: scoring(QUANTISED, USE), "Plan: the weights of this Qwen3Config are quantised, and would be counted as if they were not"),
         (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected finite and more than 0"),
         (lambda: fits(CONFIG, USE, card_gb="24"), "Fit: card_gb is '24', expected a number"),
         (lambda: fits(CONFIG, USE, card_gb=float("nan")), "Fit: card_gb is nan"),

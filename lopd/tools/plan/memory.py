@@ -103,8 +103,8 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
     Raises:
         ContextOverflowError: rollouts are longer than the model's context.
         InvalidRecordError: the longest rollout is longer than `tokens_per_batch`, which `batches` refuses.
-        ModelError: the model cannot be run, or would be trained in float16; or its code depends on numbers, so that its sizes alone do not show
-            what it does.
+        ModelError: the model cannot be run, has quantised weights, or would be trained in float16; or its code depends on numbers, so that its
+            sizes alone do not show what it does.
     """
     tokens, least = use.tokens_per_batch, use.length - 1
     check_number("Use", "tokens_per_batch", tokens, tokens >= least, f"at least {least}, the longest rollout's positions")
