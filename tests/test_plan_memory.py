@@ -95,6 +95,8 @@ def test_cards_that_share_a_student_hold_a_part_of_it_each():
     one, four = (training(CONFIG, evolve(USE, gpus=gpus)).gigabytes(1) for gpus in (1, 4))
     assert four["moments"] == pytest.approx(one["moments"] / 4)
     assert four["weights"] > one["weights"] / 4, "some of it is there whole"
+    cast = training(CONFIG, evolve(USE, gpus=4, autocast=torch.bfloat16)).gigabytes(1)
+    assert cast["weights"] == four["weights"], "it is gathered as it is, and cast then"
 
 
 def test_what_fits_is_said_without_advice():
