@@ -239,6 +239,15 @@ def test_the_command_line_says_what_fits(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     assert found["advice"]
+    whole = sum(training(CONFIG, Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512)).gigabytes(8).values())
+    tight = [*card, "--card", f"{0.7 * whole / 0.85}", "--rows", "1"]
+    assert main([*tight, "--json"]) == 1
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert len(advice) == 4
+    for sentence in advice[2:]:
+        words = [word for word in sentence.split()[1:] if word not in ("fits", "with")]
+        assert main([*tight, *words]) == 0
+    capsys.readouterr()
     assert main([*card, "--card", "1", "--prompt-tokens", "nan"]) == 2
     assert "prompt_tokens is nan" in capsys.readouterr().err
     assert main(["--card", "24"]) == 2
