@@ -69,7 +69,7 @@ def run(config: Qwen3Config, case: str) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=use.dtype).eval()
     words = TokenizerId("words", config.vocab_size, eos_id=None, bos_id=None, pad_id=0, template_hash="")
     store = MemoryStore(random_manifest(words, use.response_tokens))
-    fill(store, 2 * use.rollouts, use.prompt_tokens, use.response_tokens)
+    fill(store, 2 * int(use.rollouts), use.prompt_tokens, use.response_tokens)
     if case == "scoring":
         scorer = HFScorer(model, words, use.tokens_per_batch, use.rows_per_chunk)
         scorer.score([row.rollout for row in store.read(list(range(len(store))))])

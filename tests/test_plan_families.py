@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import plan_families
 from plan_families import ANSWERED, PHASES, USE, goals, held_bytes, measure
-from tiny_models import CLASSES
+from tiny_models import CLASSES, SPECIAL, tiny_config
 
 from lopd.errors import LopdError, ModelError
 from lopd.tools.plan import Need, scoring, training
@@ -47,6 +47,12 @@ def test_a_family_is_refused_with_the_cause(family):
 @pytest.mark.parametrize("name", ["MptConfig", "FalconConfig", "Qwen3MoeConfig"])
 def test_weights_of_a_whole_model_follow_from_a_few_of_its_layers(name):
     config = getattr(transformers, name)()
+    assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
+
+
+def test_layers_with_experts_above_those_without_are_counted():
+    dense = {"num_hidden_layers": 5, "first_k_dense_replace": 3}
+    config = tiny_config(transformers.DeepseekV3Config, **SPECIAL["deepseek_v3"], **dense)
     assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from transformers import AutoConfig, MambaConfig, Qwen3Config
+from transformers import AutoConfig, Gemma3TextConfig, MambaConfig, Qwen3Config
 
 from lopd.errors import LopdError, ModelError
 from lopd.losses import chunking
@@ -25,6 +25,7 @@ CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
+QUANTISED = Qwen3Config(quantization_config={"quant_method": "awq", "bits": 4})
 USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
 
 
@@ -71,6 +72,18 @@ def test_the_most_that_fits_is_the_last_that_fits():
     assert needed.most_rows(1e-6) == 0
 
 
+def test_a_micro_batch_is_counted_with_all_positions_that_shorter_rollouts_fill():
+    use = evolve(USE, tokens_per_batch=127, rows=1)
+    needed = training(CONFIG, use)
+    one, full, two = (sum(needed.gigabytes(tokens / 64).values()) for tokens in (64, 127, 128))
+    tiny, small, large = (fit._by_tokens("training", needed, use, room) for room in (0.9 * one, (one + full) / 2, full + 1e-9))
+    assert one < small.gb == large.gb == full < two
+    assert (tiny.fits, small.fits, large.fits) == (False, False, True)
+    assert 64 <= small.most < large.most == 127
+    assert tiny.most == 0, "a part of a rollout cannot be trained"
+    training(CONFIG, evolve(use, tokens_per_batch=63))  # the last token of a rollout is not read
+
+
 def test_adapters_are_all_that_is_trained_beside_weights_that_stay():
     whole, adapted = (training(CONFIG, evolve(USE, lora_rank=rank, dtype=torch.bfloat16)).gigabytes(1) for rank in (0, 8))
     assert adapted["moments"] == pytest.approx(2 * adapted["gradients"])
@@ -82,6 +95,8 @@ def test_cards_that_share_a_student_hold_a_part_of_it_each():
     one, four = (training(CONFIG, evolve(USE, gpus=gpus)).gigabytes(1) for gpus in (1, 4))
     assert four["moments"] == pytest.approx(one["moments"] / 4)
     assert four["weights"] > one["weights"] / 4, "some of it is there whole"
+    cast = training(CONFIG, evolve(USE, gpus=4, autocast=torch.bfloat16)).gigabytes(1)
+    assert cast["weights"] == four["weights"], "it is gathered as it is, and cast then"
 
 
 def test_what_fits_is_said_without_advice():
@@ -108,6 +123,19 @@ def test_what_does_not_fit_is_said_with_what_to_change(monkeypatch):
     assert "gpus=2" in advice[-1]
     none = fits(CONFIG, USE, card_gb=1e-5).advice
     assert none[-1] == "training: take shorter rollouts, a smaller model or a larger card"
+
+
+def test_a_sliding_window_keeps_its_own_tokens_alone():
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    layers = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_key_value_heads": 2, "head_dim": 16}
+    near, far = (
+        sampling(Gemma3TextConfig(**sizes, **layers, sliding_window=window, max_position_embeddings=512), evolve(USE, response_tokens=248))
+        for window in (16, 4096)
+    )
+    token = 2 * 2 * 16 * 4  # keys and values
+    beside = far.gigabytes(1)["keys and values"] * 1e9 - 3 * 254 * token
+    assert 0 <= beside < 3 * 254 * token / 20, "masks and positions"
+    assert near.gigabytes(1)["keys and values"] * 1e9 == pytest.approx((2 * 16 + 254) * token + beside)
 
 
 def test_a_model_whose_code_looks_at_numbers_is_refused():
@@ -150,6 +178,11 @@ def test_other_families_are_followed_too():
         (lambda: Use(autocast=torch.float32), "Use: autocast is torch.float32, expected None or torch.bfloat16"),
         (lambda: Use(autocast=torch.float16), "Use: autocast is torch.float16, expected None or torch.bfloat16"),
         (lambda: training(CONFIG, evolve(USE, dtype=torch.float16)), "its weights are torch.float16, expected torch.float32"),
+        (
+            lambda: training(CONFIG, evolve(USE, tokens_per_batch=62)),
+            "Use: tokens_per_batch is 62, expected at least 63, the longest rollout",
+        ),
+        (lambda: scoring(QUANTISED, USE), "Plan: the weights of this Qwen3Config are quantised, and would be counted as if they were not"),
         (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected finite and more than 0"),
         (lambda: fits(CONFIG, USE, card_gb="24"), "Fit: card_gb is '24', expected a number"),
         (lambda: fits(CONFIG, USE, card_gb=float("nan")), "Fit: card_gb is nan"),
@@ -206,6 +239,15 @@ def test_the_command_line_says_what_fits(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     assert found["advice"]
+    whole = sum(training(CONFIG, Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512)).gigabytes(8).values())
+    tight = [*card, "--card", f"{0.7 * whole / 0.85}", "--rows", "1"]
+    assert main([*tight, "--json"]) == 1
+    advice = json.loads(capsys.readouterr().out)["advice"]
+    assert len(advice) == 4
+    for sentence in advice[2:]:
+        words = [word for word in sentence.split()[1:] if word not in ("fits", "with")]
+        assert main([*tight, *words]) == 0
+    capsys.readouterr()
     assert main([*card, "--card", "1", "--prompt-tokens", "nan"]) == 2
     assert "prompt_tokens is nan" in capsys.readouterr().err
     assert main(["--card", "24"]) == 2

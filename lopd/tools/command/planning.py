@@ -6,6 +6,7 @@ store or a configuration cannot be read.
 """
 
 import math
+import re
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Container, Iterator
 from typing import Any
@@ -91,7 +92,10 @@ def _add_card(parser: ArgumentParser) -> None:
     card.add_argument("--teacher", metavar="DIR", help="folder of the teacher; leave it out if something else scores")
     card.add_argument("--rows", type=int, metavar="N", help="responses that are sampled side by side (64)")
     card.add_argument("--lora-rank", type=int, metavar="N", help="of adapters; 0 trains all weights (0)")
-    for name, what in (("dtype", "of the student's weights (float32)"), ("autocast", "what layers compute in (bfloat16)")):
+    for name, what in (
+        ("dtype", "of the student's weights (float32)"),
+        ("autocast", "what layers compute in (bfloat16); float32: as the weights are"),
+    ):
         card.add_argument(f"--{name}", choices=("float32", "bfloat16"), help=what)
     card.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
     card.add_argument("--packed", action="store_true", help="FlashAttention or FlexAttention reads packed batches")
@@ -113,11 +117,26 @@ def _fit(options: Namespace) -> int:
     if given.get("autocast") == torch.float32:
         given["autocast"] = None
     found = fits(configs[0], Use(**given), card_gb=options.card, teacher=configs[1] if options.teacher else None)
+    found = evolve(found, advice=tuple(map(_in_options, found.advice)))
     if options.json:
         print_json({**asdict(found), "fits": found.fits})
     else:
         show(_fit_table(found), *found.advice)
     return FINE if found.fits else PROBLEMS
+
+
+def _in_options(sentence: str) -> str:
+    """Return advice on a `Use` as the options that it is here.
+
+    >>> _in_options("training: dtype=torch.bfloat16, autocast=None fits with tokens_per_batch=8192")
+    'training: --dtype bfloat16 --autocast float32 fits with --tokens-per-batch 8192'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name, value = f"--{found[1].replace('_', '-')}", "float32" if found[2] == "None" else found[2]
+        return name if value == "True" else f"{name} {value}"
+
+    return re.sub(r"(\w+)=(?:torch\.)?(\w+),?", option, sentence)
 
 
 def _fit_table(found: Fit) -> Table:

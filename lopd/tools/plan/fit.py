@@ -72,7 +72,7 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
         teacher: a transformers configuration; None leaves scoring out.
 
     Raises:
-        InvalidRecordError: `card_gb` is not finite and more than 0.
+        InvalidRecordError: `card_gb` is not finite and more than 0; or as `training`.
         ArgumentError: a model is not a configuration.
         ContextOverflowError: rollouts are longer than the context of a model.
         ModelError: as `training`.
@@ -96,8 +96,9 @@ def _sampled(config: Any, use: Use, room: float) -> PhaseFit:
 
 
 def _by_tokens(name: str, needed: Need, use: Use, room: float) -> PhaseFit:
-    most = needed.most_rows(room)
-    return PhaseFit(name, needed.gigabytes(use.rollouts), "tokens_per_batch", most * use.length, use.rollouts <= most)
+    tokens = needed.most_rows(room, use.length)
+    most = tokens if tokens >= use.length else 0
+    return PhaseFit(name, needed.gigabytes(use.rollouts), "tokens_per_batch", most, use.tokens_per_batch <= most)
 
 
 def _advice(phase: PhaseFit, config: Any, use: Use, room: float) -> Iterator[str]:

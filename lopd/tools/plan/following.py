@@ -45,7 +45,7 @@ def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str | None
 
     Raises:
         ArgumentError: it is not a configuration.
-        ModelError: it is not the configuration of a causal LM.
+        ModelError: it is not the configuration of a causal LM, or one of quantised weights.
     """
     make = _maker(config)
     need("transformers", "Plan").AttentionInterface.register(ATTENTION, _attention)
@@ -55,11 +55,16 @@ def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str | None
 
 
 def _maker(config: Any) -> Callable[..., Any]:
-    """Return what makes a causal LM of this configuration."""
+    """Return what makes a causal LM of this configuration; what is made of it has plain weights."""
     transformers = need("transformers", "Plan")
     if not isinstance(config, transformers.PretrainedConfig):
         given = f"the class {config.__name__}" if isinstance(config, type) else a_kind(config)
         raise ArgumentError(f"Plan: a model is {given}, expected a transformers configuration; pass AutoConfig.from_pretrained(folder).")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"Plan: the weights of this {type(config).__name__} are quantised, and would be counted as if they were not; measure it on the "
+            "card, or plan the model that was quantised."
+        )
     from lopd.engines.stored import named_class
 
     auto = transformers.AutoModelForCausalLM
@@ -88,7 +93,8 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
 
     Raises:
         ArgumentError: it is not a configuration.
-        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
+        ModelError: the model has quantised weights or cannot be run, or its code depends on numbers, so that its sizes alone do not show what
+            it does.
     """
     _maker(config)
     try:
@@ -150,13 +156,14 @@ def _fill(model: Any) -> None:
 
 
 def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
-    """Return how many layers there are, if more than three and all like the first three."""
+    """Return how many layers there are, if more than three and all alike, also where there are three."""
     text = config.get_text_config()
     depth, kinds = getattr(text, "num_hidden_layers", 0), getattr(text, "layer_types", None) or [""]
     if depth <= 3 or len(set(kinds)) > 1 or _place(config) is None:
         return None
-    layers = layers_of(make(_cut(config, 3)))
-    return depth if len(layers) == 3 and len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1 else None
+    few, whole = (layers_of(make(some)) for some in (_cut(config, 3), config))
+    shapes = {tuple(p.shape for p in layer.parameters()) for layer in (*few, *whole)}
+    return depth if (len(few), len(whole), len(shapes)) == (3, depth, 1) else None
 
 
 def _place(config: Any) -> str | None:

@@ -3,6 +3,7 @@
 Shape suffixes: T operations, P parts.
 """
 
+import math
 import weakref
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -148,11 +149,12 @@ class Chunk:
     limit: int | None
     room_gb: float | None = None
 
-    def size(self, rows: int, alive: float | None) -> int:
+    def size(self, rows: float, alive: float | None) -> int:
         """Return its bytes where so many others are alive; with None, the bytes that a card needs to be fast."""
         free = np.inf if self.room_gb is None or alive is None else self.room_gb * _GIGA - alive
         usual = GPU_ROWS * self.row_bytes if alive is None else card_chunk_bytes(self.row_bytes, free)
-        return self.row_bytes * chunk_rows(Chunking(self.limit or usual), rows * self.tokens, self.row_bytes, torch.device("cpu"))
+        count = math.ceil(rows * self.tokens)
+        return self.row_bytes * chunk_rows(Chunking(self.limit or usual), count, self.row_bytes, torch.device("cpu"))
 
 
 @final
@@ -189,7 +191,7 @@ class Need:
             stretches.append((shared_TP, each_TP))
         return evolve(self, stretches=tuple(stretches))
 
-    def gigabytes(self, rows: int) -> dict[str, float]:
+    def gigabytes(self, rows: float) -> dict[str, float]:
         """Return 10^9 bytes of each part when most are alive."""
         bytes_TP = max(self._filled(rows), key=lambda of: of.sum(axis=1).max())
         most_P = bytes_TP[bytes_TP.sum(axis=1).argmax()] / _GIGA
@@ -198,7 +200,7 @@ class Need:
         found["activations"] += float(most_P.sum()) - sum(found.values())
         return {part: float(size) for part, size in found.items() if size > 0}
 
-    def _filled(self, rows: int, *, least: bool = False) -> list[NDArray[np.int64]]:
+    def _filled(self, rows: float, *, least: bool = False) -> list[NDArray[Any]]:
         """Return (T, P) bytes of each stretch with so many rows, the chunk in the place of its byte."""
         filled = [none_TP + rows * each_TP for none_TP, each_TP in self.stretches]
         for bytes_TP in filled:
@@ -207,15 +209,20 @@ class Need:
                 bytes_TP[here_T, _LOGITS] = self.chunk.size(rows, None if least else float(bytes_TP[here_T].sum(axis=1).max()))
         return filled
 
-    def most_rows(self, room_gb: float) -> int:
-        """Return the largest number of rows for which there is room, and for a chunk that is not too small; 0 if there is none."""
+    def most_rows(self, room_gb: float, parts: int = 1) -> int:
+        """Return the largest number of rows for which there is room, and for a chunk that is not too small; 0 if there is none.
+
+        Args:
+            room_gb: 10^9 bytes.
+            parts: count parts of rows, of which each has so many.
+        """
         most = np.inf
         for none_TP, each_TP in self.stretches:
             free_T, each_T = room_gb * _GIGA - none_TP.sum(axis=1), each_TP.sum(axis=1)
             grows_T = each_T > 0
-            most = min(most, float((free_T[grows_T] // each_T[grows_T]).min()), 0 if (free_T < 0).any() else np.inf)
+            most = min(most, float((free_T[grows_T] / each_T[grows_T]).min()), 0 if (free_T < 0).any() else np.inf)
 
-        def too_much(rows: int) -> bool:
-            return any((bytes_TP.sum(axis=1) > room_gb * _GIGA).any() for bytes_TP in self._filled(rows, least=True))
+        def too_much(count: int) -> bool:
+            return any((bytes_TP.sum(axis=1) > room_gb * _GIGA).any() for bytes_TP in self._filled(count / parts, least=True))
 
-        return max(bisect_left(range(max(int(most), 0) + 1), True, key=too_much) - 1, 0)
+        return max(bisect_left(range(max(int(most * parts), 0) + 1), True, key=too_much) - 1, 0)

@@ -87,9 +87,9 @@ class Use:
         return self.prompt_tokens + self.response_tokens
 
     @property
-    def rollouts(self) -> int:
-        """The longest rollouts that a micro-batch has; one at least."""
-        return max(self.tokens_per_batch // self.length, 1)
+    def rollouts(self) -> float:
+        """The longest rollouts of which a full micro-batch has the positions, a part of one too, since shorter ones fill it; one at least."""
+        return max(self.tokens_per_batch / self.length, 1.0)
 
 
 def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
@@ -102,9 +102,12 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
 
     Raises:
         ContextOverflowError: rollouts are longer than the model's context.
-        ModelError: the model cannot be run, or would be trained in float16; or its code depends on numbers, so that its sizes alone do not show
-            what it does.
+        InvalidRecordError: the longest rollout is longer than `tokens_per_batch`, which `batches` refuses.
+        ModelError: the model cannot be run, has quantised weights, or would be trained in float16; or its code depends on numbers, so that its
+            sizes alone do not show what it does.
     """
+    tokens, least = use.tokens_per_batch, use.length - 1
+    check_number("Use", "tokens_per_batch", tokens, tokens >= least, f"at least {least}, the longest rollout's positions")
     chunks: list[Chunk] = []
 
     def prepare(model: Any, live: LiveBytes, use: Use) -> Phase:
@@ -112,7 +115,7 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
         chunks.append(Chunk(row_bytes=_row_bytes(_head(model)), tokens=use.response_tokens, limit=use.chunk_bytes, room_gb=room_gb))
         return _prepare_training(model, live, use)
 
-    needed = _counted(config, use, use.rollouts, (ATTENTION, prepare), (None, prepare))
+    needed = _counted(config, use, int(use.rollouts), (ATTENTION, prepare), (None, prepare))
     needed = needed.shared(use.gpus, _gathered(config, use)) if use.gpus > 1 else needed
     return evolve(needed, chunk=chunks[-1])
 
@@ -124,7 +127,7 @@ def scoring(config: Any, use: Use) -> Need:
         ContextOverflowError: as `training`.
         ModelError: as `training`.
     """
-    return _counted(config, evolve(use, lora_rank=0), use.rollouts, (ATTENTION, _prepare_scoring), (None, _prepare_scoring))
+    return _counted(config, evolve(use, lora_rank=0), int(use.rollouts), (ATTENTION, _prepare_scoring), (None, _prepare_scoring))
 
 
 def sampling(config: Any, use: Use) -> Need:
@@ -230,7 +233,7 @@ def _row_bytes(head: LMHead) -> int:
 
 
 def _prepare_scoring(model: Any, live: LiveBytes, use: Use) -> Phase:
-    asked = min(use.rows_per_chunk, use.rollouts * use.response_tokens)
+    asked = min(use.rows_per_chunk, int(use.rollouts) * use.response_tokens)
 
     @torch.no_grad()
     def step(rows: int) -> list[Stretch]:
@@ -273,20 +276,23 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use, way: "Way") -> Phas
         with evaluating(model):
             first = token(begin(rows, use.prompt_tokens), rows)
             live.make("keys and values")
-            texts = begin(rows, max(use.length - 2, 1))
-            texts.last_hidden()
-            texts.extend(torch.zeros(rows, dtype=torch.long), range(rows))
+            read = max(use.length - 3, 1)
+            texts = begin(rows, read)
+            # a sliding window keeps what was read at once until the next token takes its place
+            for _ in range(read, max(use.length - 1, 2)):
+                texts.last_hidden()
+                texts.extend(torch.zeros(rows, dtype=torch.long), range(rows))
             return [first, token(texts, rows)]
 
     return step
 
 
 def _gathered(config: Any, use: Use) -> int:
-    """Return bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients."""
+    """Return bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients, in the dtype of the weights."""
     model = empty(config, use.dtype, 0, ATTENTION)
     layers: list[int] = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     outside: int = sum(p.numel() for p in model.parameters()) - sum(layers)
-    return 2 * int((use.autocast or use.dtype).itemsize) * (outside + 2 * max(layers, default=0))
+    return 2 * use.dtype.itemsize * (outside + 2 * max(layers, default=0))
 
 
 def _head(model: Any) -> LMHead:
