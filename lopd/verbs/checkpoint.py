@@ -2,8 +2,8 @@
 
 Bit for bit needs the same threads, processor and versions (`docs/reliability.md`, "What bit for bit needs").
 
-Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete; just before that later ones lose theirs, of a run that went back, and just after it earlier ones.
-So at every moment the newest name is a whole checkpoint of the run that goes on.
+Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder has its name only when it is complete.
+Later ones, of a run that went back, lose theirs before that and earlier ones after it: the newest name is always a whole checkpoint of this run.
 """
 
 import json
