@@ -1,5 +1,6 @@
 """Compaction of a `ZarrStore`: readers that are open, rivals, damage, and sweeps."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -8,7 +9,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 from attrs import evolve
-from test_zarr_upkeep import go_on
+from test_zarr_upkeep import assert_whole, go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
 from lopd.backends.zarr import compaction
@@ -97,6 +98,22 @@ def test_a_reader_keeps_its_snapshot_where_its_segments_were_removed(tmp_path: P
     store.append(many(20, 1))
     reader.compact()
     assert reader.read([20])[0].rollout.rollout_id == "r20", "a compaction refreshes"
+
+
+def test_a_reader_whose_file_server_has_forgotten_its_open_files_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = grown(tmp_path / "run", 3), os.pread
+
+    def pread(descriptor: int, size: int, start: int) -> bytes:
+        if not os.fstat(descriptor).st_nlink:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", pread)
+    reader = ZarrStore.open(place(store))
+    assert_whole(reader, 3)
+    store.compact()
+    store.sweep(older_than=-60)
+    assert_whole(reader, 3)
 
 
 def test_of_two_compactions_at_once_one_wins_and_nothing_is_doubled(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
