@@ -131,7 +131,8 @@ def _meaning(found: Found) -> str:
     more, cost = found.beside(BEST.name, ONLINE.name), found.share(BEST.name, ONLINE.name)["equal steps"]
     return (
         f"where a store may hold more of a token than one number, keep a support: *{BEST.name}* ended {more.show('+.3f')} beside "
-        f"online OPD with the sampled token, at {cost.show('.2f')} of its cost ([which support](../docs/decisions/0008-recommended-loss.md))."
+        f"online OPD with the sampled token, at {cost.show('.2f')} of its cost; supports hardly differ there "
+        "([which one](../docs/decisions/0008-recommended-loss.md))."
     )
 
 

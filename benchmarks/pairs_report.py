@@ -191,10 +191,19 @@ def words(rows: Sequence[Row]) -> list[str]:
             said = judgement if "Semi-OPD" in goal["name"] else ""
             lines.append(f"- {goal['name']}: {goal['measured']:+.2f} ({goal['low']:+.2f} to {goal['high']:+.2f}){said}.")
         elif "right" in goal:
-            lines.append(
-                f"- {goal['name']}: {goal['measured']} of {len(pairs)}, where {goal['right']} are so and the goal is {goal['goal']}."
-            )
+            lines.append(f"- {_told(goal, len(pairs))}")
     return lines
+
+
+def _told(goal: Row, count: int) -> str:
+    """Return in a sentence or two how often a rule is wrong."""
+    said, _, rule = goal["name"].rpartition(": pairs that are wrong")[0].partition(", by one threshold (")
+    constant = f"the better of 'always' and 'never' is wrong on {goal['goal'].removeprefix('< ').split(',')[0]}"
+    if not rule:
+        return f"{said}: wrong on {goal['measured']} of {count} pairs; {constant}."
+    best = " was best" if said in map(repr, VERDICTS) else ""
+    fitted = f"fitted without the pair that it judges (to all of them it is: {rule.removesuffix(' for all)')})"
+    return f"On {goal['right']} of {count} pairs {said}{best}.  A threshold on one diagnostic, {fitted}, is wrong on {goal['measured']}; {constant}."
 
 
 def _claim(goal: Row) -> str:

@@ -1,6 +1,6 @@
 """Lightning OPD with vLLM for the two phases that cost money: sampling and scoring.  Needs `lopd[hf,zarr,vllm]`.
 
-    python examples/vllm_pipeline.py --student SFT_DIR --teacher TEACHER_DIR --prompts FILE.jsonl --store run.zarr --out opd-student
+    python examples/vllm_pipeline.py --student SFT_DIR --teacher DIR --prompts FILE.jsonl --store run.zarr --out opd --dtype bfloat16
 
 The student is one that lopd fine-tuned on the teacher's text (its folder records it), or pass `--any-teacher`.  Each phase resumes where it was
 stopped, and may be a process of its own, on a machine of its own: name the phases to run, as in
@@ -58,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=4096, help="the length that is trained on: longer responses are thrown away")
     parser.add_argument("--samples-per-prompt", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, help="prompt and response together; default: the model's context")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="that vLLM runs in; default: as the weights are stored")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of one model")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rollouts-per-step", type=int, default=256)
@@ -67,7 +68,8 @@ def parse() -> argparse.Namespace:
 
 
 def settings(options: argparse.Namespace) -> VLLMSettings:
-    return VLLMSettings(max_model_len=options.max_model_len, tensor_parallel_size=options.tensor_parallel_size)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    return VLLMSettings(dtype, options.max_model_len, tensor_parallel_size=options.tensor_parallel_size)
 
 
 def collect(options: argparse.Namespace) -> None:

@@ -120,6 +120,14 @@ def test_a_storage_that_has_answered_is_given_time(s3: S3Server) -> None:
             "h:1 answers InvalidAccessKeyId",
         ),
         ("Error GET http://h:1/b?sig=SECRET - status code: 503 Slow Down: <html>", "h:1 answers 503 Slow Down"),
+        (
+            "Error GET http://h:1/b?sig=SECRET in 155 ms - Received redirect without LOCATION, this normally indicates",
+            "h:1 answers that the bucket is in another region than AWS_REGION",
+        ),
+        (
+            "Error GET http://h:1/b?sig=SECRET - status code: 400 Bad Request: <?xml?><Message>the region 'us-east-1' is wrong; expecting 'eu'",
+            "h:1 answers that the bucket is in another region than AWS_REGION",
+        ),
         ("Error PUT http://169.254.169.254/latest/api/token in 5ms - HTTP error", "no credentials were given"),
         ("unsigned payload\nDebug source", "unsigned payload"),
     ],

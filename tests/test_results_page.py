@@ -101,6 +101,13 @@ def test_the_decision_says_of_supports_what_the_file_has():
         if arm.support.width
     }
     assert [name for name, end in ends.items() if not end.at_least(-MARGIN)] == ["8 drawn"]
+    assert min(ends, key=lambda name: ends[name].mean) == "8 drawn"
+    long = {(row["arm"], row["seed"]): row["accuracy"] for row in publish.read("claims_long")["rows"] if row["kind"] == "run"}
+    drawn, top = (f"{name}, residual, 300 rollouts" for name in ("16 drawn", "stored top-8"))
+    assert all(long[drawn, seed] < long[top, seed] for arm, seed in long if arm == drawn), "on the longer one with every seed"
+    real = {row["variant"]: row["held_out_reverse_kl"] for row in publish.read("quickstart_losses")["rows"]}
+    assert real["the quickstart's"] < real["16 draws of the policy"] < real["teacher's top 64 with the residual"]
+    assert publish.read("evidence_choice")["rows"][0]["best"] == "teacher's top 64"
     assert f"all but the draws at most {MARGIN:g} below TRL" in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
 
 

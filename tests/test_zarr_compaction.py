@@ -1,5 +1,6 @@
 """Compaction of a `ZarrStore`: readers that are open, rivals, damage, and sweeps."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -8,11 +9,12 @@ from uuid import uuid4
 import numpy as np
 import pytest
 from attrs import evolve
+from test_zarr_upkeep import assert_whole, go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
 from lopd.backends.zarr import compaction
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, MissingScoresError
 from lopd.testing import assert_holds, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_scores, tiny_top_k
 
 
@@ -71,6 +73,47 @@ def test_a_reader_that_was_open_reads_on_through_a_compaction_and_an_old_copy_to
         store.refresh()
         assert len(store.history()) == 4
         assert_holds(store, expected)
+
+
+@pytest.mark.parametrize(("looked", "scored"), [(True, [0, 1, 4]), (False, [0, 1, 2, 4])])
+def test_a_reader_keeps_its_snapshot_where_its_segments_were_removed(tmp_path: Path, looked: bool, scored: list[int]) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    go_on(store, 0, 1)
+    store.append(many(1, 19))
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(row) for row in (*many(1, 1), *many(4, 1))])
+    store.quarantine("teacher", tiny_provenance(), {"r9": "why"})
+    reader = ZarrStore.open(place(store))
+    if looked:
+        reader.scored("teacher")
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(row) for row in (*many(2, 1), *many(5, 15))])
+    store.append_scores("late", tiny_provenance("late", top_k=2), [evolve(tiny_scores(row), top_k=tiny_top_k(3)) for row in many(0, 20)])
+    store.compact()
+    store.sweep(older_than=-60)
+    assert reader.read([0], ("teacher",))[0].scores["teacher"].tolist() == [0] * 3
+    assert np.flatnonzero(reader.scored("teacher")).tolist() == scored, "of row 2 it cannot tell, if it has not looked"
+    assert reader.quarantined("teacher") == {9: "why"}
+    for row, columns, top_k in ((9, ("teacher",), ()), (0, (), ("late",))):
+        with pytest.raises(MissingScoresError, match=rf"'r{row}' has no scores"):
+            reader.read([row], columns, top_k)
+    store.append(many(20, 1))
+    reader.compact()
+    assert reader.read([20])[0].rollout.rollout_id == "r20", "a compaction refreshes"
+
+
+def test_a_reader_whose_file_server_has_forgotten_its_open_files_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = grown(tmp_path / "run", 3), os.pread
+
+    def pread(descriptor: int, size: int, start: int) -> bytes:
+        if not os.fstat(descriptor).st_nlink:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(descriptor, size, start)
+
+    monkeypatch.setattr(os, "pread", pread)
+    reader = ZarrStore.open(place(store))
+    assert_whole(reader, 3)
+    store.compact()
+    store.sweep(older_than=-60)
+    assert_whole(reader, 3)
 
 
 def test_of_two_compactions_at_once_one_wins_and_nothing_is_doubled(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,6 +202,12 @@ def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(
     assert "a commit record is missing" in problem
 
 
+def test_a_record_that_a_listing_has_overlooked_is_not_missing(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, overlooked = LocalFiles.names, "0000000001.json"
+    monkeypatch.setattr(LocalFiles, "names", lambda self, folder: [name for name in real(self, folder) if name != overlooked])
+    assert list(filled.verify()) == []
+
+
 def test_a_copy_that_was_made_while_somebody_wrote_is_told_to_be_made_again(filled: ZarrStore, tmp_path: Path) -> None:
     shutil.copytree(place(filled), tmp_path / "copy")
     filled.append(many(9, 1))

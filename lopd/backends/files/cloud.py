@@ -277,5 +277,7 @@ def _said(error: Exception) -> str:
         return text.split("\n", 1)[0][:300]
     if host[1] == _METADATA_HOST:
         return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
+    if re.search(r"redirect without LOCATION|the region \S+ is wrong", text):
+        return f"{host[1]} answers that the bucket is in another region than AWS_REGION (or the option `aws_region`) names"
     answer = code or status
     return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"

@@ -86,6 +86,16 @@ class LocalFiles:
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Return parts of one file, which stays open for the next time; views of one read where they are neighbours."""
+        try:
+            return self._parts(path, starts, ends)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # on a file server, another machine has removed what is open here, or put another file in its place
+            self._open.pop(path, None)
+            return self._parts(path, starts, ends)
+
+    def _parts(self, path: str, starts: Sequence[int], ends: Sequence[int]) -> list[Piece]:
         file = self._open.get(path) or self._opened(partial(_Open, self.root / path))
         with suppress(KeyError):  # a thread that reads ahead of training may have closed it since; it is open as long as it is read here
             self._open[path] = file

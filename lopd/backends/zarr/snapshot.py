@@ -3,7 +3,7 @@
 What grows with the number of rollouts (their lengths, an index of their ids) is read when it is first asked for, and is some bytes per rollout.
 
 Writers merge segments, and remove those that were merged some time later.  A reader that stands at an earlier state and misses one of them
-looks up where its rows are now: rows keep their numbers, and what they hold never changes.
+looks up where its rows are now: rows keep their numbers, and what they hold never changes.  Which there are follows from its own state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,8 @@ class Snapshot:
         self._files = files
         self._state = state
         self._owner = owner
-        self._later: State | None = None
+        # where the bytes are, unless `_state` is later
+        self._later = state
         # prompt and response tokens, and which log-probs the engine reported
         self._seen = Growing(np.int64, 3)
 
@@ -59,8 +60,8 @@ class Snapshot:
 
     def refresh(self) -> None:
         """See `State.refresh`."""
-        self._later = None
         self._state.refresh()
+        self._later = self._state
 
     def provenances(self) -> dict[str, Provenance]:
         """Return columns and who computed them."""
@@ -70,7 +71,7 @@ class Snapshot:
         """Return what this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
         while True:
             try:
-                return work(self._later or self._state)
+                return work(max(self._state, self._later, key=lambda state: state.commits))
             except SegmentGoneError as error:
                 later = self._state.latest()
                 if error.segment in later.paths():
@@ -131,12 +132,19 @@ class Snapshot:
             self._scan()
             bits: NDArray[np.int64] = self._seen.view()[rows, 2] >> REPORTED.index(VIRTUAL_COLUMNS[column])
             return (bits & 1).astype(np.bool_)
-        return self._now(lambda state: state.places(column, rows) >= 0)
+        try:
+            return self._state.places(column, rows) >= 0
+        except SegmentGoneError:
+            # what is left shows no more of its rows than the first and the last
+            metas = [segment.meta for segment in self._state.segments_of(column)]
+            within: NDArray[np.bool_] = np.any([(rows >= meta.first_row) & (rows <= meta.last_row) for meta in metas], axis=0)
+            return within & self._now(lambda state: state.places(column, rows) >= 0)
 
     def quarantined(self, column: str) -> dict[int, str]:
-        """Return rows that could not be scored, and why."""
-        columns = self._state.columns
-        return self._now(lambda state: state.columns[column].quarantined()) if column in columns else {}
+        """Return rows that could not be scored, and why, without those that were scored later."""
+        reasons = self._state.columns[column].reasons if column in self._state.columns else {}
+        rows = np.array(sorted(reasons), np.int64)
+        return {row: reasons[row] for row in rows[~self.scored_rows(column, rows)].tolist()}
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Return content hash and number of response tokens of rollouts."""
@@ -152,8 +160,9 @@ class Snapshot:
             return Rows.of(())
         places = {name: state.places(name, rows) for name in columns}
         for name, found in places.items():
-            if (found < 0).any():
-                raise admission.missing_scores(self._owner, self._name(int(rows[int(np.argmax(found < 0))])), name)
+            missing = found < 0 if state is self._state else (found < 0) | ~self.scored_rows(name, rows)
+            if missing.any():
+                raise admission.missing_scores(self._owner, self._name(int(rows[int(np.argmax(missing))])), name)
         scored = {name: state.grouped_scores(name, found) for name, found in places.items()}
         return decode.read(state.grouped(rows), scored, top_k, self._files.run)
 

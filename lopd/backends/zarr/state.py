@@ -79,11 +79,6 @@ class Column:
         table = np.array([(number << _LINE_BITS, metas[number].first_row, metas[number].rows) for number in dense], np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1].copy(), table[:, 2]
 
-    def quarantined(self) -> dict[int, str]:
-        """Return rows that could not be scored, and why, without those that were scored later."""
-        rows = np.array(sorted(self.reasons), np.int64)
-        return {row: self.reasons[row] for row in rows[self.places(rows) < 0].tolist()}
-
 
 @final
 class State:

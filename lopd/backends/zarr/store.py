@@ -34,6 +34,8 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     """A `DurableStore` of raw Zarr v3 segments; make one with `create`, `open` or `open_or_create`.
 
     A store sees the commits that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
+    Where scores that skip rows were merged, and their segment removed before it looked at them, it cannot tell rows between the first and the last of
+    them that were scored since, and calls them scored.
     The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
     written to.
     It pickles as its place and the number of commits it sees.  One thread at a time; processes as many as you like.

@@ -182,7 +182,7 @@ def add_model(parser: ArgumentParser, role: str) -> None:
         "--engine", action="append", metavar="ENGINE", help="hf (the default), vllm, or the URL of a server; may be repeated for several"
     )
     parser.add_argument("--device", help="where transformers runs it (a GPU if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in use (as they are stored)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that it runs in (as the weights are stored)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the longest prompt and response together")
     parser.add_argument(
         "--revision", help="which weights they are, if MODEL is not the folder that servers have, or is quantised; recorded, with --dtype"

@@ -38,7 +38,7 @@ def add_sample(parser: ArgumentParser) -> None:
     give_examples(
         parser,
         "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --max-new-tokens 4096",
-        "lopd sample s3://bucket/run.zarr --student sft-student --prompts prompts.jsonl --engine vllm",
+        "lopd sample s3://bucket/run.zarr --student sft-student --prompts prompts.jsonl --engine vllm --dtype bfloat16",
         "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --engine http://gpu1:8000 --engine http://gpu2:8000",
         "",
         "The same command again goes on.  Exit code 1 if prompts were refused.",
