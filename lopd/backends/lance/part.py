@@ -32,6 +32,8 @@ class Part:
         self.table = table
         self._owner = owner
         self._line, self.seed = line, seed
+        #: So many rows were acknowledged, as far as is known; see `check_unmarked`.
+        self.marked = 0
         self._limit, self._asked = limit, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()

@@ -66,6 +66,7 @@ class Snapshot:
                 f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "
                 "restore its newest files from a backup."
             )
+        part.marked = max(part.marked, least)
         return part
 
     def _move(self, part: Part) -> None:

@@ -28,21 +28,21 @@ _ROWS = 1 << 20
 VERSIONS = 128
 
 
-def tidy(dataset: Any, flush: Flush) -> None:
-    """Merge the newest files of a table once they are many."""
-    fragments = [fragment.metadata for fragment in dataset.get_fragments()]
+def tidy(dataset: Any, rows: int, flush: Flush) -> None:
+    """Merge the newest files of a table once they are many; only those of its first rows, as the writers of others may take them back."""
+    fragments = _of_rows(dataset, rows)
     count = crowd([_bytes_of(fragment) for fragment in fragments])
     if count:
         _merge(dataset, fragments[-count:], flush)
 
 
-def compact(dataset: Any, flush: Flush) -> bool:
-    """Merge all small files of a table that are neighbours; gives whether there were any."""
+def compact(dataset: Any, rows: int, flush: Flush) -> bool:
+    """Merge all small files of the first rows of a table that are neighbours; gives whether there were any."""
     groups: list[list[Any]] = [[]]
-    for fragment in dataset.get_fragments():
+    for fragment in _of_rows(dataset, rows):
         if sum(other.physical_rows for other in groups[-1]) + fragment.physical_rows > _ROWS:
             groups.append([])
-        groups[-1].append(fragment.metadata)
+        groups[-1].append(fragment)
     small = [group for group in groups if len(group) > 1]
     for group in small:
         _merge(dataset, group, flush)
@@ -68,6 +68,12 @@ def crowd(sizes: Sequence[int]) -> int:
             # An older store may have any number of them.
             return bisect_right(list(accumulate(reversed(sizes[-count:]))), _LARGEST)
     return 0
+
+
+def _of_rows(dataset: Any, rows: int) -> list[Any]:
+    """Return the entries of the files in which the first rows of a table are, and no others."""
+    fragments = [fragment.metadata for fragment in dataset.get_fragments()]
+    return fragments[: bisect_right(list(accumulate(fragment.num_rows for fragment in fragments)), rows)]
 
 
 def _bytes_of(fragment: Any) -> int:
