@@ -75,6 +75,25 @@ def test_many_commits_leave_few_files_and_few_versions_and_all_rows(tmp_path: Pa
     assert [commit.kind for commit in store.history()].count("rollouts") == 70
 
 
+def test_a_version_with_a_tag_stays_and_the_others_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiers, "VERSIONS", 16)
+    store = grown(tmp_path / "run.lance", 3)
+    table = store.table()
+    table.tags.create("run-1", table.version)
+    for i in range(60):
+        store.append(many(100 + i, 1))
+    assert len(list(place(store).glob("rollouts-*/_versions/*.manifest"))) < 32
+    store.compact(older_than=0.0)
+    assert caplog.messages == []
+    assert [commit.kind for commit in store.history()][-1] == "compaction"
+    tagged = table_of(store, "rollouts")
+    tagged.checkout("run-1")
+    assert tagged.count_rows() == len(tagged.to_arrow()) == 3
+    assert list(store.verify()) == []
+
+
 def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     filled.append(many(10, 1))
     filled.append_scores("teacher", tiny_provenance(top_k=2), [])

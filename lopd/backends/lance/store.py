@@ -82,8 +82,9 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def table(self, column: str | None = None) -> Any:
         """Return LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it does not take writes.
 
-        It is at the version that this store sees, which is kept until 128 others have followed.  Its `row` is the row of the store, by which
-        the tables join; `rollout_id` is UTF-8 in bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
+        It is at the version that this store sees, which is kept until 128 others have followed, and as long as it has a tag
+        (`tags.create("run-1", version)`).  Its `row` is the row of the store, by which the tables join; `rollout_id` is UTF-8 in
+        bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
 
         Raises:
             MissingScoresError: no such column, or nothing was appended yet.

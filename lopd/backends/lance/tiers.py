@@ -50,9 +50,9 @@ def compact(dataset: Any, rows: int, flush: Flush) -> bool:
 
 
 def drop_versions(dataset: Any, older_than: float | None = None) -> None:
-    """Remove versions older than this many seconds; None for all but the newest few, however old they are."""
+    """Remove versions older than this many seconds; None for all but the newest few, however old they are.  Those with a tag stay."""
     kept = {"retain_versions": VERSIONS} if older_than is None else {"older_than": timedelta(seconds=older_than)}
-    dataset.cleanup_old_versions(**kept)
+    dataset.cleanup_old_versions(**kept, error_if_tagged_old_versions=False)
 
 
 def crowd(sizes: Sequence[int]) -> int:
