@@ -94,6 +94,16 @@ def test_a_version_with_a_tag_stays_and_the_others_go(
     assert list(store.verify()) == []
 
 
+def test_compact_makes_no_file_of_more_bytes_than_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path / "run.lance", 6)
+    assert fragments_of(store, "rollouts") == 6
+    monkeypatch.setattr(tiers, "_BYTES", int(2.5 * store._snapshot.parts()[None].table.stored_bytes() / 6))
+    store.compact(older_than=0.0)
+    assert fragments_of(store, "rollouts") == 3
+    assert table_of(store, "rollouts").to_arrow()["row"].to_pylist() == [*range(6)]
+    assert rows_of(reopened(store)) == [f"r{i}" for i in range(6)]
+
+
 def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     filled.append(many(10, 1))
     filled.append_scores("teacher", tiny_provenance(top_k=2), [])

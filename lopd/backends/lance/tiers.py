@@ -22,8 +22,8 @@ FAN = 16
 # Larger files are left to `compact`: a merge of them would be felt.
 _LARGEST = 1 << 30
 _BATCH = 1 << 24
-# What `compact` makes.
-_ROWS = 1 << 20
+# What `compact` makes: files of at most so many rows and bytes, except where one was larger already.
+_ROWS, _BYTES = 1 << 20, 1 << 32
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
 VERSIONS = 128
 
@@ -40,7 +40,8 @@ def compact(dataset: Any, rows: int, flush: Flush) -> bool:
     """Merge all small files of the first rows of a table that are neighbours; gives whether there were any."""
     groups: list[list[Any]] = [[]]
     for fragment in _of_rows(dataset, rows):
-        if sum(other.physical_rows for other in groups[-1]) + fragment.physical_rows > _ROWS:
+        group = [*groups[-1], fragment]
+        if sum(other.physical_rows for other in group) > _ROWS or sum(map(_bytes_of, group)) > _BYTES:
             groups.append([])
         groups[-1].append(fragment)
     small = [group for group in groups if len(group) > 1]
