@@ -17,7 +17,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.backends.lance.tiers import crowd
 from lopd.backends.lance.writer import Writer
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -102,6 +102,22 @@ def test_compact_makes_no_file_of_more_bytes_than_a_few(tmp_path: Path, monkeypa
     assert fragments_of(store, "rollouts") == 3
     assert table_of(store, "rollouts").to_arrow()["row"].to_pylist() == [*range(6)]
     assert rows_of(reopened(store)) == [f"r{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("never", [float("inf"), 1e300, 1e14])
+def test_compact_may_keep_every_version(filled: LanceStore, never: float) -> None:
+    versions = {*place(filled).glob("*.lance/_versions/*")}
+    filled.compact(older_than=never)
+    assert versions < {*place(filled).glob("*.lance/_versions/*")}
+    assert fragments_of(filled, "rollouts") == 1
+    assert [commit.kind for commit in filled.history()][-1] == "compaction"
+
+
+@pytest.mark.parametrize("number", [float("nan"), -1.0, "7"])
+def test_an_age_that_is_none_is_refused_before_anything_is_done(filled: LanceStore, number: Any) -> None:
+    with pytest.raises(InvalidRecordError, match=r"older_than is .*, expected "):
+        filled.compact(older_than=number)
+    assert fragments_of(filled, "rollouts") == 2
 
 
 def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:

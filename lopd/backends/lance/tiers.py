@@ -26,6 +26,8 @@ _BATCH = 1 << 24
 _ROWS, _BYTES = 1 << 20, 1 << 32
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
 VERSIONS = 128
+# Longer ago than any version, in seconds; a `timedelta` of much more is refused.
+_EVER = 1e10
 
 
 def tidy(dataset: Any, rows: int, flush: Flush) -> None:
@@ -52,6 +54,8 @@ def compact(dataset: Any, rows: int, flush: Flush) -> bool:
 
 def drop_versions(dataset: Any, older_than: float | None = None) -> None:
     """Remove versions older than this many seconds; None for all but the newest few, however old they are.  Those with a tag stay."""
+    if older_than is not None and older_than > _EVER:
+        return
     kept = {"retain_versions": VERSIONS} if older_than is None else {"older_than": timedelta(seconds=older_than)}
     dataset.cleanup_old_versions(**kept, error_if_tagged_old_versions=False)
 
