@@ -170,6 +170,20 @@ def test_rows_are_not_added_behind_others_that_are_taken_back_at_that_moment(
     assert rows_of(reopened(filled))[-3:] == ["r22", "r10", "r11"]
 
 
+def test_a_store_that_saw_rows_which_were_taken_back_sees_those_that_came_in_their_place(filled: LanceStore) -> None:
+    reader, other, mine = reopened(filled), reopened(filled), filled._snapshot.rollouts
+    assert mine is not None
+    unacknowledged(filled, many(10, 2))
+    reader.refresh()
+    assert reader.find(["r10", "r20"]).tolist() == [4, -1]
+    assert mine.table.take_back(2)
+    other.append(many(20, 2))
+    reader.refresh()
+    assert reader.find(["r10", "r20"]).tolist() == [-1, 4]
+    reader.append_scores("ref", tiny_provenance("ref"), [tiny_scores(many(20, 1)[0])])
+    assert list(reopened(filled).verify()) == []
+
+
 def test_nothing_is_built_on_rows_that_are_taken_back_at_that_moment(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     other, mine, real = reopened(filled), filled._snapshot.rollouts, LanceTable.hold
     assert mine is not None
