@@ -181,6 +181,28 @@ def test_what_was_exported_without_checksums_is_imported_and_one_warning_says_so
         assert one.filename == __file__
 
 
+@pytest.mark.parametrize("kind", ["parquet", "dataset"])
+def test_values_may_be_edited_where_the_column_of_checksums_is_taken_out(kind: str, memory: MemoryStore, tmp_path: Path) -> None:
+    path, column = tmp_path / "run.parquet", "behavior_logprobs"
+    export_parquet(memory, path)
+    table = pq.read_table(path).drop_columns(["checksum"])
+    edited = [None if values is None else [-0.5] * len(values) for values in table[column].to_pylist()]
+    field = table.schema.field(column)
+    pq.write_table(table.set_column(table.column_names.index(column), field, pa.array(edited, field.type)), path)
+    dataset = to_hf_dataset(memory).remove_columns("checksum")
+    with pytest.warns(UncheckedDataWarning, match="it has no checksums") as warned:
+        store = from_parquet(path) if kind == "parquet" else from_dataset(dataset)
+    assert len(warned) == 1
+    if kind == "dataset":
+        assert_equal_stores(store, memory)
+        return
+    found = [row.rollout.behavior_logprobs for row in store.read(range(len(memory)))]
+    assert [None if values is None else values.tolist() for values in found] == edited
+    pq.write_table(pq.read_table(path).slice(0, 20), path)
+    with pytest.warns(UncheckedDataWarning), pytest.raises(CorruptStoreError, match="it has 20 rows, expected the 30"):
+        from_parquet(path)
+
+
 def test_a_file_of_another_program_is_imported_with_the_warning(memory: MemoryStore, tmp_path: Path) -> None:
     export_parquet(memory, tmp_path / "run.parquet")
     pq.write_table(without_checksums(pq.read_table(tmp_path / "run.parquet")), tmp_path / "own.parquet")

@@ -38,6 +38,21 @@ def test_each_is_flushed_once_and_nothing_stays_open(paths: list[Path], flushed:
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 (names)
 
 
+def test_many_files_are_not_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, most = [tmp_path / str(i) for i in range(300)], list[int]()
+    for path in paths:
+        path.touch()
+
+    def fsync(_: int) -> None:
+        most.append(len(os.listdir("/proc/self/fd")))  # noqa: PTH208 (names)
+
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names)
+    monkeypatch.setattr(os, "fsync", fsync)
+    flush(*paths)
+    assert len(most) == 300
+    assert max(most) < before + 100
+
+
 def test_a_process_that_may_start_no_thread_flushes_one_after_the_other(
     paths: list[Path], flushed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

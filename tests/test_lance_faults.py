@@ -19,6 +19,7 @@ from s3_server import S3Server
 from zarr_stores import _quick_disk, fill, many, place, rows_of  # noqa: F401
 
 from lopd.backends.lance.encode import encode_scores
+from lopd.backends.lance.failures import reading
 from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.writer import Writer
@@ -261,6 +262,53 @@ def test_a_storage_that_stays_away_ends_each_call_in_one_clear_error_and_nothing
     for operation in OPERATIONS.values():
         operation(store)
     assert rows_of(store) == ["m", "b", "r0", "r1", "r10"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_storage_that_lets_nobody_in_any_more_is_not_damage(s3: S3Server, proxy: FaultProxy, status: int) -> None:
+    store = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=s3.storage_options))
+    readers = [reopened(store, proxy.storage_options | IMPATIENT) for _ in range(2)]
+    readers[1].read([1], ("teacher",))
+    proxy.refuse(ALWAYS, status=status)
+    for reader in readers:
+        with pytest.raises(StoreReadError, match="check the storage, its permissions and credentials"):
+            reader.read([0, 1, 3], ())
+    problems = [*readers[1].verify()]
+    assert problems
+    assert not [problem for problem in problems if "damaged" in problem]
+    proxy.heal()
+    for reader in readers:
+        assert len(reader.read([1], ("teacher",))) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "LanceError(IO): Generic LocalFileSystem error: Unable to open file /x: Permission denied (os error 13), /home/runner/x.rs:1:2",
+        "lance error: LanceError(IO): " + 400 * "x" + ": Too many open files (os error 24)",
+        "Unable to access metadata for /x: Input/output error (os error 5)",
+        "The operation lacked the necessary privileges to complete for path x: Error performing HEAD http://x",
+        "The operation lacked valid authentication credentials for path x: Error performing GET http://x",
+    ],
+)
+def test_what_the_system_or_a_storage_refuses_is_not_damage(said: str) -> None:
+    with pytest.raises(StoreReadError, match="Table 'x': reading it failed"), reading("Table 'x'"):
+        raise OSError(said)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Object at location /x not found: No such file or directory (os error 2)",
+        "Generic LocalFileSystem error: Requested range was invalid",
+        "LanceError(IO): failed to decode Protobuf message: Manifest.version_aux_data: invalid wire type",
+        "Encountered corrupt file /x/data/os error 13.lance: file size is smaller than 16 bytes",
+    ],
+)
+def test_what_is_gone_cut_or_not_understood_is_damage(said: str) -> None:
+    with pytest.raises(CorruptStoreError, match="Table 'x': LanceDB cannot read it"), reading("Table 'x'"):
+        raise OSError(said)
 
 
 @pytest.mark.s3

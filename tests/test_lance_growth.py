@@ -17,7 +17,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.backends.lance.tiers import crowd
 from lopd.backends.lance.writer import Writer
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -73,6 +73,51 @@ def test_many_commits_leave_few_files_and_few_versions_and_all_rows(tmp_path: Pa
         assert [row.rollout.response_ids.tolist() for row in reader.read([69, 3])] == [[69], [3]]
     assert list(store.verify()) == []
     assert [commit.kind for commit in store.history()].count("rollouts") == 70
+
+
+def test_a_version_with_a_tag_stays_and_the_others_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiers, "VERSIONS", 16)
+    store = grown(tmp_path / "run.lance", 3)
+    table = store.table()
+    table.tags.create("run-1", table.version)
+    for i in range(60):
+        store.append(many(100 + i, 1))
+    assert len(list(place(store).glob("rollouts-*/_versions/*.manifest"))) < 32
+    store.compact(older_than=0.0)
+    assert caplog.messages == []
+    assert [commit.kind for commit in store.history()][-1] == "compaction"
+    tagged = table_of(store, "rollouts")
+    tagged.checkout("run-1")
+    assert tagged.count_rows() == len(tagged.to_arrow()) == 3
+    assert list(store.verify()) == []
+
+
+def test_compact_makes_no_file_of_more_bytes_than_a_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path / "run.lance", 6)
+    assert fragments_of(store, "rollouts") == 6
+    monkeypatch.setattr(tiers, "_BYTES", int(2.5 * store._snapshot.parts()[None].table.stored_bytes() / 6))
+    store.compact(older_than=0.0)
+    assert fragments_of(store, "rollouts") == 3
+    assert table_of(store, "rollouts").to_arrow()["row"].to_pylist() == [*range(6)]
+    assert rows_of(reopened(store)) == [f"r{i}" for i in range(6)]
+
+
+@pytest.mark.parametrize("never", [float("inf"), 1e300, 1e14])
+def test_compact_may_keep_every_version(filled: LanceStore, never: float) -> None:
+    versions = {*place(filled).glob("*.lance/_versions/*")}
+    filled.compact(older_than=never)
+    assert versions < {*place(filled).glob("*.lance/_versions/*")}
+    assert fragments_of(filled, "rollouts") == 1
+    assert [commit.kind for commit in filled.history()][-1] == "compaction"
+
+
+@pytest.mark.parametrize("number", [float("nan"), -1.0, "7"])
+def test_an_age_that_is_none_is_refused_before_anything_is_done(filled: LanceStore, number: Any) -> None:
+    with pytest.raises(InvalidRecordError, match=r"older_than is .*, expected "):
+        filled.compact(older_than=number)
+    assert fragments_of(filled, "rollouts") == 2
 
 
 def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from lance_stores import filled, reopened, started  # noqa: F401
 from test_old_stores import ROLLOUTS, assert_whole
 from zarr_stores import _quick_disk, fill, many, place, rows_of  # noqa: F401
 
+from lopd.backends.lance import writer
 from lopd.backends.lance.catalog import Catalog
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import Database, LanceTable
@@ -82,6 +83,154 @@ def test_rows_that_cannot_be_read_back_are_not_acknowledged_and_the_store_stays_
     call()
     assert list(reopened(filled).verify()) == []
     assert len(reopened(filled)) == len(before) + (3 if "rollouts" in what else 1)
+
+
+@pytest.fixture
+def misled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return `misled(act)`: `act` happens before the next call reads back what it wrote, and then it cannot, though all is well."""
+
+    def arrange(act: Callable[[], object]) -> None:
+        real = writer.check_added
+
+        def check(*_: Any) -> None:
+            monkeypatch.setattr(writer, "check_added", real)
+            act()
+            raise CorruptStoreError("Table: it cannot be read, expected rows; check it.")
+
+        monkeypatch.setattr(writer, "check_added", check)
+
+    return arrange
+
+
+@pytest.mark.parametrize("what", ["scores", "a quarantine", "the same rollouts", "rollouts behind", "rollouts and scores"])
+def test_rows_that_others_rely_on_are_not_taken_back(what: str, filled: LanceStore, misled: Any) -> None:
+    other, rollouts = reopened(filled), many(10, 2)
+    calls: dict[str, Callable[[], object]] = {
+        "scores": lambda: other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(rollouts[0])]),
+        "a quarantine": lambda: other.quarantine("ref", tiny_provenance("ref"), {"r10": "too long"}),
+        "the same rollouts": lambda: other.append(rollouts),
+        "rollouts behind": lambda: other.append(many(20, 2)),
+        "rollouts and scores": lambda: (other.append(many(20, 2)), calls["scores"]()),
+    }
+    misled(calls[what])
+    with pytest.raises(StoreWriteError, match="its rows could not be taken back"):
+        filled.append(rollouts)
+    for store in (reopened(filled), other, filled):
+        store.append(rollouts)
+        assert rows_of(store) == ["m", "b", "r0", "r1", "r10", "r11", *(["r20", "r21"] if "rollouts " in what else [])]
+        assert store.scored("ref").tolist()[4:5] == ["scores" in what]
+        assert list(store.verify()) == []
+
+
+def test_scores_that_others_have_added_to_are_not_taken_back(filled: LanceStore, misled: Any) -> None:
+    scores = [tiny_scores(row.rollout) for row in filled.read(range(4))]
+    filled.append_scores("ref", tiny_provenance("ref"), scores[:1])
+    other = reopened(filled)
+    misled(lambda: other.append_scores("ref", tiny_provenance("ref"), scores[2:3]))
+    with pytest.raises(StoreWriteError, match="its rows could not be taken back"):
+        filled.append_scores("ref", tiny_provenance("ref"), scores[1:2])
+    assert reopened(filled).scored("ref").tolist() == [True, True, True, False]
+    assert list(reopened(filled).verify()) == []
+
+
+def unacknowledged(store: LanceStore, rollouts: list[Any]) -> None:
+    """Append as a writer does that is killed before it says that its rows are there."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "_flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.append(rollouts)
+
+
+@pytest.mark.parametrize("where", ["insert", "merge_insert"])
+def test_rows_are_not_added_behind_others_that_are_taken_back_at_that_moment(
+    where: str, filled: LanceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, mine = reopened(filled), filled._snapshot.rollouts
+    assert mine is not None
+    unacknowledged(filled, many(10, 2))
+    owner = LanceTable if where == "insert" else type(mine.table._handle)
+    real = getattr(owner, where)
+
+    def work(self: Any, *args: Any) -> Any:
+        monkeypatch.setattr(owner, where, real)
+        begun = real(self, *args) if where == "merge_insert" else None
+        assert mine.table.take_back(2)
+        return begun or real(self, *args)
+
+    monkeypatch.setattr(owner, where, work)
+    other.append(many(20, 3))
+    for store in (other, reopened(filled)):
+        assert rows_of(store) == ["m", "b", "r0", "r1", "r20", "r21", "r22"]
+        assert list(store.verify()) == []
+    filled.append(many(10, 2))
+    assert rows_of(reopened(filled))[-3:] == ["r22", "r10", "r11"]
+
+
+def test_a_store_that_saw_rows_which_were_taken_back_sees_those_that_came_in_their_place(filled: LanceStore) -> None:
+    reader, other, mine = reopened(filled), reopened(filled), filled._snapshot.rollouts
+    assert mine is not None
+    unacknowledged(filled, many(10, 2))
+    reader.refresh()
+    assert reader.find(["r10", "r20"]).tolist() == [4, -1]
+    assert mine.table.take_back(2)
+    other.append(many(20, 2))
+    reader.refresh()
+    assert reader.find(["r10", "r20"]).tolist() == [-1, 4]
+    reader.append_scores("ref", tiny_provenance("ref"), [tiny_scores(many(20, 1)[0])])
+    assert list(reopened(filled).verify()) == []
+
+
+def test_nothing_is_built_on_rows_that_are_taken_back_at_that_moment(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, mine, real = reopened(filled), filled._snapshot.rollouts, LanceTable.hold
+    assert mine is not None
+    unacknowledged(filled, many(10, 2))
+
+    def hold(self: LanceTable, rows: int) -> None:
+        assert mine.table.take_back(2)
+        real(self, rows)
+
+    monkeypatch.setattr(LanceTable, "hold", hold)
+    with pytest.raises(StoreWriteError, match=r"has 4 rows, expected at least 6.*; it was not acknowledged"):
+        other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(many(10, 1)[0])])
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
+    assert list(reopened(filled).verify()) == []
+
+
+def test_nothing_is_built_on_rows_that_cannot_be_read_and_their_writer_takes_them_back(
+    filled: LanceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, real, item, tried = reopened(filled), writer.check_added, tiny_rollout("r2", [2, 3]), list[str]()
+    calls: dict[str, Callable[[], object]] = {
+        "scores": lambda: other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(item)]),
+        "the same rollout": lambda: other.append([item]),
+        "rollouts behind": lambda: other.append(many(20, 1)),
+        "a merge": lambda: other.compact(older_than=0.0),
+    }
+
+    def check(*args: Any) -> None:
+        monkeypatch.setattr(writer, "check_added", real)
+        path, good = newest("rollouts-*/data/*", filled), np.array([4, 2, 3], np.uint16).tobytes()
+        assert good in path.read_bytes()
+        path.write_bytes(path.read_bytes().replace(good, np.array([4, 2, 7], np.uint16).tobytes()))
+        for name, call in calls.items():
+            with pytest.raises(StoreWriteError, match=r"rollout 'r2': the checksum of its values.*; it was not acknowledged"):
+                call()
+            tried.append(name)
+        real(*args)
+
+    monkeypatch.setattr(writer, "check_added", check)
+    with pytest.raises(StoreWriteError, match="nothing of this call was committed, so check the disk"):
+        filled.append([item])
+    assert tried == [*calls]
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
+    for call in (lambda: filled.append([item]), *calls.values()):
+        call()
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r2", "r20"]
+    assert list(reopened(filled).verify()) == []
 
 
 def test_a_merged_file_that_cannot_be_read_back_is_not_put_in_the_place_of_others(filled: LanceStore, badly: Any) -> None:

@@ -29,10 +29,10 @@ def before_insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Non
     def arrange(act: Callable[[], None]) -> None:
         real = LanceTable.insert
 
-        def insert(self: LanceTable, data: Any) -> bool:
+        def insert(self: LanceTable, data: Any, version: int) -> bool:
             monkeypatch.setattr(LanceTable, "insert", real)
             act()
-            return real(self, data)
+            return real(self, data, version)
 
         monkeypatch.setattr(LanceTable, "insert", insert)
 

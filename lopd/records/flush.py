@@ -1,10 +1,13 @@
 """Flushing to disk: what was written survives a power cut from then on."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 
 _AT_ONCE = 8
+# Few of those that a process may have open.
+_OPEN = 64
 
 
 def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
@@ -15,6 +18,11 @@ def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
     Raises:
         OSError: the disk refused; or one is not there, unless `missing_ok`.
     """
+    for start in range(0, len(paths), _OPEN):
+        _flush(paths[start : start + _OPEN], missing_ok)
+
+
+def _flush(paths: Sequence[str | os.PathLike[str]], missing_ok: bool) -> None:
     with ExitStack() as opened:
         descriptors = []
         for path in paths:

@@ -24,11 +24,13 @@ from lopd.backends.lance.state import CatalogState, Kind, Record
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, seal, unseal, unsealed
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, StoreWriteError
 from lopd.records.manifest import Manifest
 from lopd.records.stored import parse, read_as
 
 LOG, HEAD = "log", ".head"
+# Seconds by which two clocks may differ.
+_CLOCKS = 3600.0
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
 _RECORD_NAME = re.compile(r"[0-9]{10}\.json")
@@ -175,6 +177,21 @@ class Catalog:
             StoreReadError: the storage refused.
         """
         return max((int(number) for number in self._names(f"{name}{HEAD}") if number.isdecimal()), default=0)
+
+    def check_clock(self) -> None:
+        """Refuse a clock that is ahead: Lance removes files outside of versions that seem a week old, and a writer may be about to commit them.
+
+        Raises:
+            StoreWriteError: it and that of the storage differ.
+        """
+        self.mark(LOG, self.state.number)
+        with reading(self._owner, "comparing clocks"):
+            age = self._files.age(f"{LOG}{HEAD}")
+        if abs(age) > _CLOCKS:
+            raise StoreWriteError(
+                f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
+                "for files of writers at work would look old; so set the clock."
+            )
 
 
 def _path(number: int) -> str:

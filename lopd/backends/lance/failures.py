@@ -1,5 +1,7 @@
 """What Lance raises, in our words."""
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,7 +10,12 @@ from lopd.errors import CorruptStoreError, LopdError, StoreReadError
 _CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
 # Lance's messages on files that a clean-up has removed since they were looked at.
 _GONE = ("not found", "no such file", "no longer exists")
-_NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
+# The words of a storage or a system that refuses: a list that ends.  Those of Lance on damaged bytes do not, so all else is damage.
+_REFUSALS = (errno.EPERM, errno.EACCES, errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ESTALE)
+_REFUSED = re.compile(
+    "Generic (S3|GCS|MicrosoftAzure) error|error sending request|timed out|lacked the necessary privileges|lacked valid authentication"
+    rf"|os error ({'|'.join(map(str, _REFUSALS))})\)"
+)
 
 
 @contextmanager
@@ -22,8 +29,10 @@ def reading(what: str) -> Iterator[None]:
         if not is_lance_error(error):
             raise
         said = first_line(error)
-        if any(words in said for words in _NETWORK):
-            raise StoreReadError(f"{what}: reading it failed with {said!r}; check it and try again.") from error
+        if _REFUSED.search(str(error)):
+            raise StoreReadError(
+                f"{what}: reading it failed with {said!r}; check the storage, its permissions and credentials, and try again."
+            ) from error
         raise CorruptStoreError(
             f"{what}: LanceDB cannot read it ({said!r}), so a file is damaged or gone; restore it from a backup, or refresh the store "
             "if they are of a version that has been removed since."

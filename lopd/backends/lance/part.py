@@ -32,6 +32,8 @@ class Part:
         self.table = table
         self._owner = owner
         self._line, self.seed = line, seed
+        #: So many rows were acknowledged, as far as is known; see `check_unmarked`.
+        self.marked = 0
         self._limit, self._asked = limit, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()
@@ -67,6 +69,12 @@ class Part:
                     raise
                 return self.lines()
         return self._lines.view()
+
+    def replaced(self) -> bool:
+        """Return whether the last line that was read is another one by now: its writer took it back, and others took its place."""
+        last = np.array([self.read - 1]) if self._places is None else self._places[-1:]
+        now = read_lines(self._owner, self.table.take(last, line_columns(self._line)), self._line, self.seed)
+        return bool((now != self._lines.view()[-1:]).any())
 
     def _read_on(self) -> None:
         if self._places is not None or len(self._lines) > self.table.rows:

@@ -66,12 +66,13 @@ class Snapshot:
                 f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "
                 "restore its newest files from a backup."
             )
+        part.marked = max(part.marked, least)
         return part
 
     def _move(self, part: Part) -> None:
-        least, before = self._catalog.least(part.table.name), part.table.rows
+        least, before, unsure = self._catalog.least(part.table.name), part.table.rows, part.read > part.marked
         part.table.refresh()
-        if self._checked(part, least).table.rows < before:
+        if self._checked(part, least).table.rows < max(before, part.read) or (unsure and part.replaced()):
             # A writer took back what it could not read.
             part.forget()
             self._index, self._indexed = IdIndex(), 0

@@ -24,7 +24,7 @@ from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
 from lopd.errors import LopdError, MissingScoresError
-from lopd.records.checks import to_real
+from lopd.records.checks import check_number, to_real
 from lopd.records.manifest import Commit
 
 _WEEK = 7 * 24 * 3600.0
@@ -82,8 +82,9 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def table(self, column: str | None = None) -> Any:
         """Return LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it does not take writes.
 
-        It is at the version that this store sees, which is kept until 128 others have followed.  Its `row` is the row of the store, by which
-        the tables join; `rollout_id` is UTF-8 in bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
+        It is at the version that this store sees, which is kept until 128 others have followed, and as long as it has a tag
+        (`tags.create("run-1", version)`).  Its `row` is the row of the store, by which the tables join; `rollout_id` is UTF-8 in
+        bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
 
         Raises:
             MissingScoresError: no such column, or nothing was appended yet.
@@ -98,13 +99,17 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, older_than: float = _WEEK) -> None:
         """Merge many small files into large ones; rows keep their numbers.  Refreshes.
 
-        Versions are removed if they are older than this many seconds.  Stores read on, also pickled ones; what `table` gave reads on only as
-        long as its version is there.  Tables that killed writers left behind are removed once their column has another table.
+        Versions are removed if they are older than this many seconds; none are with `float("inf")`.  Stores read on, also pickled ones; what
+        `table` gave reads on only as long as its version is there.  Tables that killed writers left behind are removed once their column has
+        another table.
 
         Raises:
+            InvalidRecordError: `older_than` is below 0, or not a number.
             StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
-        self._proven_writer.compact(to_real(self._owner, "older_than", older_than))
+        seconds = to_real(self._owner, "older_than", older_than)
+        check_number(self._owner, "older_than", older_than, seconds >= 0, "at least 0 seconds")
+        self._proven_writer.compact(seconds)
 
     def history(self) -> Sequence[Commit]:
         """Return what was committed up to this store's snapshot, by the clocks of the writers, oldest first."""

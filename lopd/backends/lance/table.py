@@ -4,9 +4,8 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -14,9 +13,8 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import check_fork
-from lopd.backends.lance.failures import is_conflict, is_gone, reading
+from lopd.backends.lance.failures import is_gone, reading
 from lopd.backends.ragged import LogprobDtype
-from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
 
@@ -211,14 +209,19 @@ class LanceTable:
             )
         return found
 
-    def insert(self, data: Any) -> bool:
-        """Add rows of one commit, unless that number is taken: all or none of them.  Moves to the latest version either way.
+    def insert(self, data: Any, version: int) -> bool:
+        """Add rows of one commit, unless this version is not the latest or that number is taken: all or none of them.
+
+        Moves to the latest version either way.
 
         Columns that the table does not have yet are added first, empty.
         """
         table = self._table
         try:
             table.checkout_latest()
+            if int(table.version) != version:
+                # The rows that these were to follow may have been taken back.
+                return False
             there = set(table.schema.names)
             new = [field for field in data.schema if field.name not in there]
             if new:
@@ -233,14 +236,16 @@ class LanceTable:
         """Return whether rows that were just added to this version are there once; they are removed where their number was another's.
 
         Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
+        Nor does it see then that what was before them was taken back.
         """
         there = set(self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions"))
         newest = _LAST - min(int(name.removesuffix(_MANIFEST)) for name in there if name.endswith(_MANIFEST))
         if {f"{_LAST - version}{_MANIFEST}" for version in range(base, newest + 1)} <= there:
             return True
         latest, number = self._database.handle(self.name, None), f"{COMMIT} = {data[COMMIT][0].as_py()}"
+        before = latest.count_rows(number.replace("=", "<"))
         mine = f"{number} AND committed_at = {data['committed_at'][0].as_py()!r}"
-        if latest.count_rows(number) == latest.count_rows(mine) == len(data):
+        if before == self.rows and latest.count_rows(number) == latest.count_rows(mine) == len(data):
             return True
         latest.delete(mine)
         return False
@@ -250,21 +255,36 @@ class LanceTable:
         self._table.checkout_latest()
         return self._database.view(self.name, self._handle.version)
 
-    def take_back(self, count: int) -> int:
-        """Remove the last rows of this version, whatever their files hold and whatever was written since; gives how many were removed.
+    def take_back(self, count: int) -> bool:
+        """Return whether the last rows of this version were removed: not where anything was committed since, which may rely on them.
 
-        Moves to the latest version.
+        Nothing of their files is read.  Moves to the latest version.
         """
-        ids = self._table.search().select(["_rowid"]).limit(self.rows).to_arrow()["_rowid"].to_numpy().astype(np.int64)[-count:]
-        try:
-            # Row ids are computed: nothing of a broken file is read.
-            return repeat(partial(self._delete, f"_rowid >= {ids.min()} AND _rowid <= {ids.max()}"), is_conflict, **PATIENCE)
-        finally:
-            self._load()
+        view, rows = self._database.view(self.name, self.version), self.rows
+        kept = [fragment.metadata for fragment in view.get_fragments()]
+        while kept and rows > self.rows - count:
+            rows -= kept.pop().num_rows
+        if rows != self.rows - count:
+            return False
+        # Without retries it is the next version or nothing, and inserts that began before it fail.
+        self._commit(view, lambda made: made.Overwrite(view.lance_schema, kept), retries=0)
+        self.refresh()
+        return True
 
-    def _delete(self, condition: str) -> int:
-        self._table.checkout_latest()
-        return int(self._table.delete(condition).num_deleted_rows)
+    def hold(self, rows: int) -> None:
+        """Commit nothing on top of so many rows, after which none of them is taken back.
+
+        Raises:
+            CorruptStoreError: some were.
+        """
+        with reading(self._named()):
+            there = self._commit(self.dataset(), lambda made: made.Append([]), retries=20).count_rows()
+        if there < rows:
+            raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {rows}, for others were taken back.")
+
+    def _commit(self, view: Any, operation: Callable[[Any], Any], retries: int) -> Any:
+        lance = need("lance", self._database.owner, "lance")
+        return lance.LanceDataset.commit(view, operation(lance.LanceOperation), read_version=view.version, max_retries=retries)
 
     def stored_bytes(self) -> int:
         """Return bytes of the data files of this version."""

@@ -22,27 +22,30 @@ FAN = 16
 # Larger files are left to `compact`: a merge of them would be felt.
 _LARGEST = 1 << 30
 _BATCH = 1 << 24
-# What `compact` makes.
-_ROWS = 1 << 20
+# What `compact` makes: files of at most so many rows and bytes, except where one was larger already.
+_ROWS, _BYTES = 1 << 20, 1 << 32
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
 VERSIONS = 128
+# Longer ago than any version, in seconds; a `timedelta` of much more is refused.
+_EVER = 1e10
 
 
-def tidy(dataset: Any, flush: Flush) -> None:
-    """Merge the newest files of a table once they are many."""
-    fragments = [fragment.metadata for fragment in dataset.get_fragments()]
+def tidy(dataset: Any, rows: int, flush: Flush) -> None:
+    """Merge the newest files of a table once they are many; only those of its first rows, as the writers of others may take them back."""
+    fragments = _of_rows(dataset, rows)
     count = crowd([_bytes_of(fragment) for fragment in fragments])
     if count:
         _merge(dataset, fragments[-count:], flush)
 
 
-def compact(dataset: Any, flush: Flush) -> bool:
-    """Merge all small files of a table that are neighbours; gives whether there were any."""
+def compact(dataset: Any, rows: int, flush: Flush) -> bool:
+    """Merge all small files of the first rows of a table that are neighbours; gives whether there were any."""
     groups: list[list[Any]] = [[]]
-    for fragment in dataset.get_fragments():
-        if sum(other.physical_rows for other in groups[-1]) + fragment.physical_rows > _ROWS:
+    for fragment in _of_rows(dataset, rows):
+        group = [*groups[-1], fragment]
+        if sum(other.physical_rows for other in group) > _ROWS or sum(map(_bytes_of, group)) > _BYTES:
             groups.append([])
-        groups[-1].append(fragment.metadata)
+        groups[-1].append(fragment)
     small = [group for group in groups if len(group) > 1]
     for group in small:
         _merge(dataset, group, flush)
@@ -50,9 +53,11 @@ def compact(dataset: Any, flush: Flush) -> bool:
 
 
 def drop_versions(dataset: Any, older_than: float | None = None) -> None:
-    """Remove versions older than this many seconds; None for all but the newest few, however old they are."""
+    """Remove versions older than this many seconds; None for all but the newest few, however old they are.  Those with a tag stay."""
+    if older_than is not None and older_than > _EVER:
+        return
     kept = {"retain_versions": VERSIONS} if older_than is None else {"older_than": timedelta(seconds=older_than)}
-    dataset.cleanup_old_versions(**kept)
+    dataset.cleanup_old_versions(**kept, error_if_tagged_old_versions=False)
 
 
 def crowd(sizes: Sequence[int]) -> int:
@@ -68,6 +73,12 @@ def crowd(sizes: Sequence[int]) -> int:
             # An older store may have any number of them.
             return bisect_right(list(accumulate(reversed(sizes[-count:]))), _LARGEST)
     return 0
+
+
+def _of_rows(dataset: Any, rows: int) -> list[Any]:
+    """Return the entries of the files in which the first rows of a table are, and no others."""
+    fragments = [fragment.metadata for fragment in dataset.get_fragments()]
+    return fragments[: bisect_right(list(accumulate(fragment.num_rows for fragment in fragments)), rows)]
 
 
 def _bytes_of(fragment: Any) -> int:

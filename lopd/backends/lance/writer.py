@@ -11,18 +11,18 @@ from uuid import uuid4
 
 from attrs import asdict
 
-from lopd.backends.files import Files, local_folder, reading, writing
+from lopd.backends.files import Files, local_folder, writing
 from lopd.backends.lance import tiers
-from lopd.backends.lance.catalog import HEAD, LOG, Catalog
+from lopd.backends.lance.catalog import LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
-from lopd.backends.lance.written import check_added
+from lopd.backends.lance.written import check_added, check_unmarked
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
-from lopd.errors import LopdError, StoreReadError, StoreWriteError
+from lopd.errors import CorruptStoreError, LopdError, StoreReadError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
@@ -31,8 +31,6 @@ from lopd.records.rollouts import Rollout, Scores
 _LOG = logging.getLogger(__name__)
 _HINT = "latest_version_hint.json"
 _Records = Sequence[Rollout] | Sequence[Scores]
-# Seconds by which two clocks may differ.
-_CLOCKS = 3600.0
 
 
 @final
@@ -76,6 +74,7 @@ class Writer:
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
         """Commit why rows could not be scored; a column that is not there is made first, so that it has one owner."""
+        self._rely(None)
         if self._snapshot.parts().get(column) is None:
             empty = partial(no_scores, provenance, *self._root.formats(provenance), commit=0, when=time.time())
             self._insert(column, provenance, empty, ())
@@ -96,6 +95,8 @@ class Writer:
 
     def _insert(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
         """Return whether the next commit of a table is now this one."""
+        for name in {None, column}:
+            self._rely(name, hold=name != column)
         part = self._snapshot.parts().get(column)
         try:
             made = self._create(column, provenance, encode, records) if part is None else self._add(part.table, encode(seed=part.seed))
@@ -113,9 +114,9 @@ class Writer:
         """Do a share of what `compact` does, after some commits.  They are committed, however this ends."""
         try:
             if commit % tiers.FAN == 0:
-                tiers.tidy(table.dataset(), partial(self._flush_file, table.name))
+                tiers.tidy(table.dataset(), table.rows, partial(self._flush_file, table.name))
             if commit % (tiers.VERSIONS // 2) == 0:
-                self._check_clock()
+                self._catalog.check_clock()
                 tiers.drop_versions(table.dataset())
         except BaseException as error:
             if not is_lance_error(error):
@@ -129,7 +130,7 @@ class Writer:
             flush(self._folder / f"{table}{TABLE_SUFFIX}" / "data" / name)
 
     def _add(self, table: LanceTable, data: Any) -> bool:
-        made = repeat(partial(table.insert, data), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
+        made = repeat(partial(table.insert, data, table.version), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
         if made:
             try:
                 check_added(self._reread, table, data)
@@ -141,11 +142,11 @@ class Writer:
         return made
 
     def _take_back(self, table: LanceTable, count: int, error: LopdError) -> str:
-        """Remove rows that cannot be read, unless the storage may give them later; gives what came of it."""
+        """Remove rows that cannot be read, unless the storage may give them later, or others rely on them; gives what came of it."""
         if isinstance(error, StoreReadError):
             return "it is not known whether it was committed"
         with suppress(Exception):
-            if table.take_back(count) == count:
+            if self._catalog.least(table.name) <= table.rows - count and table.take_back(count):
                 return "nothing of this call was committed"
         return "its rows could not be taken back"
 
@@ -200,11 +201,12 @@ class Writer:
     def compact(self, older_than: float) -> None:
         """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
         self._snapshot.refresh()
-        self._check_clock()
+        self._catalog.check_clock()
         for column, part in self._snapshot.parts().items():
             began = time.monotonic()
+            self._rely(column, hold=False)
             try:
-                merged = tiers.compact(part.table.dataset(), partial(self._flush_file, part.table.name))
+                merged = tiers.compact(part.table.dataset(), part.table.rows, partial(self._flush_file, part.table.name))
                 # What was committed meanwhile is read by writers that began before.
                 tiers.drop_versions(part.table.dataset(), max(older_than, time.monotonic() - began))
                 self._flush(part.table.name)
@@ -225,17 +227,6 @@ class Writer:
         self._remove_strangers()
         self._snapshot.refresh()
 
-    def _check_clock(self) -> None:
-        """Refuse a clock that is ahead: Lance removes files outside of versions that seem a week old, and a writer may be about to commit them."""
-        self._catalog.mark(LOG, self._catalog.state.number)
-        with reading(self._owner, "comparing clocks"):
-            age = self._files.age(f"{LOG}{HEAD}")
-        if abs(age) > _CLOCKS:
-            raise StoreWriteError(
-                f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
-                "for files of writers at work would look old; so set the clock."
-            )
-
     def _remove_strangers(self) -> None:
         """Remove tables of writers that were killed or came too late: their column has another table, which it keeps."""
         tables = self._catalog.state.tables
@@ -252,12 +243,22 @@ class Writer:
 
     def settle(self, column: str | None, /) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
-        for part in {self._snapshot.rollouts, self._snapshot.parts().get(column)}:
-            if part is not None:
+        for name in {None, column}:
+            self._rely(name)
+            if (part := self._snapshot.parts().get(name)) is not None:
                 self._flush(part.table.name)
                 self._mark(part.table.name, part.read)
         for folder in ("", LOG):
             self._files.settle(folder)
+
+    def _rely(self, column: str | None, *, hold: bool = True) -> None:
+        """Make sure of what was not acknowledged, before anything is built on it; adding rows behind it holds it, too."""
+        part = self._snapshot.parts().get(column)
+        if part is not None and part.table.rows > self._marked.get(part.table.name, 0):
+            try:
+                check_unmarked(self._snapshot, self._catalog, column, hold=hold)
+            except CorruptStoreError as error:
+                raise self._unreadable(part.table.name, error, "it was not acknowledged") from error
 
     def _mark(self, table: str, rows: int) -> None:
         """Keep that so many rows, which were read, are there."""

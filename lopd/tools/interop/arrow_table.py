@@ -13,9 +13,11 @@ Tables without checksums, which lopd 0.2 wrote and other programs may write, are
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 from xxhash import xxh3_128
 
 from lopd.backends import admission
@@ -116,6 +118,10 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         admission.check_generation(named(store), number, store.generations.get(number), policy)
     for number, policy in description.generations.items():
         store.begin_generation(number, policy)
+    first, expected = next(incoming, None), description.rows
+    if first is not None and {*first.column_names} == {*description.schema().names} - {CHECKSUM}:
+        # Somebody has taken it out, to edit values.
+        description = evolve(description, rows=None)
     if description.rows is None:
         warnings.warn(
             f"{owner}: it has no checksums, so damage to it cannot be noticed; export it again with this version of lopd.",
@@ -123,17 +129,15 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
             stacklevel=3,
         )
     schema, seen = description.schema(), 0
-    for table in incoming:
+    for table in chain(() if first is None else (first,), incoming):
         rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
         seen += len(rows)
         store.append([rollout for _, rollout in rows])
         for name, provenance in description.columns.items():
             scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in rows if row[f"logprobs/{name}"] is not None]
             store.append_scores(name, provenance, scores)
-    if whole and description.rows not in (None, seen):
-        raise CorruptStoreError(
-            f"{owner}: it has {seen} rows, expected the {description.rows} that were exported; restore it from a backup."
-        )
+    if whole and expected not in (None, seen):
+        raise CorruptStoreError(f"{owner}: it has {seen} rows, expected the {expected} that were exported; restore it from a backup.")
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
