@@ -105,7 +105,7 @@ def _reverse_kl(source: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]
         )
     found_FB = np.zeros((2, len(rollouts)))
     if reads_B.any():
-        sums = exact_reverse_kl(source, teacher, [rollouts[i] for i in np.flatnonzero(reads_B)])
+        sums = exact_reverse_kl(source, teacher, [rollouts[i] for i in np.flatnonzero(reads_B).tolist()])
         found_FB[:, reads_B] = sums.sums, sums.counts
     return dict(zip(("sums", "counts"), found_FB.reshape(2, -1, samples).sum(axis=-1).tolist(), strict=True))
 
