@@ -134,8 +134,10 @@ def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monk
     monkeypatch.setattr(type(filled._snapshot), "scored", lambda *_: pytest.fail("looks at all rows"))
     for i in (11, 12):
         filled.append(many(i, 1))
+        assert filled.find([f"r{i}"]).tolist() == [i - 6]
         filled.append_scores("teacher", tiny_provenance(top_k=2), [])
-    assert set(taken) == {5, 6}
+    assert sorted(taken) == sorted([5, 6] * (len(taken) // 2))
+    assert len(taken) <= 4
 
 
 def test_a_merge_beside_a_writer_keeps_the_order_of_rows(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from lance_stores import filled, reopened, started  # noqa: F401
 from test_old_stores import ROLLOUTS, assert_whole
 from zarr_stores import _quick_disk, fill, many, place, rows_of  # noqa: F401
 
-from lopd.backends.lance import writer
+from lopd.backends.lance import writer, written
 from lopd.backends.lance.catalog import Catalog
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import Database, LanceTable
@@ -158,7 +158,7 @@ def test_rows_are_not_added_behind_others_that_are_taken_back_at_that_moment(
     def work(self: Any, *args: Any) -> Any:
         monkeypatch.setattr(owner, where, real)
         begun = real(self, *args) if where == "merge_insert" else None
-        assert mine.table.take_back(2)
+        assert written.take_back(mine.table, 2)
         return begun or real(self, *args)
 
     monkeypatch.setattr(owner, where, work)
@@ -176,7 +176,7 @@ def test_a_store_that_saw_rows_which_were_taken_back_sees_those_that_came_in_the
     unacknowledged(filled, many(10, 2))
     reader.refresh()
     assert reader.find(["r10", "r20"]).tolist() == [4, -1]
-    assert mine.table.take_back(2)
+    assert written.take_back(mine.table, 2)
     other.append(many(20, 2))
     reader.refresh()
     assert reader.find(["r10", "r20"]).tolist() == [-1, 4]
@@ -185,16 +185,16 @@ def test_a_store_that_saw_rows_which_were_taken_back_sees_those_that_came_in_the
 
 
 def test_nothing_is_built_on_rows_that_are_taken_back_at_that_moment(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, mine, real = reopened(filled), filled._snapshot.rollouts, LanceTable.hold
+    other, mine, real = reopened(filled), filled._snapshot.rollouts, written.hold_rows
     assert mine is not None
     unacknowledged(filled, many(10, 2))
 
-    def hold(self: LanceTable, rows: int) -> None:
-        assert mine.table.take_back(2)
-        real(self, rows)
+    def hold(table: LanceTable) -> None:
+        assert written.take_back(mine.table, 2)
+        real(table)
 
-    monkeypatch.setattr(LanceTable, "hold", hold)
-    with pytest.raises(StoreWriteError, match=r"has 4 rows, expected at least 6.*; it was not acknowledged"):
+    monkeypatch.setattr(written, "hold_rows", hold)
+    with pytest.raises(StoreWriteError, match=r"rows that were read were taken back by their writer.*; it was not acknowledged"):
         other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(many(10, 1)[0])])
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
     assert list(reopened(filled).verify()) == []

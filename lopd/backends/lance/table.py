@@ -255,36 +255,14 @@ class LanceTable:
         self._table.checkout_latest()
         return self._database.view(self.name, self._handle.version)
 
-    def take_back(self, count: int) -> bool:
-        """Return whether the last rows of this version were removed: not where anything was committed since, which may rely on them.
-
-        Nothing of their files is read.  Moves to the latest version.
-        """
-        view, rows = self._database.view(self.name, self.version), self.rows
-        kept = [fragment.metadata for fragment in view.get_fragments()]
-        while kept and rows > self.rows - count:
-            rows -= kept.pop().num_rows
-        if rows != self.rows - count:
-            return False
-        # Without retries it is the next version or nothing, and inserts that began before it fail.
-        self._commit(view, lambda made: made.Overwrite(view.lance_schema, kept), retries=0)
-        self.refresh()
-        return True
-
-    def hold(self, rows: int) -> None:
-        """Commit nothing on top of so many rows, after which none of them is taken back.
-
-        Raises:
-            CorruptStoreError: some were.
-        """
-        with reading(self._named()):
-            there = self._commit(self.dataset(), lambda made: made.Append([]), retries=20).count_rows()
-        if there < rows:
-            raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {rows}, for others were taken back.")
-
-    def _commit(self, view: Any, operation: Callable[[Any], Any], retries: int) -> Any:
+    def commit(self, view: Any, operation: Callable[[Any], Any], retries: int) -> None:
+        """Commit one of Lance's operations behind a version."""
         lance = need("lance", self._database.owner, "lance")
-        return lance.LanceDataset.commit(view, operation(lance.LanceOperation), read_version=view.version, max_retries=retries)
+        lance.LanceDataset.commit(view, operation(lance.LanceOperation), read_version=view.version, max_retries=retries)
+
+    def seen(self) -> Any:
+        """Return Lance's own view of this version."""
+        return self._database.view(self.name, self.version)
 
     def stored_bytes(self) -> int:
         """Return bytes of the data files of this version."""

@@ -16,10 +16,11 @@ from lopd.backends.lance import tiers
 from lopd.backends.lance.catalog import LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
+from lopd.backends.lance.part import Part
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
-from lopd.backends.lance.written import check_added, check_unmarked
+from lopd.backends.lance.written import check_added, check_unmarked, take_back
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
 from lopd.errors import CorruptStoreError, LopdError, StoreReadError, StoreWriteError
@@ -99,7 +100,7 @@ class Writer:
             self._rely(name, hold=name != column)
         part = self._snapshot.parts().get(column)
         try:
-            made = self._create(column, provenance, encode, records) if part is None else self._add(part.table, encode(seed=part.seed))
+            made = self._create(column, provenance, encode, records) if part is None else self._add(part, encode(seed=part.seed))
         except LopdError:
             raise
         except BaseException as error:
@@ -129,7 +130,8 @@ class Writer:
         if self._folder is not None:
             flush(self._folder / f"{table}{TABLE_SUFFIX}" / "data" / name)
 
-    def _add(self, table: LanceTable, data: Any) -> bool:
+    def _add(self, part: Part, data: Any) -> bool:
+        table = part.table
         made = repeat(partial(table.insert, data, table.version), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
         if made:
             try:
@@ -138,6 +140,7 @@ class Writer:
                 raise self._unreadable(table.name, error, self._take_back(table, len(data), error)) from error
             self._flush(table.name)
             self._mark(table.name, table.rows)
+            part.marked = table.rows
             self._tidy(table, data[COMMIT][0].as_py())
         return made
 
@@ -146,7 +149,7 @@ class Writer:
         if isinstance(error, StoreReadError):
             return "it is not known whether it was committed"
         with suppress(Exception):
-            if self._catalog.least(table.name) <= table.rows - count and table.take_back(count):
+            if self._catalog.least(table.name) <= table.rows - count and take_back(table, count):
                 return "nothing of this call was committed"
         return "its rows could not be taken back"
 
@@ -254,11 +257,19 @@ class Writer:
     def _rely(self, column: str | None, *, hold: bool = True) -> None:
         """Make sure of what was not acknowledged, before anything is built on it; adding rows behind it holds it, too."""
         part = self._snapshot.parts().get(column)
-        if part is not None and part.table.rows > self._marked.get(part.table.name, 0):
-            try:
-                check_unmarked(self._snapshot, self._catalog, column, hold=hold)
-            except CorruptStoreError as error:
-                raise self._unreadable(part.table.name, error, "it was not acknowledged") from error
+        if part is None or part.table.rows <= max(part.marked, self._marked.get(part.table.name, 0)):
+            return
+        try:
+            sure = check_unmarked(self._snapshot, self._catalog, column, hold=hold)
+        except CorruptStoreError as error:
+            raise self._unreadable(part.table.name, error, "it was not acknowledged") from error
+        except BaseException as error:
+            if isinstance(error, LopdError) or not is_lance_error(error):
+                raise
+            raise self._refused(error, column, ()) from error
+        if sure:
+            self._flush(part.table.name)
+            self._mark(part.table.name, part.table.rows)
 
     def _mark(self, table: str, rows: int) -> None:
         """Keep that so many rows, which were read, are there."""

@@ -1,4 +1,7 @@
-"""Whether what LanceDB reports as written can be read: it drops the error of a `write()` that fails, and leaves a file that is cut."""
+"""Whether what LanceDB reports as written can be read: it drops the error of a `write()` that fails, and leaves a file that is cut.
+
+Rows that cannot are taken back, unless others rely on them.
+"""
 
 from functools import partial
 from typing import Any
@@ -6,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from lopd.backends.lance.catalog import Catalog
+from lopd.backends.lance.failures import is_conflict
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.table import BEGAN_EMPTY, Database, LanceTable
 from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError
+
+# A call that was killed may have scored a whole store: its rows are read in pieces.
+_ROWS_AT_ONCE = 256
 
 
 def check_added(database: Database, table: LanceTable, data: Any) -> None:
@@ -31,10 +38,10 @@ def check_added(database: Database, table: LanceTable, data: Any) -> None:
     repeat(look, lambda error: isinstance(error, CorruptStoreError), seconds=10.0, times=3, pause=0.01, longest=0.05)
 
 
-def check_unmarked(snapshot: Snapshot, catalog: Catalog, column: str | None, *, hold: bool) -> None:
-    """Read rows that no mark counts, before others are built on them: their writer takes back what it cannot read, or was killed.
+def check_unmarked(snapshot: Snapshot, catalog: Catalog, column: str | None, *, hold: bool) -> bool:
+    """Return whether rows that no mark counted are to be marked, once they were read: their writer takes back what it cannot read, or was killed.
 
-    An older lopd made no marks; its rows are taken as they are.
+    Without any mark they are of an older lopd, or of the writer that made their table, and are taken as they are.
 
     Args:
         snapshot: what the call saw.
@@ -47,15 +54,66 @@ def check_unmarked(snapshot: Snapshot, catalog: Catalog, column: str | None, *, 
         StoreReadError: the storage does not answer.
     """
     part = snapshot.parts()[column]
-    if part.table.rows > part.marked:
-        part.marked = catalog.least(part.table.name)
-    if part.table.rows <= part.marked or not (part.marked or part.table.name.startswith(BEGAN_EMPTY)):
-        return
+    # A mark that has risen since the refresh may be of other rows, for which these were taken back.
+    marked = part.marked or catalog.least(part.table.name)
+    if not marked and not (part.seed and part.table.name.startswith(BEGAN_EMPTY)):
+        return True
     columns = () if column is None else (column,)
-    rows = part.lines()["row"][part.marked :].astype(np.int64)
-    snapshot.read(rows, columns, [name for name in columns if catalog.top_k(name)])
-    if hold and catalog.least(part.table.name) < part.table.rows:
-        part.table.hold(part.table.rows)
+    rows = part.lines()["row"][marked:].astype(np.int64)
+    for first in range(0, rows.size, _ROWS_AT_ONCE):
+        snapshot.read(rows[first : first + _ROWS_AT_ONCE], columns, [name for name in columns if catalog.top_k(name)])
+    if hold:
+        hold_rows(part.table)
+    return hold
+
+
+def take_back(table: LanceTable, count: int) -> bool:
+    """Return whether the last rows of a table's version were removed: not where what was committed since may rely on them.
+
+    Nothing of their files is read.  The table moves to the latest version.
+    """
+    view = table.dataset()
+    while all(_leaves_rows(view.read_transaction(version).operation) for version in range(table.version + 1, view.version + 1)):
+        kept, rows = [fragment.metadata for fragment in view.get_fragments()], table.rows
+        while kept and rows > table.rows - count:
+            rows -= kept.pop().num_rows
+        if rows != table.rows - count:
+            break
+        try:
+            # Without retries it is the next version or nothing, and inserts that began before it fail.
+            table.commit(view, partial(_overwrite, view.lance_schema, kept), retries=0)
+        except Exception as error:
+            if not is_conflict(error):
+                raise
+            view = table.dataset()
+            continue
+        table.refresh()
+        return True
+    return False
+
+
+def _overwrite(schema: Any, kept: Any, operations: Any) -> Any:
+    return operations.Overwrite(schema, kept)
+
+
+def _leaves_rows(operation: Any) -> bool:
+    """Return whether a commit neither added rows nor holds any: a merge, a new column, or an insert whose number was taken."""
+    kind, changes = type(operation).__name__, ("new_fragments", "updated_fragments", "removed_fragment_ids")
+    return kind in {"Rewrite", "Merge", "Project"} or (kind == "Update" and not any(getattr(operation, name) for name in changes))
+
+
+def hold_rows(table: LanceTable) -> None:
+    """Commit nothing behind the rows of a table's version, after which none of them is taken back.
+
+    Raises:
+        CorruptStoreError: some were.
+    """
+    try:
+        table.commit(table.seen(), lambda operations: operations.Append([]), retries=20)
+    except Exception as error:
+        if not is_conflict(error):
+            raise
+        raise CorruptStoreError(f"Table {table.name!r}: rows that were read were taken back by their writer; refresh the store.") from error
 
 
 def _check_once(database: Database, table: LanceTable, data: Any) -> None:
