@@ -107,7 +107,7 @@ def test_the_decision_says_of_supports_what_the_file_has():
     assert all(long[drawn, seed] < long[top, seed] for arm, seed in long if arm == drawn), "on the longer one with every seed"
     real = {row["variant"]: row["held_out_reverse_kl"] for row in publish.read("quickstart_losses")["rows"]}
     assert real["the quickstart's"] < real["16 draws of the policy"] < real["teacher's top 64 with the residual"]
-    assert publish.read("evidence_choice")["rows"][0]["best"] == "teacher's top 64"
+    assert publish.read("evidence")["rows"][0]["best"] == "teacher's top 64"
     assert f"all but the draws at most {MARGIN:g} below TRL" in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
 
 
