@@ -93,7 +93,7 @@ claims-long: .venv/installed-claims  ## long responses, online OPD and TRL besid
 	$(BIN)/python benchmarks/claims_long.py
 	$(BIN)/python benchmarks/docs_tables.py
 
-evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about four hours on two cores
+evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about six hours on two cores
 	$(BIN)/python benchmarks/evidence.py
 
 evidence-quick: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## one seed and few arms, into runs/evidence-quick; a quarter of an hour

@@ -1,6 +1,6 @@
 """Offline beside online OPD on real weights: SmolLM2-135M-Instruct and two students cut from it, five seeds, TRL beside them.
 
-    python benchmarks/evidence.py            # benchmarks/results/evidence.json, benchmarks/RESULTS.md; four hours on two cores
+    python benchmarks/evidence.py            # benchmarks/results/evidence.json, benchmarks/RESULTS.md; six hours on two cores
     python benchmarks/evidence.py --quick    # one seed, few arms and steps, into runs/evidence-quick; a quarter of an hour
     python benchmarks/evidence.py --plan     # how many runs are done, how many are left, and how many seconds of one core they take
     python benchmarks/evidence.py --report   # the file and the page, of the seeds that are finished
