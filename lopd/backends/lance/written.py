@@ -113,7 +113,7 @@ def hold_rows(table: LanceTable) -> None:
     except Exception as error:
         if not is_conflict(error):
             raise
-        raise CorruptStoreError(f"Table {table.name!r}: rows that were read were taken back by their writer; refresh the store.") from error
+        raise CorruptStoreError(f"Table {table.name!r}: rows that were read were taken back by their writer; refresh the store.") from None
 
 
 def _check_once(database: Database, table: LanceTable, data: Any) -> None:
