@@ -53,6 +53,16 @@ def test_the_first_rows_that_follow_those_of_an_older_lopd_are_taken_back_only_w
     assert list(reopened(filled).verify()) == []
 
 
+def test_a_table_without_a_mark_gets_one_before_rows_are_added_to_it(filled: LanceStore, misled: Any) -> None:  # noqa: F811
+    for marks in place(filled).glob("rollouts-*.head"):
+        shutil.rmtree(marks)
+    seen = list[str]()
+    misled(lambda: seen.extend(path.name for path in place(filled).glob("rollouts-*.head/*")))
+    with pytest.raises(StoreWriteError, match="nothing of this call was committed"):
+        reopened(filled).append(many(10, 2))
+    assert [int(name) for name in seen] == [4], "the rows before, which others may rely on at any moment"
+
+
 @pytest.mark.parametrize("what", ["an insert whose number was taken", "a merge of other rows"])
 def test_rows_are_taken_back_behind_commits_that_rely_on_none(what: str, filled: LanceStore, misled: Any) -> None:
     def act() -> None:

@@ -210,7 +210,7 @@ class Need:
         return filled
 
     def most_rows(self, room_gb: float, parts: int = 1) -> int:
-        """Return the largest number of rows for which there is room, and for a chunk that is not too small; 0 if there is none.
+        """Return the largest number of rows for which there is room, and for a chunk that is not too small; 0 where one has no room.
 
         Args:
             room_gb: 10^9 bytes.
