@@ -53,7 +53,7 @@ def test_the_first_rows_that_follow_those_of_an_older_lopd_are_taken_back_only_w
     assert list(reopened(filled).verify()) == []
 
 
-def test_a_table_without_a_mark_gets_one_before_rows_are_added_to_it(filled: LanceStore, misled: Any) -> None:  # noqa: F811
+def test_a_table_without_a_mark_gets_one_before_rows_are_added_to_it(filled: LanceStore, misled: Any) -> None:
     for marks in place(filled).glob("rollouts-*.head"):
         shutil.rmtree(marks)
     seen = list[str]()
