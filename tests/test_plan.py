@@ -271,6 +271,18 @@ def test_scoring_that_a_store_does_not_show_the_pace_of_is_said_to_be_guessed(ca
         assert "is guessed" not in capsys.readouterr().out
 
 
+def test_json_marks_each_figure_that_stands_on_a_guess(capsys, tmp_path):
+    fill(ZarrStore.create(tmp_path / "store", tiny_manifest()))  # scored in one commit a column
+    like = ("--prompts", "9", "--like", str(tmp_path / "store"))
+    (plan,) = printed(capsys, *like)
+    assert plan["guessed_rates"] == ["scoring", "training"]
+    for bill in (plan[name] for name in ("lightning", "online_at_least", "online_in_lockstep")):
+        assert {phase["name"]: phase["guessed"] for phase in bill["phases"]} == {"rollouts": False, "scores": True, "training": True}
+        assert bill["guessed"]
+    (plan,) = printed(capsys, *like, "--scoring-rate", "2", "--training-rate", "2")
+    assert (plan["guessed_rates"], plan["lightning"]["guessed"]) == ([], False)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -29,6 +29,8 @@ _SIZES = (1e6, 1e9, 1e12)
 _TERA, _GIGA = 1e12, 1e9
 #: Lightning, online at bulk rates, online in lockstep.
 _Bills = tuple[Bill, Bill, Bill]
+#: Phase -> the rate that its hours are of, and whose size that rate is guessed by.
+_RATES = {"rollouts": ("sampling", "student"), "scores": ("scoring", "teacher"), "training": ("training", "student")}
 
 
 def add_plan(parser: ArgumentParser) -> None:
@@ -163,14 +165,14 @@ def _plan(options: Namespace) -> int:
         store = opened(options.like, options)
         like = work_like(store, options.logprob_dtype)
         known = {name: rate / options.like_gpus for name, rate in measured_rates(store).items()}
-    known |= {name: rate for name in ("sampling", "scoring", "training") if (rate := getattr(options, f"{name}_rate")) is not None}
+    known |= {name: rate for name, _ in _RATES.values() if (rate := getattr(options, f"{name}_rate")) is not None}
     plans = list[tuple[Work, GpuRates, _Bills]]()
     for work in _works(like, options):
         rates = evolve(rates_like(work, options.tflops * _TERA), **known)
         gpus = options.gpus
         plans.append((work, rates, (lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep))))
     if options.json:
-        print_json([_as_json(*plan) for plan in plans])
+        print_json([_as_json(*plan, known) for plan in plans])
     else:
         show(*(thing for plan in plans for thing in _shown(*plan, options, known)))
     return FINE
@@ -190,14 +192,24 @@ def _works(like: Work, options: Namespace) -> list[Work]:
     return [evolve(work, columns=tuple(columns), scored=scored, prompts=size) for size in sizes]
 
 
-def _as_json(work: Work, rates: GpuRates, bills: _Bills) -> dict[str, Any]:
+def _as_json(work: Work, rates: GpuRates, bills: _Bills, known: Container[str]) -> dict[str, Any]:
+    guessed = {phase: rate for phase, (rate, _) in _RATES.items() if rate not in known}
     described = [
-        {**asdict(bill), "gpu_hours": bill.gpu_hours, "wall_hours": bill.wall_hours, "bottleneck": bill.bottleneck.name} for bill in bills
+        {
+            **asdict(bill),
+            "phases": [{**asdict(phase), "guessed": phase.name in guessed} for phase in bill.phases],
+            "gpu_hours": bill.gpu_hours,
+            "wall_hours": bill.wall_hours,
+            "bottleneck": bill.bottleneck.name,
+            "guessed": bool(guessed),
+        }
+        for bill in bills
     ]
     return {
         "work": asdict(work),
         "rollouts": work.rollouts,
         "rates": asdict(rates),
+        "guessed_rates": [*guessed.values()],
         "store": {**asdict(work.stored), "total": work.stored.total, "bytes_per_token": work.stored.bytes_per_token},
         **dict(zip(("lightning", "online_at_least", "online_in_lockstep"), described, strict=True)),
     }
@@ -213,10 +225,10 @@ def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace, known
     columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
     yield title, columns, list(_rows(bills, options.gpu_price))
     yield from _sentences(rates, bills)
-    for phase, role in (("sampling", "student"), ("scoring", "teacher"), ("training", "student")):
-        if options.like and phase not in known and not (getattr(options, f"{role}_billions") or getattr(options, f"{role}_active")):
-            guessed = f"{phase.capitalize()} is guessed for {getattr(work, f'{role}_billions'):g} billion parameters"
-            yield f"{guessed}; pass --{role}-billions, or --{phase}-rate."
+    for rate, role in _RATES.values():
+        if options.like and rate not in known and not (getattr(options, f"{role}_billions") or getattr(options, f"{role}_active")):
+            guessed = f"{rate.capitalize()} is guessed for {getattr(work, f'{role}_billions'):g} billion parameters"
+            yield f"{guessed}; pass --{role}-billions, or --{rate}-rate."
     yield f"{_store_sentence(work, work.stored)}\n"
 
 
