@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from lopd import MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd import MemoryStore, SamplingParams, ZarrStore, collect_rollouts, label_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
 from lopd.records import Commit, Scores
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.tools import command
 from lopd.tools.plan import (
     PAPER_LOCKSTEP,
@@ -117,6 +117,7 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
         (lambda: evolve(WORK, response_tokens=float("nan")), "response_tokens is nan"),
         (lambda: evolve(WORK, columns=()), "number of columns is 0"),
         (lambda: evolve(WORK, columns=(0, -1)), "top-k is -1"),
+        (lambda: evolve(WORK, labels=-1), "Work: labels is -1, expected at least 0"),
         (lambda: evolve(WORK, logprob_dtype="bfloat16"), "logprob_dtype is 'bfloat16'"),
         (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected finite and more than 0 tokens a second"),
         (lambda: evolve(RATES, sampling="1"), "GpuRates: sampling is '1', expected a number"),
@@ -169,6 +170,19 @@ def test_the_plan_of_a_store_that_is_there_has_its_size(tmp_path, dtype, compact
         if compacted:
             store.compact()
         assert work_like(store, dtype).stored.total == pytest.approx(store.stored_bytes(), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_labels_are_planned_in_float32_as_a_store_of_any_dtype_keeps_them(tmp_path, dtype):
+    store = ZarrStore.create(tmp_path / "store", tiny_manifest(), logprob_dtype=dtype)
+    rollouts = [tiny_rollout(f"p{i}/s0/g0", range(200)) for i in range(40)]
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in rollouts])
+    label_rollouts(store, lambda *_: 1.0, None, name="right")
+    work = work_like(store, dtype)
+    assert work.stored.labels == 40 * 200 * 4
+    assert work.stored.total == pytest.approx(store.stored_bytes(), rel=0.03)
+    assert lightning(work, RATES, 1).gpu_hours == lightning(evolve(work, labels=0), RATES, 1).gpu_hours, "a verifier takes no GPU"
 
 
 def test_rates_are_the_median_over_commits_so_that_a_night_does_not_count():

@@ -265,6 +265,7 @@ def _store_sentence(work: Work, size: StoreSize) -> str:
         "token ids": size.token_ids,
         f"log-probs ({work.logprob_dtype}; {columns})": size.logprobs,
         "top-k": size.top_k,
+        "labels": size.labels,
         "loss masks": size.masks,
         "rollouts and commits": size.overhead,
     }

@@ -15,9 +15,9 @@ from lopd.tools.plan.work import Work
 
 
 def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: int = 1000) -> Work:
-    """Return the work that made a store, measured, as if all its columns of log-probs were complete; one that is not scored gets one without top-k.
+    """Return the work that made a store, measured, as if all its columns were complete; one that is not scored gets one without top-k.
 
-    Labels are left out: a verifier costs no GPU-hours.  What the policy wrote while it sampled is stored, and not scored.
+    Labels are bytes alone: a verifier costs no GPU-hours.  What the policy wrote while it sampled is stored, and not scored.
 
     Args:
         store: at least one rollout.
@@ -47,6 +47,7 @@ def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: in
         id_bytes=sum(len(rollout.rollout_id.encode("utf-8", "surrogatepass")) for rollout in read) / len(read),
         rollouts_per_commit=max(1.0, len(store) * (1 + len(store.columns)) / max(1, _segments(store.history()))),
         scored=max(1, scored),
+        labels=sum(made.label for made in store.columns.values()),
     )
 
 

@@ -11,7 +11,8 @@ from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers
 
 LOGPROB_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}
-_TAIL_BYTES = 4
+# float32 in every store
+_TAIL_BYTES = _LABEL_BYTES = 4
 # Metadata of one array of one commit, and of one table of lines: small, but many small commits make it count.
 _ARRAY_BYTES, _TABLE_BYTES = 342, 560
 # with its place in an index of ids
@@ -31,6 +32,7 @@ class StoreSize:
         masks: one byte a response token.
         overhead: lengths, hashes, checksums and ids of rollouts and scores, and array metadata.
         tokens: prompt and response tokens.
+        labels: those of all columns of labels.
     """
 
     token_ids: int
@@ -39,11 +41,12 @@ class StoreSize:
     masks: int
     overhead: int
     tokens: int
+    labels: int = 0
 
     @property
     def total(self) -> int:
         """Bytes in all."""
-        return self.token_ids + self.logprobs + self.top_k + self.masks + self.overhead
+        return self.token_ids + self.logprobs + self.top_k + self.masks + self.overhead + self.labels
 
     @property
     def bytes_per_token(self) -> float:
@@ -72,6 +75,7 @@ class Work:
         id_bytes: length of a rollout id in UTF-8, on average.
         rollouts_per_commit: rollouts appended or scored in one call.
         scored: how many of the columns are counted as if the teacher read the rollouts for them; the others came with sampling.  None for all.
+        labels: number of columns of labels, which no teacher reads the rollouts for.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -96,6 +100,7 @@ class Work:
     id_bytes: float = 24.0
     rollouts_per_commit: float = 256.0
     scored: int | None = None
+    labels: int = 0
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Work")
@@ -104,6 +109,7 @@ class Work:
         check_at_least("Work", "steps", self.all_steps, 1)
         check_at_least("Work", "number of columns", len(self.columns), 1)
         check_at_least("Work", "top-k", min(self.columns), 0)
+        check_at_least("Work", "labels", self.labels, 0)
         check_number("Work", "scored", self.reads, 0 <= self.reads <= len(self.columns), f"0 to {len(self.columns)}, the number of columns")
         for name in ("prompt_tokens", "response_tokens", "rollouts_per_commit", "id_bytes"):
             value = getattr(self, name)
@@ -154,18 +160,19 @@ class Work:
     @property
     def stored(self) -> StoreSize:
         """Bytes of the store on disk, uncompressed, as `ZarrStore` writes it by default."""
-        responses, columns = self.rollouts * self.response_tokens, len(self.columns)
+        responses, columns = self.rollouts * self.response_tokens, len(self.columns) + self.labels
         id_width, width = np.min_scalar_type(self.vocab_size - 1).itemsize, LOGPROB_BYTES[self.logprob_dtype]
-        # token ids, rollout ids and their index; log-probs of each column; three arrays of a top-k support
-        arrays = 3 + self.behavior + self.masked + sum(4 if k else 1 for k in self.columns)
+        # token ids, rollout ids and their index; values of each column; three arrays of a top-k support
+        arrays = 3 + self.behavior + self.masked + self.labels + sum(4 if k else 1 for k in self.columns)
         commits = max(1.0, self.rollouts / self.rollouts_per_commit)
         metadata = commits * (arrays * _ARRAY_BYTES + (1 + columns) * _TABLE_BYTES)
         per_rollout = _ROLLOUT_LINE + self.id_bytes + columns * _SCORE_LINE
         return StoreSize(
             token_ids=round(self.tokens * id_width),
-            logprobs=round(responses * (columns + self.behavior) * width),
+            logprobs=round(responses * (len(self.columns) + self.behavior) * width),
             top_k=round(responses * sum(k * (id_width + width) + _TAIL_BYTES for k in self.columns if k)),
             masks=round(responses * self.masked),
             overhead=round(self.rollouts * per_rollout + metadata),
             tokens=round(self.tokens),
+            labels=round(responses * self.labels * _LABEL_BYTES),
         )
