@@ -28,9 +28,11 @@ _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
 _SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored", "as teacher")
 #: What is before the name in a path that begins at a root, at home or at a folder of dots; a name of a hub and a revision begin otherwise.
 #: A folder's name may have spaces, and ends where another path begins behind one.
+#: The last line is a row of beginnings that lead to no name, which is kept: at each of them the same text would be read again.
 _FOLDERS = re.compile(
-    r"(?<![\w.:/])(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
+    r"(?<![\w.:/])(?:(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
     r"(?:[^\s/\\@:,;](?:(?!\s(?:~[^\s/\\@:]*|\.{1,2})?[/\\])[^/\\@:,;])*[/\\]+)*(?=[^\s/\\])"
+    r"|([/\\]+|~(?:[^\s/\\@:]*~)?))"
 )
 #: What would be markup in a table; an underscore within a name stays as it is.
 _MARKUP = str.maketrans({"<": "&lt;", **{mark: f"\\{mark}" for mark in "\\|[]`*"}})
@@ -272,7 +274,7 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 def _cell(text: str) -> str:
     """Return text as a cell has it: whatever a store or a folder puts in it stays text, and of a path its name is left."""
-    return _FOLDERS.sub("", " ".join(printable(text).split())).translate(_MARKUP)
+    return _FOLDERS.sub(r"\1", " ".join(printable(text).split())).translate(_MARKUP)
 
 
 def _join(data: Any, parts: Sequence[str]) -> str:
