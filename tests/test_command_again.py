@@ -13,7 +13,7 @@ from test_command_run import example, here, models, written  # noqa: F401
 from transformers import GenerationConfig
 
 from lopd import ZarrStore
-from lopd.errors import ConflictError, SamplerWarning, TrainingWarning
+from lopd.errors import ConflictError, ContextWarning, QuarantineWarning, RefusedPromptsWarning, SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import main
 from lopd.tools.command.before import fixed_by
@@ -208,23 +208,23 @@ def seed_that_trains_on(wanted, count):
     raise AssertionError
 
 
-@pytest.mark.filterwarnings("always::lopd.errors.RefusedPromptsWarning")
 def test_a_prompt_that_does_not_fit_is_said_before_anything_is_done_and_is_not_held_out(here, tmp_path, capsys):
     prompts = ["what is 2 + 1?", "what is 2 + 2?", "what is 2 + 3?", "2 +" * 43 + "?"]
     small = {"sampling": {"max_new_tokens": 4}, "sft": None, "opd": {"steps": 1, "lr": 1e-3}, "prompts": prompts}
     seed = seed_that_trains_on({0, 1}, 4)
     changes = {**small, "evaluation": {"held_out": 2}, "seeds": [seed], "out": str(tmp_path / "run")}
-    assert main(["run", written(here, example(**changes)), "--json"]) == 1
+    with pytest.warns(RefusedPromptsWarning):
+        assert main(["run", written(here, example(**changes)), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     said = r"RefusedPromptsWarning: Run: 1 of 4 prompts do not fit, .* 130 tokens, expected fewer than the model's context of 128;"
     assert re.match(said, found["warnings"][0])
     assert found["seeds"][str(seed)]["reverse_kl"]["ci95"] > 0
-    assert main(["run", written(here, example(**{**changes, "evaluation": {"held_out": 3}, "out": str(tmp_path / "other")}))]) == 2
+    with pytest.warns(RefusedPromptsWarning):
+        assert main(["run", written(here, example(**{**changes, "evaluation": {"held_out": 3}, "out": str(tmp_path / "other")}))]) == 2
     assert "there are 3 that fit, expected more than evaluation.held_out" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.filterwarnings("always::lopd.errors.ContextWarning", "always::lopd.errors.QuarantineWarning")
 @pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")
 def test_a_held_out_response_that_the_teacher_cannot_read_is_left_out_before_opd_and_after_it(here, tmp_path, capsys):
     shutil.copytree("runs/tiny/teacher", tmp_path / "teacher")
@@ -233,7 +233,8 @@ def test_a_held_out_response_that_the_teacher_cannot_read_is_left_out_before_opd
     prompts = [text for i in range(4) for text in (f"2 + {i}?", f"what is 2 + {i}?")]
     small = {"sampling": {"max_new_tokens": 12}, "sft": None, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": {"held_out": 6}}
     changes = {**small, "teacher": str(tmp_path / "teacher"), "prompts": prompts, "seeds": [seed_that_trains_on({0, 1}, 8)]}
-    assert main(["run", written(here, example(**changes, consistency="warn", out=str(tmp_path / "run"))), "--json"]) == 1
+    with pytest.warns(ContextWarning), pytest.warns(QuarantineWarning):
+        assert main(["run", written(here, example(**changes, consistency="warn", out=str(tmp_path / "run"))), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     (change,) = (seed["reverse_kl"] for seed in found["seeds"].values())
     assert change["change"] == pytest.approx(change["after"] - change["before"])
