@@ -1,6 +1,5 @@
 """Many small segments -> few large ones with the same rows in the same order.  Plans and arrays; what is written where is the store's."""
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -43,7 +42,7 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
 def fitting(scores: Sequence[Segment], target_tokens: int) -> int:
     """Return how many tokens a merged segment of these scores may have: `target_tokens`, or fewer where a token has many bytes."""
     arrays = ((name, array) for segment in scores[:1] for name, array in segment.meta.arrays.items())
-    sizes = [np.dtype(a.dtype).itemsize * math.prod(a.shape[1:]) for name, a in arrays if name not in (LINES, encode.SCORED_ROWS)]
+    sizes = [array.row_bytes for name, array in arrays if name not in (LINES, encode.SCORED_ROWS)]
     return max(min(target_tokens, _MERGED_BYTES // max(sum(sizes), 1)), 1)
 
 

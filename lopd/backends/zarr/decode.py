@@ -194,15 +194,14 @@ def _joined(found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]], lengths_B: _
     arrays = []
     for k, name in enumerate(found[0][0].names):
         meta = found[0][0].segment.meta.arrays[name]
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
         if len(found) == 1 and len(found[0][1][k]) == len(lengths_B) and isinstance(first := found[0][1][k][0], memoryview):
             # all rows from one read, in this order: what they are views of is what is wanted
-            arrays.append(np.frombuffer(cast("bytes", first.obj), dtype).reshape(-1, *meta.shape[1:]))
+            arrays.append(meta.values(cast("bytes", first.obj)))
             continue
         rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
         if None in rows:
             rows = [
                 np.full(n, filler, meta.dtype).tobytes() if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)
             ]
-        arrays.append(np.frombuffer(b"".join(rows), dtype).reshape(-1, *meta.shape[1:]))
+        arrays.append(meta.values(b"".join(rows)))
     return arrays

@@ -13,7 +13,7 @@ import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
-from lopd.backends.files import Bytes
+from lopd.backends.files import Bytes, Piece
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
@@ -66,7 +66,16 @@ class ArrayMeta:
         # sizes in bytes are computed with 64 bits
         check_number("Array", "shape", self.shape, math.prod(self.shape) < 1 << 50, "fewer than 2**50 values")
 
-    def is_chunk(self, data: bytes) -> bool:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of each place along its first dimension."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape[1:])
+
+    def values(self, data: Piece) -> NDArray[Any]:
+        """Return what a part of its chunk holds, along its first dimension."""
+        return np.frombuffer(data, np.dtype(self.dtype).newbyteorder("<")).reshape(-1, *self.shape[1:])
+
+    def is_chunk(self, data: Piece) -> bool:
         """Return whether these are the bytes of its chunk."""
         return checksum(data) == self.checksum
 
@@ -81,7 +90,7 @@ class ArrayMeta:
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:
     """Return where the one chunk of an array is."""
-    return f"{folder}/{name}/{'.'.join(['c'] + ['0'] * dimensions)}"
+    return f"{folder}/{name}/c{'.0' * dimensions}"
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
