@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes, Piece
@@ -82,10 +82,6 @@ class ArrayMeta:
     def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
         """Return whether this is its `zarr.json`, as it was written with these attributes, or with others that were added."""
         return checksum(data) == self.metadata_checksum or has_content(_array_document(self.dtype, self.shape, attributes), data)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types only."""
-        return {**asdict(self), "shape": list(self.shape)}
 
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:

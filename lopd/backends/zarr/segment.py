@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Annotated, Any, final
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
@@ -71,10 +71,6 @@ class SegmentMeta:
     def chunk(self, name: str) -> str:
         """Return where the one chunk of an array is."""
         return chunk_path(self.path, name, len(self.arrays[name].shape))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types only."""
-        return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
 
 
 @frozen(eq=False)

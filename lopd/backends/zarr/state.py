@@ -42,7 +42,7 @@ class Column:
         """Return what a checkpoint keeps of it."""
         return {
             "provenance": self.provenance.to_json(),
-            "segments": [segment.meta.to_json() for segment in self.segments],
+            "segments": [asdict(segment.meta) for segment in self.segments],
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
         }
 
@@ -124,7 +124,7 @@ class State:
         return {
             "commits": self.commits,
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
-            "segments": [segment.meta.to_json() for segment in self.segments],
+            "segments": [asdict(segment.meta) for segment in self.segments],
             "columns": {name: column.to_json() for name, column in self.columns.items()},
             "last": self.last,
             "replaced": self.replaced,
