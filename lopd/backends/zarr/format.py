@@ -140,7 +140,9 @@ def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
 
 def _encode_root(root: Root) -> bytes:
     storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW, "chained": root.chained}
-    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation, "lopd_about": _ABOUT})
+    ours = {_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation}
+    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
+    return dump(group_document({**ours, "lopd_about": _ABOUT, _CHECKSUM: checksum(dump(ours))}))
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
@@ -173,11 +175,6 @@ def has_content(wanted: Mapping[str, Any], data: bytes) -> bool:
         return same_node(parse(data), parse(dump(wanted)))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _root_document(body: Mapping[str, Any]) -> bytes:
-    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
-    return dump(group_document({**body, _CHECKSUM: checksum(dump({key: body[key] for key in (_MANIFEST, _STORAGE, _CREATION)}))}))
 
 
 #: The metadata of a Zarr v3 group; its attributes state what the store is.
