@@ -164,7 +164,7 @@ class Snapshot:
         lines = self.rollouts.lines_of(rows)
         scored = {name: self._scored(name, rows, lines) for name in columns}
         supports = {name: self._catalog.top_k(name) for name in top_k}
-        return decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
+        return decode.read(Wanted(self._owner, self.rollouts.fetch, rows, lines), scored, supports)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """Return the scores of these rows, if there are some, of these rows' tokens."""
@@ -177,7 +177,7 @@ class Snapshot:
             raise CorruptStoreError(
                 f"{owner}: scores of rollout {self._name(int(rows[i]))!r} were computed on other tokens; restore the store from a backup."
             )
-        return Wanted(owner, part, rows, found)
+        return Wanted(owner, part.fetch, rows, found)
 
     def _name(self, row: int) -> str:
         """Return the rollout's id, for messages."""
