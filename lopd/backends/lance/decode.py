@@ -211,12 +211,8 @@ class _Reader:
                         continue
                     sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
             for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
-                raise damaged(owner, self._name(chunk, int(i)), "checksum of its values is another than the one that was written")
-
-    def _name(self, chunk: _Chunk, i: int) -> str:
-        if ID in self._columns:
-            return f"rollout {_shown(chunk.table.column(ID)[int(chunk.at[i])].as_py())}"
-        return f"scores of row {self._wanted.rows[chunk.places[i]]}"
+                row = _called(chunk.table, int(chunk.at[i]), self._wanted.rows[chunk.places[i]])
+                raise damaged(owner, row, "checksum of its values is another than the one that was written")
 
 
 def _cut(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -257,11 +253,13 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArra
             lines["has_behavior"] |= table.column(HAS_SAMPLER).fill_null(False).to_numpy().astype(np.uint8) << 1
         found, wanted = line_checksums(lines, seed), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
-        name = f"scores of row {lines['row'][i]}"
-        if ID in table.column_names:
-            name = f"rollout {_shown(table.column(ID)[int(i)].as_py())}"
-        raise damaged(owner, name, f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
+        raise damaged(owner, _called(table, int(i), lines["row"][i]), f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
     return lines
+
+
+def _called(table: Any, at: int, row: int) -> str:
+    """Return how messages name a row, which is at this place in a table."""
+    return f"rollout {_shown(table.column(ID)[at].as_py())}" if ID in table.column_names else f"scores of row {row}"
 
 
 def _shown(rollout_id: bytes) -> str:
