@@ -144,16 +144,14 @@ class Snapshot:
             return self.scored(column)[rows]
         return self.columns[column].find(rows) >= 0 if column in self.columns else np.zeros(rows.size, np.bool_)
 
-    def _beyond(self, column: str, what: str, row: int) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._owner}: column {column!r} has {what} row {row}, expected rows below {self.rows}; restore the store from a backup."
-        )
-
     def quarantined(self, column: str) -> dict[int, str]:
         """Return rows that could not be scored, and why, without those that were scored later."""
         reasons = sorted(self._catalog.state.reasons.get(column, {}).items())
         if reasons and reasons[-1][0] >= self.rows:
-            raise self._beyond(column, "a reason for", reasons[-1][0])
+            raise CorruptStoreError(
+                f"{self._owner}: column {column!r} has a reason for row {reasons[-1][0]}, expected rows below {self.rows}; "
+                "restore the store from a backup."
+            )
         done = self.scored_rows(column, np.array([row for row, _ in reasons], np.int64))
         return {row: reason for (row, reason), scored in zip(reasons, done.tolist(), strict=True) if not scored}
 
