@@ -96,13 +96,12 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
     lines = [segment.lines().copy() for segment in segments]
     responses = [int(part[:, encode.LENGTHS][:, 1].sum()) for part in lines]
     sizes = {
-        "token_ids": [segment.meta.tokens for segment in segments],
-        "rollout_ids": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
-        "response": responses,
+        "token_start": [segment.meta.tokens for segment in segments],
+        "response_start": responses,
+        "id_start": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
     }
-    starts = {"token_start": "token_ids", "response_start": "response", "id_start": "rollout_ids"}
-    for column, counted in starts.items():
-        for part, offset in zip(lines, ends(np.array(sizes[counted])), strict=False):
+    for column, counts in sizes.items():
+        for part, offset in zip(lines, ends(np.array(counts)), strict=False):
             part[:, encode.R[column]] += offset
     arrays = {name: np.concatenate([segment.whole(name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
@@ -112,7 +111,7 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
             parts = [s.whole(name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
             arrays[name] = np.concatenate(parts)
     first, last = segments[0].meta.first_row, segments[-1].meta.last_row
-    return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
+    return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_start"]), first, last)
 
 
 def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:

@@ -6,10 +6,10 @@ from typing import Any, cast
 import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Piece, Run
-from lopd.backends.id_index import decode_id
+from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment
 from lopd.records.rows import Rows
@@ -174,8 +174,7 @@ def _names(group: Group, lines: _Int64) -> list[str]:
     starts = lines[:, R["id_start"]]
     ends = starts + lines[:, R["id_length"]]
     data = group.segment.pieces("rollout_ids", starts, ends)
-    hashes = np.frombuffer(b"".join(map(xxh3_128_digest, data)), "<i8").reshape(-1, 2)
-    if (hashes != lines[:, ID_HASH]).any():
+    if (hash_ids(data).view("<i8").reshape(-1, 2) != lines[:, ID_HASH]).any():
         raise group.segment.damaged("rollout_ids", "an id is not the one that its line names")
     return [decode_id(bytes(raw)) for raw in data]
 
