@@ -91,8 +91,9 @@ class Writer:
         return True
 
     def _next_commit(self, column: str | None) -> int:
+        """Return a number that no commit has that this version knows of."""
         part = self._snapshot.parts().get(column)
-        return 0 if part is None else part.next_commit()
+        return int(part.lines()[COMMIT][-1]) + 1 if part is not None and part.lines().size else 0
 
     def _insert(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
         """Return whether the next commit of a table is now this one."""
