@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from lopd.backends.files import Piece
 from lopd.errors import ArgumentError
 from lopd.records.checks import a_kind, several
 
@@ -31,7 +32,7 @@ def decode_id(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
-def hash_ids(ids: Sequence[bytes]) -> NDArray[np.void]:
+def hash_ids(ids: Sequence[Piece]) -> NDArray[np.void]:
     """Return (n,): the hash of each encoded id."""
     return np.frombuffer(b"".join(map(xxh3_128_digest, ids)), ID_HASH)
 

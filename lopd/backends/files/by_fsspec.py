@@ -17,38 +17,29 @@ class FsspecFiles:
     """`Files` on any file system of fsspec, `memory://` among them."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
-        self._url = url.rstrip("/")
-        self._shown = without_secrets(self._url)
-        self._options = dict(options)
-        core = need("fsspec.core", f"Store {self._shown}", "zarr")
+        # with the secrets that are in it
+        self._given = url.rstrip("/")
+        self.url = without_secrets(self._given)
+        self.options = dict(options)
+        core = need("fsspec.core", f"Store {self.url}", "zarr")
         try:
-            self._fs, self._root = self._call(core.url_to_fs, self._url, **self._options)
+            self._fs, self._root = self._call(core.url_to_fs, self._given, **self.options)
         except OSError as error:
             # Some ask a server at once.
             kind = StoreReadError if isinstance(error.__cause__, OSError) else StorePathError
             raise kind(
-                f"Store {self._shown}: fsspec cannot open it ({error}), expected a URL it knows; check scheme, options and the storage."
+                f"Store {self.url}: fsspec cannot open it ({error}), expected a URL it knows; check scheme, options and the storage."
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FsspecFiles, (self._url, self._options)
-
-    @property
-    def url(self) -> str:
-        """The root, without options and passwords."""
-        return self._shown
-
-    @property
-    def options(self) -> StorageOptions:
-        """As they were given."""
-        return self._options
+        return FsspecFiles, (self._given, self.options)
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
     def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
-            return asked(self._url, partial(work, *args, **options), secret=bool(self._options))
+        with waiting(f"Store {self.url}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
+            return asked(self._given, partial(work, *args, **options), secret=bool(self.options))
 
     def read(self, path: str, /) -> bytes:
         """Return a whole file."""

@@ -87,29 +87,20 @@ class ObstoreFiles:
         Raises:
             StorePathError: it refuses the options, or the endpoint is http and that was not allowed.
         """
-        self._url = url.rstrip("/")
-        self._shown = without_secrets(self._url)
-        self._options = dict(options)
-        self._obstore = need("obstore", f"Store {self._shown}", "zarr")
+        # with the secrets that are in it
+        self._given = url.rstrip("/")
+        self.url = without_secrets(self._given)
+        self.options = dict(options)
+        self._obstore = need("obstore", f"Store {self.url}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
-        self._max_retries = int(_number(self._shown, self._options, "client_max_retries", 10))
-        self._retry_timeout = _number(self._shown, self._options, "client_retry_timeout", 180)
+        self._max_retries = int(_number(self.url, self.options, "client_max_retries", 10))
+        self._retry_timeout = _number(self.url, self.options, "client_retry_timeout", 180)
         self._answered = answered
         self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return URL and options: connections do not travel to another process."""
-        return partial(ObstoreFiles, answered=self._answered), (self._url, self._options)
-
-    @property
-    def url(self) -> str:
-        """Bucket and prefix, without options."""
-        return self._shown
-
-    @property
-    def options(self) -> StorageOptions:
-        """As they were given."""
-        return self._options
+        return partial(ObstoreFiles, answered=self._answered), (self._given, self.options)
 
     @property
     def _patience(self) -> float:
@@ -118,10 +109,10 @@ class ObstoreFiles:
 
     def _open(self) -> None:
         obstore = self._obstore
-        check_fork("obstore", f"Store {self._shown}")
-        url = bucket_url(self._url)
-        _check_http(url, self._shown, self._options)
-        options = {name: value for name, value in self._options.items() if name not in _RETRY_OPTIONS}
+        check_fork("obstore", f"Store {self.url}")
+        url = bucket_url(self._given)
+        _check_http(url, self.url, self.options)
+        options = {name: value for name, value in self.options.items() if name not in _RETRY_OPTIONS}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
         client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
         if not self._answered:
@@ -139,23 +130,23 @@ class ObstoreFiles:
             return
         # Not in the block above, where Python would chain obstore's error: it has the URL in it, or the value of an option.
         raise StorePathError(
-            f"Store {self._shown}: it cannot be opened ({refused}), expected storage options of object_store; check their names."
+            f"Store {self.url}: it cannot be opened ({refused}), expected storage options of object_store; check their names."
         )
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
-        check_fork("obstore", f"Store {self._shown}")
+        check_fork("obstore", f"Store {self.url}")
         try:
-            with waiting(f"Store {self._shown}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
+            with waiting(f"Store {self.url}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
                 done = work()
         except (self._obstore.exceptions.BaseError, FileNotFoundError) as error:
             if any(words in str(error) for words in _NO_BUCKET):
                 raise StorePathError(
-                    f"Store {self._shown}: there is no such bucket; create it, or check its name, the region and the endpoint."
+                    f"Store {self.url}: there is no such bucket; create it, or check its name, the region and the endpoint."
                 ) from error
             if isinstance(error, self._obstore.exceptions.NotFoundError | FileNotFoundError):
                 self._hear()
-                raise FileNotFoundError(f"{self._shown}/{path} is not there") from error
-            raise OSError(f"{self._shown}/{path}: {_said(error)}") from error
+                raise FileNotFoundError(f"{self.url}/{path} is not there") from error
+            raise OSError(f"{self.url}/{path}: {_said(error)}") from error
         self._hear()
         return done
 

@@ -61,6 +61,8 @@ class LocalFiles:
     def __init__(self, root: Path) -> None:
         """Keep an absolute path, and make nothing yet.  A relative path would change its meaning with the working directory."""
         self.root = root.absolute()
+        self.url = str(self.root)
+        self.options: StorageOptions = {}
         self._open: OrderedDict[str, _Open] = OrderedDict()
         # Folders of single files whose own entry this object has flushed: nothing ever removes them.
         self._durable: set[Path] = set()
@@ -68,16 +70,6 @@ class LocalFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         """Return the path: open files do not travel to another process."""
         return LocalFiles, (self.root,)
-
-    @property
-    def url(self) -> str:
-        """The folder."""
-        return str(self.root)
-
-    @property
-    def options(self) -> StorageOptions:
-        """None."""
-        return {}
 
     def read(self, path: str, /) -> bytes:
         """Return a whole file."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 from attrs import frozen
@@ -11,14 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
-from lopd.backends.lance.encode import (
-    ID,
-    LINE_CHECKSUM,
-    ROLLOUT_DATA,
-    SCORE_DATA,
-    TOP_K_DATA,
-    line_checksums,
-)
+from lopd.backends.lance.encode import ID, LINE_CHECKSUM, ROLLOUT_DATA, SCORE_DATA, TOP_K_DATA, line_checksums
 from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rows import Rows, ends
@@ -33,27 +26,19 @@ _REASON, _TOKENS, _MASK, _BEHAVIOR, _SAMPLER = ROLLOUT_DATA
 (_LOGPROBS,) = SCORE_DATA
 
 
-class Fetches(Protocol):
-    """A table of which some rows can be fetched."""
-
-    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str], /) -> Any:
-        """Return an Arrow table with these columns, and `row`, of distinct and ascending rows, in an order of Lance's choice."""
-        ...
-
-
 @frozen(eq=False)
 class Wanted:
     """Rows of one table.
 
     Args:
         owner: its name in messages.
-        table: where they are.
+        fetch: gives an Arrow table with these columns, and `row`, of distinct and ascending rows, in an order of Lance's choice.
         rows: (B,), their numbers in the store, in the order of the call.
         lines: (B,), theirs in this table, verified.
     """
 
     owner: str
-    table: Fetches
+    fetch: Callable[[NDArray[np.int64], Sequence[str]], Any]
     rows: NDArray[np.int64]
     lines: NDArray[np.void]
 
@@ -211,7 +196,7 @@ class _Reader:
         return [partial(self._fetch, start, stop) for start, stop in _cut(self._distinct, self._tokens)]
 
     def _fetch(self, start: int, stop: int) -> _Chunk:
-        table = self._wanted.table.fetch(self._distinct[start:stop], self._columns)
+        table = self._wanted.fetch(self._distinct[start:stop], self._columns)
         places, found = self._order[self._ends[start] : self._ends[stop]], np.argsort(table["row"].to_numpy())
         return _Chunk(table, found[self._inverse[places] - start], places)
 
@@ -226,12 +211,8 @@ class _Reader:
                         continue
                     sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
             for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
-                raise damaged(owner, self._name(chunk, int(i)), "checksum of its values is another than the one that was written")
-
-    def _name(self, chunk: _Chunk, i: int) -> str:
-        if ID in self._columns:
-            return f"rollout {_shown(chunk.table.column(ID)[int(chunk.at[i])].as_py())}"
-        return f"scores of row {self._wanted.rows[chunk.places[i]]}"
+                row = _called(chunk.table, int(chunk.at[i]), self._wanted.rows[chunk.places[i]])
+                raise damaged(owner, row, "checksum of its values is another than the one that was written")
 
 
 def _cut(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
@@ -272,11 +253,13 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArra
             lines["has_behavior"] |= table.column(HAS_SAMPLER).fill_null(False).to_numpy().astype(np.uint8) << 1
         found, wanted = line_checksums(lines, seed), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
-        name = f"scores of row {lines['row'][i]}"
-        if ID in table.column_names:
-            name = f"rollout {_shown(table.column(ID)[int(i)].as_py())}"
-        raise damaged(owner, name, f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
+        raise damaged(owner, _called(table, int(i), lines["row"][i]), f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
     return lines
+
+
+def _called(table: Any, at: int, row: int) -> str:
+    """Return how messages name a row, which is at this place in a table."""
+    return f"rollout {_shown(table.column(ID)[at].as_py())}" if ID in table.column_names else f"scores of row {row}"
 
 
 def _shown(rollout_id: bytes) -> str:

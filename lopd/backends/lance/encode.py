@@ -1,9 +1,9 @@
-"""Rollouts and scores -> rows of LanceDB tables; `lance_decode` is the way back.
+"""Rollouts and scores -> rows of LanceDB tables; `decode` is the way back.
 
 Two checksums a row: `line_checksum` covers its short columns (the line), `data_checksum` its tokens or log-probs, and is part of the line.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -98,7 +98,6 @@ def encode_rollouts(
     # absent log-probs of the sampler do not count in a checksum, which is then what it was before there were any
     parts = [(t, m, b, *([] if s is None else [s])) for t, m, b, s in zip(tokens, masks, behaviors, drawn, strict=True)]
     ids = [encode_id(owner) for owner in owners]
-    lines = np.zeros(len(rollouts), ROLLOUT_LINE)
     columns: dict[str, Any] = {
         COMMIT: commit,
         "row": np.arange(first_row, first_row + len(rollouts)),
@@ -112,13 +111,11 @@ def encode_rollouts(
         "rounding": max(rounding, error),
         "data_checksum": [checksum(r.finish_reason.encode(), *some) for r, some in zip(rollouts, parts, strict=True)],
     }
-    for name, values in columns.items():
-        lines[name] = values
     texts: dict[str, Sequence[bytes | str]] = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
     optional: dict[str, Sequence[Any]] = {"loss_mask": masks, "behavior_logprobs": behaviors}
     if any(values is not None for values in drawn):
         optional["sampler_logprobs"] = drawn
-    return _table(lines, texts, {"token_ids": tokens}, optional, logprob_dtype, seed=seed)
+    return _table(ROLLOUT_LINE, columns, texts, {"token_ids": tokens}, optional, logprob_dtype=logprob_dtype, seed=seed)
 
 
 def encode_scores(
@@ -134,7 +131,6 @@ def encode_scores(
         ids = [support.ids.ravel().astype(np.min_scalar_type(vocab_size - 1)) for support in supports]
         lists |= dict(zip(TOP_K_DATA, (ids, ranked, [support.tail for support in supports]), strict=True))
         rounding = max(rounding, error)
-    lines = np.zeros(len(scores), SCORE_LINE)
     columns: dict[str, Any] = {
         COMMIT: commit,
         "row": rows,
@@ -146,9 +142,7 @@ def encode_scores(
         "data_checksum": [checksum(values) for values in logprobs],
         "top_k_checksum": [checksum(*three) for three in zip(*(lists[name] for name in TOP_K_DATA), strict=True)] if supports else 0,
     }
-    for name, values in columns.items():
-        lines[name] = values
-    return _table(lines, {}, lists, {}, logprob_dtype, seed=seed)
+    return _table(SCORE_LINE, columns, {}, lists, {}, logprob_dtype=logprob_dtype, seed=seed)
 
 
 def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int) -> Any:
@@ -160,23 +154,27 @@ def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, co
 
 
 def _table(
-    lines: NDArray[np.void],
+    line: np.dtype[Any],
+    cells: Mapping[str, Any],
     texts: dict[str, Sequence[bytes | str]],
     lists: dict[str, Sequence[Any]],
     optional_lists: dict[str, Sequence[Any]],
-    logprob_dtype: str,
     *,
+    logprob_dtype: str,
     seed: int,
 ) -> Any:
     import pyarrow as pa
 
+    lines = np.zeros(len(cells["row"]), line)
+    for name, values in cells.items():
+        lines[name] = values
     empty = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype, "sampler_logprobs": logprob_dtype}
     columns: list[tuple[Any, Any]] = []
-    for name in lines.dtype.names or ():
+    for name in line.names or ():
         if name == "id_hash":
             continue
-        values: Any = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
-        array = _bytes_column(values) if values.dtype.kind == "V" else pa.array(values)
+        values = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
+        array = pa.array(values.tolist(), pa.binary(values.dtype.itemsize)) if values.dtype.kind == "V" else pa.array(values)
         columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
     columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines, seed))))
     for name, texts_of in texts.items():
@@ -191,13 +189,6 @@ def _table(
     if "sampler_logprobs" in optional_lists:
         columns.append((pa.field(HAS_SAMPLER, pa.bool_()), pa.array(lines["has_behavior"] > 1)))
     return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
-
-
-def _bytes_column(values: NDArray[np.void]) -> Any:
-    import pyarrow as pa
-
-    data = np.ascontiguousarray(values)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(data.dtype.itemsize), len(data), [None, pa.py_buffer(data.tobytes())])
 
 
 def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) -> Any:

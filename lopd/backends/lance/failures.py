@@ -23,8 +23,6 @@ def reading(what: str) -> Iterator[None]:
     """Turn what Lance raises while it reads into errors of ours."""
     try:
         yield
-    except LopdError:
-        raise
     except BaseException as error:
         if not is_lance_error(error):
             raise
@@ -45,8 +43,8 @@ def first_line(error: BaseException) -> str:
 
 
 def is_lance_error(error: BaseException) -> bool:
-    """Return whether LanceDB may have raised it; a panic of its Rust code is not an `Exception`."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    """Return whether LanceDB may have raised it, and not lopd; a panic of its Rust code is not an `Exception`."""
+    return (isinstance(error, Exception) and not isinstance(error, LopdError)) or type(error).__name__ == "PanicException"
 
 
 def is_conflict(error: BaseException) -> bool:

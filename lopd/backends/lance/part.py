@@ -134,11 +134,6 @@ class Part:
         at = self.find(rows)
         return at if self._places is None else self._places[at]
 
-    def next_commit(self) -> int:
-        """Return a number that no commit has that this version knows of."""
-        lines = self.lines()
-        return int(lines[COMMIT][-1]) + 1 if lines.size else 0
-
     def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Return the lines of rows that are there, in this order.
 

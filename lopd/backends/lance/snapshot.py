@@ -144,16 +144,14 @@ class Snapshot:
             return self.scored(column)[rows]
         return self.columns[column].find(rows) >= 0 if column in self.columns else np.zeros(rows.size, np.bool_)
 
-    def _beyond(self, column: str, what: str, row: int) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._owner}: column {column!r} has {what} row {row}, expected rows below {self.rows}; restore the store from a backup."
-        )
-
     def quarantined(self, column: str) -> dict[int, str]:
         """Return rows that could not be scored, and why, without those that were scored later."""
         reasons = sorted(self._catalog.state.reasons.get(column, {}).items())
         if reasons and reasons[-1][0] >= self.rows:
-            raise self._beyond(column, "a reason for", reasons[-1][0])
+            raise CorruptStoreError(
+                f"{self._owner}: column {column!r} has a reason for row {reasons[-1][0]}, expected rows below {self.rows}; "
+                "restore the store from a backup."
+            )
         done = self.scored_rows(column, np.array([row for row, _ in reasons], np.int64))
         return {row: reason for (row, reason), scored in zip(reasons, done.tolist(), strict=True) if not scored}
 
@@ -164,7 +162,7 @@ class Snapshot:
         lines = self.rollouts.lines_of(rows)
         scored = {name: self._scored(name, rows, lines) for name in columns}
         supports = {name: self._catalog.top_k(name) for name in top_k}
-        return decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
+        return decode.read(Wanted(self._owner, self.rollouts.fetch, rows, lines), scored, supports)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """Return the scores of these rows, if there are some, of these rows' tokens."""
@@ -177,7 +175,7 @@ class Snapshot:
             raise CorruptStoreError(
                 f"{owner}: scores of rollout {self._name(int(rows[i]))!r} were computed on other tokens; restore the store from a backup."
             )
-        return Wanted(owner, part, rows, found)
+        return Wanted(owner, part.fetch, rows, found)
 
     def _name(self, row: int) -> str:
         """Return the rollout's id, for messages."""

@@ -91,8 +91,9 @@ class Writer:
         return True
 
     def _next_commit(self, column: str | None) -> int:
+        """Return a number that no commit has that this version knows of."""
         part = self._snapshot.parts().get(column)
-        return 0 if part is None else part.next_commit()
+        return int(part.lines()[COMMIT][-1]) + 1 if part is not None and part.lines().size else 0
 
     def _insert(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
         """Return whether the next commit of a table is now this one."""
@@ -101,8 +102,6 @@ class Writer:
         part = self._snapshot.parts().get(column)
         try:
             made = self._create(column, provenance, encode, records) if part is None else self._add(part, encode(seed=part.seed))
-        except LopdError:
-            raise
         except BaseException as error:
             if not is_lance_error(error):
                 raise
@@ -120,7 +119,7 @@ class Writer:
                 self._catalog.check_clock()
                 tiers.drop_versions(table.dataset())
         except BaseException as error:
-            if not is_lance_error(error):
+            if not isinstance(error, LopdError) and not is_lance_error(error):
                 raise
             if not is_conflict(error):
                 _LOG.warning("%s: merging small files failed, which a later commit repeats: %s", self._owner, first_line(error))
@@ -163,7 +162,7 @@ class Writer:
         try:
             check_added(self._reread, self._database.create(name, data), data)
         except BaseException as error:
-            if not is_lance_error(error):
+            if not isinstance(error, LopdError) and not is_lance_error(error):
                 raise
             self._database.drop(name)
             self._catalog.refresh()
@@ -213,8 +212,6 @@ class Writer:
                 # What was committed meanwhile is read by writers that began before.
                 tiers.drop_versions(part.table.dataset(), max(older_than, time.monotonic() - began))
                 self._flush(part.table.name)
-            except LopdError:
-                raise
             except BaseException as error:
                 if not is_lance_error(error):
                     raise
@@ -264,7 +261,7 @@ class Writer:
         except CorruptStoreError as error:
             raise self._unreadable(part.table.name, error, "it was not acknowledged") from error
         except BaseException as error:
-            if isinstance(error, LopdError) or not is_lance_error(error):
+            if not is_lance_error(error):
                 raise
             raise self._refused(error, column, ()) from error
         if sure:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count
 from typing import Any, final
 
 from attrs import frozen
@@ -91,7 +90,7 @@ class CommitLog:
         data = self._read(number)
         return "" if data is None else checksum(data)
 
-    def next(self, number: int, previous: str | None) -> Entry | None:
+    def next(self, number: int, previous: str) -> Entry | None:
         """Return the record with this number, or None if it is not there yet."""
         data = self._read(number)
         return None if data is None else self._entry(number, data, previous)
@@ -103,8 +102,8 @@ class CommitLog:
             except FileNotFoundError:
                 return None
 
-    def records(self, start: int, previous: str | None, stop: int | None = None) -> Iterator[Entry]:
-        """Yield all records from this number on, without a gap.  `previous` is the checksum of the one before them, None where it is not known."""
+    def records(self, start: int, previous: str, stop: int | None = None) -> Iterator[Entry]:
+        """Yield all records from this number on, without a gap.  `previous` is the checksum of the one before them."""
         with reading(self._owner, "reading its commit log"):
             paths = [_path(COMMITS, number) for number in range(start, self._end(start) if stop is None else stop)]
             try:
@@ -115,12 +114,9 @@ class CommitLog:
             entry = self._entry(number, data, previous)
             previous = entry.checksum
             yield entry
-        following = count(start + len(found)) if stop is None else ()
-        for number in following:
-            later = self.next(number, previous)
-            if later is None:
-                return
-            previous = later.checksum
+        number = start + len(found)
+        while stop is None and (later := self.next(number, previous)) is not None:
+            number, previous = number + 1, later.checksum
             yield later
 
     def _end(self, start: int) -> int:
@@ -179,7 +175,7 @@ class CommitLog:
         except LopdError as error:
             yield str(error)
 
-    def _entry(self, number: int, data: bytes, previous: str | None) -> Entry:
+    def _entry(self, number: int, data: bytes, previous: str) -> Entry:
         path = _path(COMMITS, number)
         body = unsealed(self._owner, path, data)
         self._check(path, body, {"number": number, "store": self._root.creation, "previous": previous})
@@ -193,7 +189,7 @@ class CommitLog:
         if "store" not in body and not self._root.chained:
             return
         for name, value in wanted.items():
-            if value is not None and body.get(name) != value:
+            if body.get(name) != value:
                 raise CorruptStoreError(
                     f"{self._owner}: {path} has {name} {body.get(name)!r}, expected {value!r}: it is of another place or store; "
                     "restore it from a backup."

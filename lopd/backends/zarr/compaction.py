@@ -1,6 +1,5 @@
 """Many small segments -> few large ones with the same rows in the same order.  Plans and arrays; what is written where is the store's."""
 
-import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -43,7 +42,7 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
 def fitting(scores: Sequence[Segment], target_tokens: int) -> int:
     """Return how many tokens a merged segment of these scores may have: `target_tokens`, or fewer where a token has many bytes."""
     arrays = ((name, array) for segment in scores[:1] for name, array in segment.meta.arrays.items())
-    sizes = [np.dtype(a.dtype).itemsize * math.prod(a.shape[1:]) for name, a in arrays if name not in (LINES, encode.SCORED_ROWS)]
+    sizes = [array.row_bytes for name, array in arrays if name not in (LINES, encode.SCORED_ROWS)]
     return max(min(target_tokens, _MERGED_BYTES // max(sum(sizes), 1)), 1)
 
 
@@ -97,13 +96,12 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
     lines = [segment.lines().copy() for segment in segments]
     responses = [int(part[:, encode.LENGTHS][:, 1].sum()) for part in lines]
     sizes = {
-        "token_ids": [segment.meta.tokens for segment in segments],
-        "rollout_ids": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
-        "response": responses,
+        "token_start": [segment.meta.tokens for segment in segments],
+        "response_start": responses,
+        "id_start": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
     }
-    starts = {"token_start": "token_ids", "response_start": "response", "id_start": "rollout_ids"}
-    for column, counted in starts.items():
-        for part, offset in zip(lines, ends(np.array(sizes[counted])), strict=False):
+    for column, counts in sizes.items():
+        for part, offset in zip(lines, ends(np.array(counts)), strict=False):
             part[:, encode.R[column]] += offset
     arrays = {name: np.concatenate([segment.whole(name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
@@ -113,7 +111,7 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
             parts = [s.whole(name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
             arrays[name] = np.concatenate(parts)
     first, last = segments[0].meta.first_row, segments[-1].meta.last_row
-    return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
+    return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_start"]), first, last)
 
 
 def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:

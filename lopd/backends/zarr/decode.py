@@ -6,10 +6,10 @@ from typing import Any, cast
 import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Piece, Run
-from lopd.backends.id_index import decode_id
+from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment
 from lopd.records.rows import Rows
@@ -174,8 +174,7 @@ def _names(group: Group, lines: _Int64) -> list[str]:
     starts = lines[:, R["id_start"]]
     ends = starts + lines[:, R["id_length"]]
     data = group.segment.pieces("rollout_ids", starts, ends)
-    hashes = np.frombuffer(b"".join(map(xxh3_128_digest, data)), "<i8").reshape(-1, 2)
-    if (hashes != lines[:, ID_HASH]).any():
+    if (hash_ids(data).view("<i8").reshape(-1, 2) != lines[:, ID_HASH]).any():
         raise group.segment.damaged("rollout_ids", "an id is not the one that its line names")
     return [decode_id(bytes(raw)) for raw in data]
 
@@ -194,15 +193,14 @@ def _joined(found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]], lengths_B: _
     arrays = []
     for k, name in enumerate(found[0][0].names):
         meta = found[0][0].segment.meta.arrays[name]
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
         if len(found) == 1 and len(found[0][1][k]) == len(lengths_B) and isinstance(first := found[0][1][k][0], memoryview):
             # all rows from one read, in this order: what they are views of is what is wanted
-            arrays.append(np.frombuffer(cast("bytes", first.obj), dtype).reshape(-1, *meta.shape[1:]))
+            arrays.append(meta.values(cast("bytes", first.obj)))
             continue
         rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
         if None in rows:
             rows = [
                 np.full(n, filler, meta.dtype).tobytes() if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)
             ]
-        arrays.append(np.frombuffer(b"".join(rows), dtype).reshape(-1, *meta.shape[1:]))
+        arrays.append(meta.values(b"".join(rows)))
     return arrays

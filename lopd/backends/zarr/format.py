@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.backends.files import Bytes
+from lopd.backends.files import Bytes, Piece
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
@@ -66,7 +66,16 @@ class ArrayMeta:
         # sizes in bytes are computed with 64 bits
         check_number("Array", "shape", self.shape, math.prod(self.shape) < 1 << 50, "fewer than 2**50 values")
 
-    def is_chunk(self, data: bytes) -> bool:
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of each place along its first dimension."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape[1:])
+
+    def values(self, data: Piece) -> NDArray[Any]:
+        """Return what a part of its chunk holds, along its first dimension."""
+        return np.frombuffer(data, np.dtype(self.dtype).newbyteorder("<")).reshape(-1, *self.shape[1:])
+
+    def is_chunk(self, data: Piece) -> bool:
         """Return whether these are the bytes of its chunk."""
         return checksum(data) == self.checksum
 
@@ -74,14 +83,10 @@ class ArrayMeta:
         """Return whether this is its `zarr.json`, as it was written with these attributes, or with others that were added."""
         return checksum(data) == self.metadata_checksum or has_content(_array_document(self.dtype, self.shape, attributes), data)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types only."""
-        return {**asdict(self), "shape": list(self.shape)}
-
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:
     """Return where the one chunk of an array is."""
-    return f"{folder}/{name}/{'.'.join(['c'] + ['0'] * dimensions)}"
+    return f"{folder}/{name}/c{'.0' * dimensions}"
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +140,9 @@ def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
 
 def _encode_root(root: Root) -> bytes:
     storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW, "chained": root.chained}
-    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation, "lopd_about": _ABOUT})
+    ours = {_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation}
+    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
+    return dump(group_document({**ours, "lopd_about": _ABOUT, _CHECKSUM: checksum(dump(ours))}))
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
@@ -168,11 +175,6 @@ def has_content(wanted: Mapping[str, Any], data: bytes) -> bool:
         return same_node(parse(data), parse(dump(wanted)))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
-
-
-def _root_document(body: Mapping[str, Any]) -> bytes:
-    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
-    return dump(group_document({**body, _CHECKSUM: checksum(dump({key: body[key] for key in (_MANIFEST, _STORAGE, _CREATION)}))}))
 
 
 #: The metadata of a Zarr v3 group; its attributes state what the store is.

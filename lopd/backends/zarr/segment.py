@@ -4,19 +4,18 @@ A line records where its rollout's values are, and carries checksums of them and
 without reading anything else.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, final
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Bytes, Files, Piece
-from lopd.backends.sealing import checksum, dump
+from lopd.backends.sealing import dump
 from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
 from lopd.records.checks import check_number
@@ -69,9 +68,9 @@ class SegmentMeta:
         """Of all arrays."""
         return sum(array.stored_bytes for array in self.arrays.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON types only."""
-        return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
+    def chunk(self, name: str) -> str:
+        """Return where the one chunk of an array is."""
+        return chunk_path(self.path, name, len(self.arrays[name].shape))
 
 
 @frozen(eq=False)
@@ -144,16 +143,6 @@ class SegmentGoneError(CorruptStoreError):
         return CorruptStoreError(str(self))
 
 
-@frozen(eq=False)
-class _Layout:
-    path: str
-    raw: bool
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    item_bytes: int
-    total_bytes: int
-
-
 @final
 class Segment:
     """Reads one committed segment.
@@ -168,7 +157,6 @@ class Segment:
         self._files = files
         self._owner = owner
         self._decoded = decoded
-        self._layouts: dict[str, _Layout] = {}
         self._kept: dict[str, _Int64] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -176,12 +164,11 @@ class Segment:
 
     def lines(self, indices: _Int64 | None = None) -> _Int64:
         """Return (n, fields): these lines, or all of them; each verified."""
+        meta = self.meta.arrays[LINES]
         if indices is None:
-            (lines,) = self.ranges(LINES, [0], [self.meta.rows])
+            lines = meta.values(*self.pieces(LINES, np.array([0]), np.array([self.meta.rows])))
         else:
-            layout = self._layout(LINES)
-            pieces = self.pieces(LINES, indices, indices + 1)
-            lines = np.frombuffer(b"".join(pieces), layout.dtype).reshape(len(indices), *layout.shape[1:])
+            lines = meta.values(b"".join(self.pieces(LINES, indices, indices + 1)))
         bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
         if bad.size:
             raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
@@ -202,32 +189,23 @@ class Segment:
 
     def whole(self, name: str) -> NDArray[Any]:
         """Return a whole array, if its file is what was committed."""
-        meta, layout = self.meta.arrays[name], self._layout(name)
-        (array,) = self.ranges(name, [0], [meta.shape[0]])
+        meta = self.meta.arrays[name]
+        (data,) = self.pieces(name, np.array([0]), np.array([meta.shape[0]]))
         # the checksum of an array that is compressed is that of its file
-        if checksum(array.data if layout.raw else self._files.read(layout.path)) != meta.checksum:
+        if not meta.is_chunk(data if meta.codec == RAW else self._files.read(self.meta.chunk(name))):
             raise self.damaged(name, "it does not match its checksum")
-        return array
-
-    def _layout(self, name: str) -> _Layout:
-        if name not in self._layouts:
-            meta = self.meta.arrays[name]
-            dtype = np.dtype(meta.dtype).newbyteorder("<")
-            size = dtype.itemsize * math.prod(meta.shape[1:])
-            path = chunk_path(self.meta.path, name, len(meta.shape))
-            self._layouts[name] = _Layout(path, meta.codec == RAW, dtype, meta.shape, size, size * meta.shape[0])
-        return self._layouts[name]
+        return meta.values(data)
 
     def pieces(self, name: str, starts: _Int64, ends: _Int64) -> Sequence[Piece]:
         """Return the bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
-        layout = self._layout(name)
-        begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
+        meta, path, size = self.meta.arrays[name], self.meta.chunk(name), self.meta.arrays[name].row_bytes
+        begin, stop = (starts * size).tolist(), (ends * size).tolist()
         found: Sequence[Piece]
         try:
-            if layout.raw:
-                found = self._files.read_ranges(layout.path, begin, stop)
+            if meta.codec == RAW:
+                found = self._files.read_ranges(path, begin, stop)
             else:
-                data = self._decoded(layout.path, layout.total_bytes)
+                data = self._decoded(path, size * meta.shape[0])
                 found = [data[first:last].tobytes() for first, last in zip(begin, stop, strict=True)]
         except ValueError as error:
             raise self.damaged(name, f"it cannot be decompressed ({error})") from error
@@ -236,12 +214,6 @@ class Segment:
         if sum(map(len, found)) != sum(stop) - sum(begin):
             raise self.damaged(name, "its file is too short")
         return found
-
-    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
-        """Return the same as arrays."""
-        layout = self._layout(name)
-        pieces = self.pieces(name, np.array(starts, np.int64), np.array(ends, np.int64))
-        return [np.frombuffer(piece, layout.dtype).reshape(-1, *layout.shape[1:]) for piece in pieces]
 
     def _unread(self, name: str, error: OSError) -> CorruptStoreError | StoreReadError:
         if isinstance(error, FileNotFoundError):

@@ -3,11 +3,11 @@
 It keeps a few numbers per segment, and reads no data.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
-from attrs import asdict
+from attrs import asdict, evolve, field, mutable
 from numpy.typing import NDArray
 
 from lopd.backends.files import Files
@@ -26,29 +26,24 @@ _Int64 = NDArray[np.int64]
 
 
 @final
+@mutable(eq=False)
 class Column:
-    """Score segments of one model, which rollout is where in them, and which rollouts it could not score."""
+    """Score segments of one model, which rollout is where in them, and which rollouts it could not score; reads nothing before it is asked."""
 
-    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: dict[int, str] | None = None) -> None:
-        """Keep the arguments; nothing is read yet, and the reasons are not copied."""
-        self.provenance = provenance
-        self.segments = list(segments)
-        self.reasons = {} if reasons is None else reasons
-        # Of segments that have every row from their first to their last: number << _LINE_BITS, first row, rows; and the numbers of others.
-        self._dense: tuple[_Int64, _Int64, _Int64] | None = None
-        self._loose: list[int] = []
+    provenance: Provenance
+    segments: Sequence[Segment] = ()
+    reasons: dict[int, str] = field(factory=dict)
+    # Of segments that have every row from their first to their last: number << _LINE_BITS, first row, rows; and the numbers of others.
+    _dense: tuple[_Int64, _Int64, _Int64] | None = field(init=False, default=None)
+    _loose: list[int] = field(init=False, factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
         return {
             "provenance": self.provenance.to_json(),
-            "segments": [segment.meta.to_json() for segment in self.segments],
+            "segments": [asdict(segment.meta) for segment in self.segments],
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
         }
-
-    def having(self, segments: Iterable[Segment]) -> "Column":
-        """Return the same column with these in place of its segments."""
-        return Column(self.provenance, segments, self.reasons)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return segment number * 2**32 + line of these rollouts' scores, -1 for one without; reads no lines."""
@@ -124,7 +119,7 @@ class State:
         return {
             "commits": self.commits,
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
-            "segments": [segment.meta.to_json() for segment in self.segments],
+            "segments": [asdict(segment.meta) for segment in self.segments],
             "columns": {name: column.to_json() for name, column in self.columns.items()},
             "last": self.last,
             "replaced": self.replaced,
@@ -174,7 +169,7 @@ class State:
             return {"condemned": self.condemned.union(record["removes"])}
         column = self.columns.get(name) or Column(record["provenance"])
         if kind == "scores":
-            return self._with_column(name, column.having([*column.segments, self._segment(record["segment"], name)]))
+            return self._with_column(name, evolve(column, segments=[*column.segments, self._segment(record["segment"], name)]))
         column.reasons.update(self._known_rows(record["reasons"]))
         return self._with_column(name, column)
 
@@ -192,7 +187,7 @@ class State:
             raise self._unfit(f"a compaction of {len(gone)} segments into {len(added)}", "as many rows, of segments that are there")
         if name is None:
             return {**self._with_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row)), "replaced": replaced}
-        return {**self._with_column(name, self.columns[name].having([*kept, *added])), "replaced": replaced}
+        return {**self._with_column(name, evolve(self.columns[name], segments=[*kept, *added])), "replaced": replaced}
 
     def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
         parent = "segments" if column is None else f"scores/{column}"

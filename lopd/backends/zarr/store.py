@@ -20,7 +20,7 @@ from lopd.backends.files import Files
 from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
-from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, has_content
+from lopd.backends.zarr.format import METADATA_FILE, ROOT, group_document, has_content
 from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
@@ -132,7 +132,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         for name, array in meta.arrays.items():
             is_metadata = partial(array.is_metadata, described if name == LINES else {})
             yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", is_metadata)
-            yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.is_chunk)
+            yield from self._compare(meta.chunk(name), array.is_chunk)
 
     def _compare(self, path: str, fits: Callable[[bytes], bool]) -> Iterator[str]:
         try:

@@ -119,7 +119,7 @@ class Writer:
     def _publish_segment(self, record: Mapping[str, Any], written: _Written, first_row: int, last_row: int) -> bool:
         # Another process may have put rollouts before these since it was written; the bytes of the segment are the same.
         segment = evolve(written.segment, first_row=first_row, last_row=last_row)
-        mine = self._publish({**record, "rounding": written.rounding, "segment": segment.to_json()}, [segment.path])
+        mine = self._publish({**record, "rounding": written.rounding, "segment": asdict(segment)}, [segment.path])
         self._spare = None if mine else written
         return mine
 
@@ -225,7 +225,7 @@ class Writer:
                 raise error.lost() from error.__cause__
             raise
         paths = [meta.path for meta in added]
-        record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
+        record = {"kind": "compaction", "column": column, "removes": gone, "adds": [asdict(meta) for meta in added]}
         while not self._publish(record, paths):
             self._state.refresh()
             if not set(gone) <= self._state.paths() or not self._state.condemned.isdisjoint(paths):
