@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from lopd.engines.server.keys import Key
+from lopd.engines.server.access import Key
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
 from lopd.records.paths import without_secrets
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
+from lopd.engines.server.access import Key
 from lopd.engines.server.answers import Trouble, refusal
 from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, costs_of, model_card, positions
-from lopd.engines.server.keys import Key
 from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
