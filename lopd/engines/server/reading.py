@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.server.answers import Trouble
-from lopd.engines.server.dialect import Costs, costs_of
 from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
@@ -124,10 +123,3 @@ def listed(owner: str, holder: Any, name: str, length: int | None = None) -> lis
     if length is not None and len(values) != length:
         raise InvalidRecordError(f"{owner}: the server gives {len(values)} {name}, expected {length}; score it again or drop it.")
     return values
-
-
-def usage_costs(answer: Any) -> Costs:
-    """Return the counts in the `usage` of a completion."""
-    usage = answer.get("usage") if isinstance(answer, Mapping) else None
-    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
-    return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])

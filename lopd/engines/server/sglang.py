@@ -13,7 +13,7 @@ Shape suffixes: T response tokens, K candidates a token, A ids asked for a token
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.access import Key
 from lopd.engines.server.answers import Trouble, refusal
-from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, costs_of, model_card, positions
+from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, costs_of, model_card, positions
 from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
@@ -37,14 +37,13 @@ _ANSWERS = "serve with SGLang 0.5.23 or later, and with no proxy that changes it
 
 
 @final
-class SGLang:
+class SGLang(Dialect):
     """SGLang's own API."""
 
-    key_variable: ClassVar[str] = "SGLANG_API_KEY"
-    scores_ids: ClassVar[bool] = True
-    samples: ClassVar[bool] = True
-    tried: ClassVar[bool] = True
-    extra: ClassVar[Mapping[str, Any]] = {}
+    key_variable = "SGLANG_API_KEY"
+    scores_ids = True
+    samples = True
+    tried = True
 
     def engine(self, served: Served) -> str:
         """Return its name in the provenance of a column."""
