@@ -23,7 +23,7 @@ from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.access import Key
 from lopd.engines.server.answers import Trouble, refusal
 from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, costs_of, model_card, positions
-from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
+from lopd.engines.server.reading import check_read, check_response, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -122,8 +122,7 @@ class SGLang(Dialect):
         owner, settings = f"Rollout {draw.rollout_id!r}", draw.settings
         meta = _meta(owner, draw.prompt, answer)
         ids = listed(owner, answer, "output_ids")
-        check_sampled(owner, ids, draw.vocab_size)
-        check_end(owner, ids, settings["stop_token_ids"], draw.room, meta["finish_reason"].get("type"))
+        check_response(owner, draw, ids, meta["finish_reason"].get("type"))
         entries = listed(owner, meta, "output_token_logprobs", len(ids))
         logprobs = [number(owner, t, _pair(owner, t, entry, token)) for t, (entry, token) in enumerate(zip(entries, ids, strict=True))]
         kept, drawn = 0 if processed else settings["logprobs"], [0.0] * len(ids) if settings["temperature"] == 0 else None

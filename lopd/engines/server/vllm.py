@@ -16,17 +16,7 @@ from numpy.typing import NDArray
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import (
-    EXTENSIONS,
-    check_end,
-    check_read,
-    check_sampled,
-    choices_of,
-    listed,
-    logprob,
-    most_likely,
-    number,
-)
+from lopd.engines.server.reading import EXTENSIONS, check_read, check_response, choices_of, listed, logprob, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -102,8 +92,7 @@ class VLLM(Dialect):
         (choice,) = choices_of(owner, answer, 1)
         check_read(owner, choice, draw.prompt)
         ids = listed(owner, choice, "token_ids")
-        check_sampled(owner, ids, draw.vocab_size)
-        check_end(owner, ids, settings["stop_token_ids"], draw.room, choice.get("finish_reason"))
+        check_response(owner, draw, ids, choice.get("finish_reason"))
         reported = _reported(owner, choice.get("logprobs"), ids)
         behavior, drawn = (None, reported) if processed else (reported, None)
         kept = 0 if processed else settings["logprobs"]
