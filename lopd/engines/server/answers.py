@@ -25,7 +25,6 @@ _TOO_LONG = (
     "longer than the model's context length",
     "exceeds the maximum allowed length",
 )
-
 # and for ids that it is asked to score and cannot
 _CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")
 

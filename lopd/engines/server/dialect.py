@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, final
 
-from attrs import frozen
+from attrs import astuple, frozen
 
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
@@ -61,8 +61,7 @@ class Costs:
     uncounted: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
-        names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
-        return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Costs(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def costs_of(usages: Sequence[Any], cached: Sequence[Any]) -> Costs:
