@@ -19,7 +19,7 @@ from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines import pool
 from lopd.engines.server import answers
-from lopd.engines.server.keys import Key
+from lopd.engines.server.access import Key
 from lopd.errors import EngineError, LopdError, MissingDependencyError
 
 

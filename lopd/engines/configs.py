@@ -50,8 +50,9 @@ def function_settings(model: Any, *, capped: bool = False) -> str:
         capped: as if attention applied its caps, as `load_model` has it; False looks at the attention that the model uses now.
     """
     base = unwrap(model)
-    # some models count positions from their padding id
-    paddings = {vars(module).get("padding_idx") for module in base.modules() if not _keeps_padding_for_itself(module)}
+    # some models count positions from their padding id; an embedding, and the model as a whole, have it for themselves
+    aside = nn.Embedding | transformers.PreTrainedModel
+    paddings = {vars(module).get("padding_idx") for module in base.modules() if not isinstance(module, aside)}
     without_sinks = not capped and _is_capless(base.config) and any(name.endswith("sinks") for name, _ in base.named_parameters())
     return json.dumps([_settings(base.config, capped), sorted(paddings - {None}), without_sinks], sort_keys=True)
 
@@ -60,10 +61,6 @@ def rope_moves(config: Any) -> bool:
     """Return whether rotary embeddings depend on the longest sequence so far."""
     rope = _plain(config.to_dict().get("rope_parameters") or {})
     return any(_rope_kind(part) in _MOVING for part in _rope_parts(rope))
-
-
-def _keeps_padding_for_itself(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | transformers.PreTrainedModel)
 
 
 def _is_capless(config: Any) -> bool:

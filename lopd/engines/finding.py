@@ -1,5 +1,6 @@
 """Where is it?  The folder of a model and its tokenizer, or their name in the hub; what goes wrong there is one sentence."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,12 @@ from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_fro
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
+from lopd.engines.inputs import stop_ids
 from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.identity import TokenizerId
 from lopd.records.lineage import refuse_store
-from lopd.records.paths import local_path, without_secrets
+from lopd.records.manifest import SamplingParams
+from lopd.records.paths import local_path, read_regular, without_secrets
 
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
@@ -70,6 +74,32 @@ def configured_eos(folder: Path) -> Any:
         return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         return transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder)).eos_token_id
+
+
+def served_eos(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
+    """Return the EOS ids of a model that a server has, from a copy of its folder: servers do not report them.
+
+    They are those of generation_config.json, or else config.json, in the folder or in that of the base model; and the tokenizer's.
+
+    Raises:
+        EngineError: they are those of a base model that is not on this machine.
+    """
+    files, adapters = _settings(folder), folder / _ADAPTERS
+    if not files and adapters.exists():
+        base = json.loads(read_regular(adapters)).get("base_model_name_or_path")
+        try:
+            files = _settings(local_folder(base, weights=False))
+        except LopdError as error:
+            raise EngineError(
+                f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
+                "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."
+            ) from error
+    configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
+    return stop_ids(SamplingParams(), configured, tokenizer)
+
+
+def _settings(folder: Path) -> list[Path]:
+    return [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
 
 
 def load_tokenizer(name: str | Path) -> Any:

@@ -50,7 +50,7 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     Raises:
         ModelError: the model cannot be scored here; it names the cause and the next step.
     """
-    probe = _prepare(model, vocab_size, "scoring", row_hidden_states)
+    probe = _prepare(model, vocab_size, "scoring")
     once(("scoring", vocab_size), model, lambda: _check(probe))
 
 
@@ -66,7 +66,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
-    probe = _prepare(model, vocab_size, "training", row_hidden_states, autocast)
+    probe = _prepare(model, vocab_size, "training", autocast)
     return once(("training", vocab_size, autocast), model, lambda: _find_way(probe, autocast))
 
 
@@ -89,9 +89,9 @@ def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
             probe.cut([ids_S])
 
 
-def _prepare(model: Any, vocab_size: int, ability: str, hidden: _Hidden, autocast: torch.dtype | None = None) -> "_Probe":
+def _prepare(model: Any, vocab_size: int, ability: str, autocast: torch.dtype | None = None) -> "_Probe":
     """Return what has to be looked at in each model: its attention, its head, and whether its weights are numbers."""
-    probe = _Probe(model, vocab_size, ability, hidden)
+    probe = _Probe(model, vocab_size, ability)
     with refusing(model, ability):
         check_causal_lm(model)
         keep_caps(model)
@@ -125,7 +125,7 @@ class _Probe:
     model: Any
     vocab_size: int
     ability: str
-    hidden: _Hidden
+    hidden: _Hidden = row_hidden_states
     autocast: torch.dtype | None = None
 
     def precision(self) -> torch.autocast:

@@ -5,7 +5,6 @@ Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk,
 
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
@@ -187,12 +186,10 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
     ids_N = torch.from_numpy(np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(np.int64)).to(device)
     lengths = [len(r) for r in rollouts]
     positions_N = torch.cat([torch.arange(length, device=device) for length in lengths])
-    predicts_N = torch.zeros(len(ids_N), dtype=torch.bool, device="cpu")
-    for first, r in zip(accumulate(lengths, initial=0), rollouts, strict=False):
-        predicts_N[first : first + len(r)][target_slice(r)] = True
     targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
     with evaluating(model):
-        return row_hidden_states(model, ids_N, positions_N, lengths)[predicts_N.to(device)], targets_M
+        parts = row_hidden_states(model, ids_N, positions_N, lengths).split(lengths)
+    return torch.cat([part_SD[target_slice(r)] for r, part_SD in zip(rollouts, parts, strict=True)]), targets_M
 
 
 def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:

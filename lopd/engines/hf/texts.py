@@ -6,6 +6,7 @@ Shape suffixes: B rows, S positions, N tokens, D hidden size.
 from bisect import bisect_left
 from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from lopd.engines.causal_lm import decoder_of, rope_borders, row_hidden_states, unwrap
@@ -60,7 +62,10 @@ class _CachedTexts:
     def __init__(self, model: Any, prompts: Sequence[Ids], padded: bool) -> None:
         self._decoder = decoder_of(unwrap(model))
         device = next(model.parameters()).device
-        self._ids_BS, mask_BS = (t.to(device) for t in _pad_left(prompts))
+        texts = [torch.from_numpy(ids.astype(np.int64)) for ids in prompts]
+        # generation continues at the right edge of every row
+        pad = partial(pad_sequence, batch_first=True, padding_side="left")
+        self._ids_BS, mask_BS = pad(texts).to(device), pad([torch.ones_like(ids) for ids in texts]).to(device)
         self._padding = {"attention_mask": mask_BS, "position_ids": (mask_BS.cumsum(-1) - 1).clamp(min=0)} if padded else {}
         self._cache: dict[str, Any] = {}
 
@@ -122,13 +127,3 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
     if isinstance(state, Cache | CacheLayerMixin | LinearAttentionCacheLayerMixin):
         vars(state).update(select_rows(vars(state), keep, rows))
     return state
-
-
-def _pad_left(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """Return (B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
-    width = max(ids.size for ids in prompts)
-    ids_BS, mask_BS = (torch.zeros(len(prompts), width, dtype=torch.long, device="cpu") for _ in range(2))
-    for i, ids in enumerate(prompts):
-        ids_BS[i, width - ids.size :] = torch.from_numpy(ids.astype(np.int64))
-        mask_BS[i, width - ids.size :] = 1
-    return ids_BS, mask_BS

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 
-from lopd.engines.server.keys import Key
+from lopd.engines.server.access import Key
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
 from lopd.records.paths import without_secrets
 
@@ -25,7 +25,6 @@ _TOO_LONG = (
     "longer than the model's context length",
     "exceeds the maximum allowed length",
 )
-
 # and for ids that it is asked to score and cannot
 _CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, NoReturn, final
 import numpy as np
 
 from lopd.engines.inputs import all_ids
-from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import choices_of, listed, most_likely, number, usage_costs
+from lopd.engines.server.dialect import Dialect, Draw, Get, Served, Widths, model_card, positions
+from lopd.engines.server.reading import choices_of, listed, most_likely, number
 from lopd.engines.supports import make_scores
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -27,13 +27,13 @@ _REMEDY = "use a host whose completions echo prompts of token ids with log-probs
 
 
 @final
-class Completions:
+class Completions(Dialect):
     """The OpenAI completions, with `echo` and `logprobs`."""
 
-    key_variable: ClassVar[str] = "OPENAI_API_KEY"
-    scores_ids: ClassVar[bool] = False
-    samples: ClassVar[bool] = False
-    tried: ClassVar[bool] = True
+    key_variable = "OPENAI_API_KEY"
+    scores_ids = False
+    samples = False
+    tried = True
     extra: ClassVar[Mapping[str, Any]] = {"return_tokens_as_token_ids": True}
 
     def engine(self, served: Served) -> str:
@@ -48,10 +48,6 @@ class Completions:
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """Return one endpoint for all."""
         return "/v1/completions", {"model": model, **body}
-
-    def costs(self, answer: Any) -> Costs:
-        """Return the counts in its `usage`."""
-        return usage_costs(answer)
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:  # noqa: ARG002  # all have it
         """Return prompts to be echoed."""

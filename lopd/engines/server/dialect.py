@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, final
 
-from attrs import frozen
+from attrs import astuple, frozen
 
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
@@ -61,8 +61,7 @@ class Costs:
     uncounted: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
-        names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
-        return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
+        return Costs(*(one + two for one, two in zip(astuple(self), astuple(other), strict=True)))
 
 
 def costs_of(usages: Sequence[Any], cached: Sequence[Any]) -> Costs:
@@ -146,7 +145,7 @@ class Dialect(Protocol):
     #: Variable of the environment that holds the key, unless the user names another.
     key_variable: ClassVar[str]
     #: Fields that are added to each request, unless the user gives others.
-    extra: ClassVar[Mapping[str, Any]]
+    extra: ClassVar[Mapping[str, Any]] = {}
     #: Whether it scores ids that are asked for, samples, and is tried with a few tokens before it is used.
     scores_ids: ClassVar[bool]
     samples: ClassVar[bool]
@@ -165,8 +164,10 @@ class Dialect(Protocol):
         ...
 
     def costs(self, answer: Any) -> Costs:
-        """Return the cost that an answer reports."""
-        ...
+        """Return the cost that an answer reports: in its `usage`, as completions do."""
+        usage = answer.get("usage") if isinstance(answer, Mapping) else None
+        details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+        return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:
         """Return a request for rollouts' log-probs; for those of one if `widths.asks`."""

@@ -39,7 +39,6 @@ from lopd.engines.inputs import (
     stream_seed,
 )
 from lopd.engines.server.dialect import Draw, Probe, Widths
-from lopd.engines.server.ends import eos_ids
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
@@ -202,13 +201,13 @@ class ServerSource:
             MissingDependencyError: transformers is not installed.
         """
         need("transformers", "ServerSource")
-        from lopd.engines.finding import load_tokenizer, local_folder, looking_for
+        from lopd.engines.finding import load_tokenizer, local_folder, looking_for, served_eos
 
         path = local_folder(folder, weights=False)
         tokenizer = fingerprint_tokenizer(load_tokenizer(path))
         with looking_for(folder):
             # those that are asked for take the place of the model's
-            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else eos_ids(path, tokenizer)
+            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else served_eos(path, tokenizer)
             return cls(servers, tokenizer, identity, sampling, ends, Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.server.answers import Trouble
-from lopd.engines.server.dialect import Costs, costs_of
+from lopd.engines.server.dialect import Draw
 from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
@@ -66,20 +66,17 @@ def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
     return token
 
 
-def check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
-    """Check that sampled tokens are ids of this vocabulary."""
+def check_response(owner: str, draw: Draw, ids: Sequence[Any], reason: Any) -> None:
+    """Check that sampled tokens are ids of this vocabulary, and end at a stop id, or are as many as they may be, with no stop id among them."""
     for place, token in enumerate(ids):
-        if type(token) is not int or not 0 <= token < vocab_size:
+        if type(token) is not int or not 0 <= token < draw.vocab_size:
             raise InvalidRecordError(
-                f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {vocab_size}; "
+                f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {draw.vocab_size}; "
                 "serve the model of this tokenizer (a head that is padded may sample its padding)."
             )
-
-
-def check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int, reason: Any) -> None:
-    """Check that the response ends at a stop id, or is as long as it may be, and has no stop id inside."""
     if reason in (None, "abort", "error"):
         raise Trouble(f"the response was broken off (finish_reason {reason!r})")
+    stops, longest = draw.settings["stop_token_ids"], draw.room
     inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
     if inside is not None:
         raise EngineError(
@@ -124,10 +121,3 @@ def listed(owner: str, holder: Any, name: str, length: int | None = None) -> lis
     if length is not None and len(values) != length:
         raise InvalidRecordError(f"{owner}: the server gives {len(values)} {name}, expected {length}; score it again or drop it.")
     return values
-
-
-def usage_costs(answer: Any) -> Costs:
-    """Return the counts in the `usage` of a completion."""
-    usage = answer.get("usage") if isinstance(answer, Mapping) else None
-    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
-    return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])

@@ -21,12 +21,11 @@ import httpx2
 from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
+from lopd.engines.server.access import Key, bases, check_urls, key_in, variable
 from lopd.engines.server.answers import Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
-from lopd.engines.server.keys import Key, key_in, variable
 from lopd.engines.server.sglang import SGLang
-from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.server.vllm import VLLM
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError

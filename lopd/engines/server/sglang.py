@@ -13,17 +13,17 @@ Shape suffixes: T response tokens, K candidates a token, A ids asked for a token
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
+from lopd.engines.server.access import Key
 from lopd.engines.server.answers import Trouble, refusal
-from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, costs_of, model_card, positions
-from lopd.engines.server.keys import Key
-from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
+from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, costs_of, model_card, positions
+from lopd.engines.server.reading import check_read, check_response, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -37,14 +37,13 @@ _ANSWERS = "serve with SGLang 0.5.23 or later, and with no proxy that changes it
 
 
 @final
-class SGLang:
+class SGLang(Dialect):
     """SGLang's own API."""
 
-    key_variable: ClassVar[str] = "SGLANG_API_KEY"
-    scores_ids: ClassVar[bool] = True
-    samples: ClassVar[bool] = True
-    tried: ClassVar[bool] = True
-    extra: ClassVar[Mapping[str, Any]] = {}
+    key_variable = "SGLANG_API_KEY"
+    scores_ids = True
+    samples = True
+    tried = True
 
     def engine(self, served: Served) -> str:
         """Return its name in the provenance of a column."""
@@ -123,8 +122,7 @@ class SGLang:
         owner, settings = f"Rollout {draw.rollout_id!r}", draw.settings
         meta = _meta(owner, draw.prompt, answer)
         ids = listed(owner, answer, "output_ids")
-        check_sampled(owner, ids, draw.vocab_size)
-        check_end(owner, ids, settings["stop_token_ids"], draw.room, meta["finish_reason"].get("type"))
+        check_response(owner, draw, ids, meta["finish_reason"].get("type"))
         entries = listed(owner, meta, "output_token_logprobs", len(ids))
         logprobs = [number(owner, t, _pair(owner, t, entry, token)) for t, (entry, token) in enumerate(zip(entries, ids, strict=True))]
         kept, drawn = 0 if processed else settings["logprobs"], [0.0] * len(ids) if settings["temperature"] == 0 else None

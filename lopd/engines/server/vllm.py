@@ -8,26 +8,15 @@ Shape suffixes: T response tokens, K candidates a token.
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
-from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import (
-    EXTENSIONS,
-    check_end,
-    check_read,
-    check_sampled,
-    choices_of,
-    listed,
-    logprob,
-    most_likely,
-    number,
-    usage_costs,
-)
+from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, model_card, positions
+from lopd.engines.server.reading import EXTENSIONS, check_read, check_response, choices_of, listed, logprob, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -39,14 +28,13 @@ def request_body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, 
 
 
 @final
-class VLLM:
+class VLLM(Dialect):
     """Servers with vLLM's extensions of the OpenAI completions."""
 
-    key_variable: ClassVar[str] = "VLLM_API_KEY"
-    scores_ids: ClassVar[bool] = True
-    samples: ClassVar[bool] = True
-    tried: ClassVar[bool] = False
-    extra: ClassVar[Mapping[str, Any]] = {}
+    key_variable = "VLLM_API_KEY"
+    scores_ids = True
+    samples = True
+    tried = False
 
     def engine(self, served: Served) -> str:
         """Return its name in the provenance of a column."""
@@ -63,10 +51,6 @@ class VLLM:
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         """Return completions, or the endpoint that takes token ids to be asked about."""
         return "/inference/v1/generate" if "token_ids" in body else "/v1/completions", {"model": model, **body}
-
-    def costs(self, answer: Any) -> Costs:
-        """Return the counts in its `usage`."""
-        return usage_costs(answer)
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:  # noqa: ARG002  # all have it
         """Return completions of the prompts, or of the one with ids to be asked about, which only another endpoint takes (vLLM 0.32).
@@ -88,11 +72,11 @@ class VLLM:
         owner, vocab_size = f"Rollout {rollouts[0].rollout_id!r}", widths.vocab_size
         if not widths.asks:
             choices = choices_of(owner, answer, len(rollouts))
-            _check_computed(owner, answer)
+            _check_computed(owner, self.costs(answer))
             parts = zip(rollouts, choices, strict=True)
             return [make_scores(rollout, *_prompt_logprobs(rollout, widths.top_k, vocab_size, choice)) for rollout, choice in parts]
         found = _prompt_logprobs(rollouts[0], likely(widths.top_k, widths.candidates), vocab_size, answer)
-        _check_computed(owner, answer)
+        _check_computed(owner, self.costs(answer))
         ids_TA, logprobs_TA = np.array(body["sampling_params"][IDS], np.int64), _decoded(owner, answer)
         return [asked_scores(rollouts[0], ids_TA, logprobs_TA, found, candidates=widths.candidates, top_k=widths.top_k)]
 
@@ -108,8 +92,7 @@ class VLLM:
         (choice,) = choices_of(owner, answer, 1)
         check_read(owner, choice, draw.prompt)
         ids = listed(owner, choice, "token_ids")
-        check_sampled(owner, ids, draw.vocab_size)
-        check_end(owner, ids, settings["stop_token_ids"], draw.room, choice.get("finish_reason"))
+        check_response(owner, draw, ids, choice.get("finish_reason"))
         reported = _reported(owner, choice.get("logprobs"), ids)
         behavior, drawn = (None, reported) if processed else (reported, None)
         kept = 0 if processed else settings["logprobs"]
@@ -146,12 +129,12 @@ def _prompt_logprobs(
     return np.array(logprobs, np.float32), *most_likely(owner, entries, tokens, top_k, vocab_size)
 
 
-def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
+def _check_computed(owner: str, costs: Costs) -> None:
     """Check that every position was computed: what a prefix cache gives depends on the order of requests (vllm-project/vllm#42019).
 
     vLLM does not read the cache for such a request, and reports that where it was started with `--enable-prompt-tokens-details`.
     """
-    if cached := usage_costs(answer).cached_tokens:
+    if cached := costs.cached_tokens:
         raise EngineError(f"{owner}: {cached} of its tokens came out of the prefix cache, expected 0; start the server without it.")
 
 
