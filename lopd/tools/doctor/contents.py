@@ -19,7 +19,7 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.tools.advantages import sample_advantages, scored_rows
-from lopd.tools.starts import find_start
+from lopd.tools.facts import find_start
 
 
 @frozen
