@@ -92,11 +92,8 @@ def _add_card(parser: ArgumentParser) -> None:
     card.add_argument("--teacher", metavar="DIR", help="folder of the teacher; leave it out if something else scores")
     card.add_argument("--rows", type=int, metavar="N", help="responses that are sampled side by side (64)")
     card.add_argument("--lora-rank", type=int, metavar="N", help="of adapters; 0 trains all weights (0)")
-    for name, what in (
-        ("dtype", "of the student's weights (float32)"),
-        ("autocast", "what layers compute in (bfloat16); float32: as the weights are"),
-    ):
-        card.add_argument(f"--{name}", choices=("float32", "bfloat16"), help=what)
+    card.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the student's weights (float32)")
+    card.add_argument("--autocast", choices=("float32", "bfloat16"), help="what layers compute in (bfloat16); float32: as the weights are")
     card.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
     card.add_argument("--packed", action="store_true", help="FlashAttention or FlexAttention reads packed batches")
 
