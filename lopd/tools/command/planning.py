@@ -101,12 +101,8 @@ def _add_card(parser: ArgumentParser) -> None:
 def _fit(options: Namespace) -> int:
     if options.student is None:
         raise ArgumentError("Plan: --student is missing, expected the folder or hub name of the student; pass it beside --card.")
-    from lopd.engines.finding import looking_for
-
-    configs = []
-    for folder in filter(None, (options.student, options.teacher)):
-        with looking_for(folder) as there:
-            configs.append(need("transformers", "Plan").AutoConfig.from_pretrained(str(there)))
+    finding = need("lopd.engines.finding", "Plan")
+    configs = [finding.described(folder) for folder in (options.student, options.teacher) if folder]
     given = {f.name: value for f in fields(Use) if (value := getattr(options, f.name, None)) is not None}
     # lengths on average may be fractions, and those of the longest rollout are counts
     given |= {name: int(given[name]) for name in ("prompt_tokens", "response_tokens") if given.get(name, 0.5).is_integer()}
