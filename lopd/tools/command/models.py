@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
 
     from lopd.engines.server import Servers
-    from lopd.protocols import DurableStore, RolloutSource, TeacherScorer
+    from lopd.protocols import RolloutSource, TeacherScorer
     from lopd.records.identity import ModelId
-    from lopd.records.manifest import Manifest, SamplingParams
+    from lopd.records.manifest import SamplingParams
 
 T = TypeVar("T")
 
@@ -201,12 +201,3 @@ def model_of(options: Namespace) -> Model:
     given = {f.name: getattr(options, f.name) for f in fields(Model)}
     engines = options.engine or ["hf"]
     return Model(**{**given, "engine": engines[0] if len(engines) == 1 else engines})
-
-
-def store_for(url: str, manifest: "Manifest", storage_options: dict[str, str] | None = None) -> "DurableStore":
-    """Return the store that is there, or a new one: LanceDB tables if the name ends with `.lance`, else Zarr segments."""
-    from lopd.backends.lance.store import LanceStore
-    from lopd.backends.zarr.store import ZarrStore
-
-    kind = LanceStore if url.rstrip("/").endswith(".lance") else ZarrStore
-    return kind.open_or_create(url, manifest, storage_options=storage_options)

@@ -4,8 +4,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from importlib.resources import files
 
+from attrs import asdict
+
+import lopd
 from lopd.errors import ArgumentError
-from lopd.tools.command.models import add_model, model_of, running, store_for
+from lopd.tools.command.models import add_model, model_of, running
 from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, progress, say
 
 _SAMPLING = (
@@ -110,22 +113,18 @@ def _run(options: Namespace) -> int:
 
 
 def _sample(options: Namespace) -> int:
-    from attrs import asdict
-
     from lopd.protocols.reading import named
-    from lopd.records.manifest import SamplingParams
-    from lopd.records.prompts import read_prompts
-    from lopd.verbs.collect import collect_rollouts
 
     bar = progress("Sample", "transformers")
     names = [name.replace("-", "_") for name, _, _ in _SAMPLING]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    sampling = SamplingParams(**given, stop_ids=options.stop_id or ())
+    sampling = lopd.SamplingParams(**given, stop_ids=options.stop_id or ())
     model = model_of(options)
-    prompts = read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
     with running(model.source(sampling, options.rows)) as source:
-        store = store_for(options.url, source.manifest, dict(options.storage_option) or None)
-        report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
+        store = kind.open_or_create(options.url, source.manifest, storage_options=dict(options.storage_option) or None)
+        report = lopd.collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
     if options.json:
         print_json({"in_store": len(store), **asdict(report)})
     else:
@@ -136,15 +135,12 @@ def _sample(options: Namespace) -> int:
 
 
 def _score(options: Namespace) -> int:
-    from attrs import asdict
-
     from lopd.protocols.reading import named
-    from lopd.verbs.scoring import score_rollouts
 
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
     with running(model_of(options).scorer(options.top_k, options.candidates, options.drawn)) as scorer:
-        report = score_rollouts(
+        report = lopd.score_rollouts(
             store,
             scorer,
             column=options.column,
