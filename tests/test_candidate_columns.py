@@ -13,8 +13,8 @@ from lopd.guards.audit import audit
 from lopd.records import Lineage, ModelId, policy_column
 from lopd.records.collate import collate
 from lopd.testing import assert_same_top_k
+from lopd.tools.facts import score_columns
 from lopd.tools.interop import export_parquet, import_parquet
-from lopd.tools.origins import score_columns
 from lopd.tools.plan import GpuRates, lightning, measured_rates, work_like
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5), candidates=3, drawn=2)

@@ -53,14 +53,14 @@ def check_whole(folder: Path) -> None:
         )
 
 
-def described(folder: Path) -> Any:
-    """Return the configuration of the model in a folder.
+def described(name: str | Path) -> Any:
+    """Return the configuration of the model in a folder, or of a hub name.
 
     Raises:
-        EngineError: the folder has no configuration, or it cannot be read.
+        EngineError: there is no such folder or model, it has no configuration, or that cannot be read.
     """
-    with looking_for(folder):
-        return transformers.AutoConfig.from_pretrained(folder)
+    with looking_for(name) as found:
+        return transformers.AutoConfig.from_pretrained(str(found))
 
 
 def described_text(folder: Path) -> Any:

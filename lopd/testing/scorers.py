@@ -157,8 +157,9 @@ class ScorerConformance:
             )
         assert all(len(set(ids)) == distinct for ids in top_k.ids[:, :distinct].tolist()), "each token once"
         assert 0 <= top_k.ids.min() <= top_k.ids.max() < self.tokenizer().vocab_size
+        mass_T = np.exp(top_k.logprobs[:, :distinct].astype(np.float64)).sum(axis=1) + top_k.tail
         # `TopK` itself allows ten times as much
-        assert (np.abs(_mass(top_k) - 1) <= max(self.tolerance, 1e-3)).all(), "the tail is not what the most likely tokens leave"
+        assert (np.abs(mass_T - 1) <= max(self.tolerance, 1e-3)).all(), "the tail is not what the most likely tokens leave"
         among_TK = top_k.ids == rollout.response_ids[:, None]
         outside_T = ~among_TK[:, :distinct].any(axis=1)
         own_TK = top_k.logprobs[:, wanted.candidates : distinct]
@@ -269,12 +270,6 @@ class ScorerConformance:
 def _support(score: Scores) -> TopK:
     assert score.top_k is not None, f"{score.rollout_id} has no most likely tokens"
     return score.top_k
-
-
-def _mass(top_k: TopK) -> NDArray[np.float64]:
-    """Return (T,): the distinct tokens and the tail together."""
-    total_T: NDArray[np.float64] = np.exp(top_k.logprobs[:, : top_k.distinct].astype(np.float64)).sum(axis=1) + top_k.tail
-    return total_T
 
 
 def _cut(rollout: Rollout, start: int = 0, stop: int | None = None) -> Rollout:

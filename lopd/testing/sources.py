@@ -201,7 +201,7 @@ class SourceConformance:
         prompt = self.too_long()
         if prompt is None:
             pytest.skip("it has no limit")
-        with pytest.raises(ContextOverflowError, match=_quoted(prompt.prompt_id)):
+        with pytest.raises(ContextOverflowError, match=f"'{prompt.prompt_id}'"):
             self.make(_SAMPLING, 0).sample([*self.prompts(), prompt])
 
     def test_an_id_outside_the_vocabulary_is_refused_and_its_prompt_named(self) -> None:
@@ -262,7 +262,3 @@ def _mean_gap(left: Sequence[Rollout], right: Sequence[Rollout]) -> float:
     assert [a is None for a, _ in pairs] == [b is None for _, b in pairs]
     gaps = [np.abs(np.subtract(a, b, dtype=np.float64)) for a, b in pairs if a is not None and b is not None]
     return float(np.concatenate(gaps).mean()) if gaps else 0.0
-
-
-def _quoted(name: str) -> str:
-    return f"'{name}'"

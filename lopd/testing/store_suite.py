@@ -1,13 +1,17 @@
-"""What a suite of stores needs of the store that is tested."""
+"""What a suite of stores needs of the store that is tested, and the clauses on what cannot be scored, and on what is not a log-prob."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
+from attrs import evolve
 
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobStore
-from lopd.records.manifest import Manifest
-from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout
-from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_rollout
+from lopd.records.manifest import LABEL, RESIDUAL, Manifest
+from lopd.records.parity import Parity
+from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
+from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
 def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
@@ -24,7 +28,7 @@ def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
 
 
 class StoreSuite:
-    """How to make a store, and how to open it again."""
+    """How to make a store, and how to open it again; and a part of `StoreConformance`."""
 
     def make(self, manifest: Manifest) -> LogprobStore:
         """Return a new, empty store; called several times in one test."""
@@ -43,3 +47,76 @@ class StoreSuite:
         store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
         store.append(items)
         return store, items
+
+    def test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored(self) -> None:
+        store, items = self.filled()
+        assert dict(store.quarantined("teacher")) == {}
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[2])])
+        store.quarantine("teacher", tiny_provenance(), {"r1": "too long", "r0": "", "r2": "scored already"})
+        store.quarantine("teacher", tiny_provenance(), {"r0": "an id outside \u20ac\ud800"})
+        for seen in (store, self.reopen(store), self.compact(store)):
+            assert dict(seen.quarantined("teacher")) == {0: "an id outside \u20ac\ud800", 1: "too long"}
+            assert dict(seen.quarantined("another")) == {}
+            assert seen.scored("teacher").tolist() == [False, False, True]
+            with pytest.raises(MissingScoresError, match="'r1'"):
+                seen.read([1], columns=("teacher",))
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0])])
+        for seen in (store, self.reopen(store)):
+            assert dict(seen.quarantined("teacher")) == {1: "too long"}
+            assert seen.scored("teacher").tolist() == [True, False, True]
+
+    def test_what_cannot_be_scored_survives_many_appends_and_their_compaction(self) -> None:
+        store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}") for i in range(6)]
+        for item in items:
+            store.append([item])
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(item)] if item.rollout_id in {"r0", "r3", "r4"} else [])
+        store.quarantine("teacher", tiny_provenance(), {"r5": "first", "r1": "too long"})
+        store.quarantine("teacher", tiny_provenance(), {"r5": "second"})
+        for _ in range(2):
+            store = self.reopen(self.compact(store))
+            assert dict(store.quarantined("teacher")) == {1: "too long", 5: "second"}
+            assert store.scored("teacher").tolist() == [True, False, False, True, True, False]
+
+    def test_the_first_append_says_how_the_engine_of_a_column_compared(self) -> None:
+        store, items = self.filled()
+        parity = Parity("engine", "truth", rollouts=1, tokens=2, mean=0.25, p99=0.5, max=0.5, bias=-0.25)
+        for item, compared in zip(items, (parity, None, evolve(parity, mean=0.5)), strict=True):
+            store.append_scores("teacher", evolve(tiny_provenance(), parity=compared), [tiny_scores(item)])
+        for seen in (store, self.reopen(store)):
+            assert seen.columns["teacher"].parity == parity
+
+    def test_values_above_zero_are_for_residuals_and_labels(self) -> None:
+        store, items = self.filled()
+        signed = Scores.of(items[2], [0.5, -1.0, 7.0], signed=True)
+        for mode in (RESIDUAL, LABEL):
+            made = evolve(tiny_provenance(), logprobs_mode=mode)
+            with pytest.raises(InvalidRecordError, match="signed=False, expected True"):
+                store.append_scores(mode, made, [tiny_scores(items[2])])
+            store.append_scores(mode, made, [signed])
+        with pytest.raises(InvalidRecordError, match="signed=True, expected False"):
+            store.append_scores("teacher", tiny_provenance(), [signed])
+        read = self.reopen(store).read([2], (LABEL, RESIDUAL))[0]
+        assert [values.tolist() for values in read.scores.values()] == [[0.5, -1.0, 7.0]] * 2
+
+    def test_a_column_may_have_nothing_but_reasons_and_still_belongs_to_its_model(self) -> None:
+        store, items = self.filled()
+        store.quarantine("teacher", tiny_provenance(), {"r0": "too long"})
+        again = self.reopen(self.compact(store))
+        assert dict(again.columns) == {"teacher": tiny_provenance()}
+        assert not again.scored("teacher").any()
+        with pytest.raises(ConflictError, match="'teacher'"):
+            store.append_scores("teacher", tiny_provenance("other"), [tiny_scores(items[1])])
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[1])])
+        with pytest.raises(ConflictError, match="'teacher'"):
+            store.quarantine("teacher", tiny_provenance("other"), {"r2": "too long"})
+        assert dict(self.reopen(store).quarantined("teacher")) == {0: "too long"}
+
+    def test_a_refused_quarantine_changes_nothing(self) -> None:
+        store, _ = self.filled()
+        with pytest.raises(MissingScoresError, match="'nobody'"):
+            store.quarantine("teacher", tiny_provenance(), {"r0": "too long", "nobody": "too long"})
+        with pytest.raises(InvalidRecordError, match=r"'\.\./up'"):
+            store.quarantine("../up", tiny_provenance(), {"r0": "too long"})
+        store.quarantine("teacher", tiny_provenance(), {})
+        for seen in (store, self.reopen(store)):
+            assert (dict(seen.columns), dict(seen.quarantined("teacher"))) == ({}, {})

@@ -10,7 +10,6 @@ from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, N
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import Rollout, Scores
 from lopd.records.support import TopK
-from lopd.testing.quarantine import QuarantineClauses
 from lopd.testing.records import (
     assert_same_rollout,
     assert_same_top_k,
@@ -22,10 +21,10 @@ from lopd.testing.records import (
     tiny_scores,
     tiny_top_k,
 )
-from lopd.testing.store_suite import assert_holds
+from lopd.testing.store_suite import StoreSuite, assert_holds
 
 
-class StoreConformance(QuarantineClauses):
+class StoreConformance(StoreSuite):
     """Every clause of the `LogprobStore` contract, as one test each.  Subclass it, and supply `make` and `reopen`."""
 
     def test_a_new_store_is_empty_and_says_its_manifest(self) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import in_batches, named
+from lopd.protocols.reading import named, walk
 from lopd.records.drift import AdvantageSummary
 from lopd.records.rollouts import VIRTUAL_COLUMNS, prompt_id_of
 
@@ -65,13 +65,12 @@ def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Se
     refuse_labels(store, teacher, student)
     every, rounds, prompt_ids = np.asarray(rows, np.int64), list[int](), list[str]()
     places, gaps = [np.empty(0)], [np.empty(0)]
-    for part in in_batches(every):
-        for record in store.read(part, columns=(teacher, student)):
-            on_T = record.rollout.loss_mask
-            rounds.append(record.rollout.generation)
-            prompt_ids.append(prompt_id_of(record.rollout.rollout_id))
-            places.append(((np.arange(on_T.size) + 0.5) / on_T.size)[on_T])
-            gaps.append((record.scores[teacher].astype(np.float64) - record.scores[student])[on_T])
+    for record in walk(store, every, (teacher, student)):
+        on_T = record.rollout.loss_mask
+        rounds.append(record.rollout.generation)
+        prompt_ids.append(prompt_id_of(record.rollout.rollout_id))
+        places.append(((np.arange(on_T.size) + 0.5) / on_T.size)[on_T])
+        gaps.append((record.scores[teacher].astype(np.float64) - record.scores[student])[on_T])
     segments = np.repeat(np.arange(len(every)), [gap.size for gap in gaps[1:]])
     return SampledAdvantages(
         every, np.array(rounds, np.int64), np.array(prompt_ids, np.str_), segments, np.concatenate(places), np.concatenate(gaps)

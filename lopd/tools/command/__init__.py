@@ -20,7 +20,7 @@ from lopd.tools.command_line import FINE, UNUSABLE, say
 
 #: Word -> the module that declares its options and runs it, and what it does.
 COMMANDS = {
-    "run": ("running", "do a whole run that one file describes, or go on with it"),
+    "run": ("phases", "do a whole run that one file describes, or go on with it"),
     "sample": ("phases", "sample a model's responses to prompts into a store"),
     "score": ("phases", "have a teacher score the rollouts of a store"),
     "info": ("stores", "show what is in a store, and who made it"),

@@ -26,7 +26,7 @@ from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.paths import asked, path_or_url, without_secrets
 from lopd.records.warn import warn_user
-from lopd.tools.command.settings import Prompts, RunSettings
+from lopd.tools.command.settings import RunSettings
 from lopd.tools.phases import Run, digest, write_json
 
 _MEASURED = "evaluation-before-opd.json"
@@ -76,7 +76,10 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     sampling = s.sampling.params(0)
     if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
         warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
-    prompts = _prompts(s.prompts, tokenizer)
+    if isinstance(given := s.prompts, list):
+        prompts = lopd.make_prompts(given, tokenizer)
+    else:
+        prompts = lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template)
     unfit = _unfit(s, prompts, ours)
     fit = len(prompts) - len(unfit)
     if s.evaluation and fit <= s.evaluation.held_out:
@@ -108,12 +111,6 @@ def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) 
         bare = {name: name.partition(", ")[2] for name in read}
         renamed = {name: theirs[old] for name, old in bare.items() if old in theirs}
         write_json(path, {name: value for name, value in theirs.items() if name not in bare.values()} | renamed)
-
-
-def _prompts(given: Prompts | list[Any], tokenizer: Any) -> list[Prompt]:
-    if isinstance(given, list):
-        return lopd.make_prompts(given, tokenizer)
-    return lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template)
 
 
 def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str, str]:

@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from attrs import evolve, fields, frozen
 
+import lopd
 from lopd.errors import InvalidRecordError
 
 if TYPE_CHECKING:
     import torch
 
     from lopd.engines.server import Servers
-    from lopd.protocols import DurableStore, RolloutSource, TeacherScorer
-    from lopd.records.identity import ModelId
-    from lopd.records.manifest import Manifest, SamplingParams
+    from lopd.protocols import RolloutSource, TeacherScorer
 
 T = TypeVar("T")
 
@@ -100,11 +99,9 @@ class Model:
         return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
-    def stated(self) -> "ModelId | None":
+    def stated(self) -> "lopd.ModelId | None":
         """Which model it is said to be; None if its folder shows it."""
-        from lopd.records.identity import ModelId
-
-        return ModelId(self.model, self.revision, self.dtype) if self.revision and self.dtype else None
+        return lopd.ModelId(self.model, self.revision, self.dtype) if self.revision and self.dtype else None
 
     def tokenizer(self) -> Any:
         """Load its tokenizer."""
@@ -112,7 +109,7 @@ class Model:
 
         return need("lopd.engines.finding", "Model").load_tokenizer(self.model)
 
-    def source(self, sampling: "SamplingParams", rows: int = 64) -> "RolloutSource":
+    def source(self, sampling: "lopd.SamplingParams", rows: int = 64) -> "RolloutSource":
         """Start it for sampling; transformers samples so many `rows` side by side, and other engines as many as they can."""
         if self.urls:
             from lopd.engines.server import ServerSource
@@ -151,7 +148,7 @@ class Model:
             how["first_contact_s"] = self.wait
         return Servers(tuple(self.urls), self.served_as or self.model, **how)
 
-    def identity(self) -> "ModelId":
+    def identity(self) -> "lopd.ModelId":
         """Return which model it is: what is stated, or the hash of its folder.  Servers do not report it."""
         if self.stated:
             return self.stated
@@ -201,12 +198,3 @@ def model_of(options: Namespace) -> Model:
     given = {f.name: getattr(options, f.name) for f in fields(Model)}
     engines = options.engine or ["hf"]
     return Model(**{**given, "engine": engines[0] if len(engines) == 1 else engines})
-
-
-def store_for(url: str, manifest: "Manifest", storage_options: dict[str, str] | None = None) -> "DurableStore":
-    """Return the store that is there, or a new one: LanceDB tables if the name ends with `.lance`, else Zarr segments."""
-    from lopd.backends.lance.store import LanceStore
-    from lopd.backends.zarr.store import ZarrStore
-
-    kind = LanceStore if url.rstrip("/").endswith(".lance") else ZarrStore
-    return kind.open_or_create(url, manifest, storage_options=storage_options)

@@ -1,8 +1,14 @@
-"""`lopd sample` and `lopd score`: the two phases that cost money, each a process on a machine of its own."""
+"""`lopd run`, `lopd sample` and `lopd score`: a whole run, and the two phases that cost money, each a process on a machine of its own."""
 
+import sys
 from argparse import ArgumentParser, Namespace
+from importlib.resources import files
 
-from lopd.tools.command.models import add_model, model_of, running, store_for
+from attrs import asdict
+
+import lopd
+from lopd.errors import ArgumentError
+from lopd.tools.command.models import add_model, model_of, running
 from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, progress, say
 
 _SAMPLING = (
@@ -14,6 +20,22 @@ _SAMPLING = (
     ("candidates", int, "most likely tokens that are kept beside each response token"),
     ("drawn", int, "tokens that are drawn and kept beside it"),
 )
+
+
+def add_run(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd run`."""
+    parser.set_defaults(run=_run)
+    parser.add_argument("file", nargs="?", metavar="FILE", help="YAML; every key is checked before anything is done")
+    parser.add_argument("--example", action="store_true", help="print a file that shows every key, and stop")
+    add_json(parser)
+    give_examples(
+        parser,
+        "lopd run --example > run.yaml     then put your own models and prompts there",
+        "lopd run run.yaml                 SFT, rollouts, scores, OPD, evaluation, and a page; again to go on after a stop",
+        "lopd run run.yaml --json | jq .seeds",
+        "",
+        "Exit code 1 if prompts were refused or rollouts are in quarantine.",
+    )
 
 
 def add_sample(parser: ArgumentParser) -> None:
@@ -70,23 +92,39 @@ def add_score(parser: ArgumentParser) -> None:
     )
 
 
-def _sample(options: Namespace) -> int:
-    from attrs import asdict
+def _run(options: Namespace) -> int:
+    if options.example:
+        sys.stdout.write(files("lopd.tools.command").joinpath("example.yaml").read_text("utf-8"))
+        return FINE
+    if options.file is None:
+        raise ArgumentError("Run: the file is missing, expected its path; `lopd run --example` prints one.")
+    progress("Run", "transformers", "fsspec", "jinja2")
+    from lopd.tools.command.settings import read_settings
+    from lopd.tools.command.whole_run import run_all
+    from lopd.tools.phases import console
 
+    settings = read_settings(options.file)
+    # standard output is for the data
+    console.stderr = options.json
+    found = run_all(settings)
+    if options.json:
+        print_json(found)
+    return PROBLEMS if found["refused"] else FINE
+
+
+def _sample(options: Namespace) -> int:
     from lopd.protocols.reading import named
-    from lopd.records.manifest import SamplingParams
-    from lopd.records.prompts import read_prompts
-    from lopd.verbs.collect import collect_rollouts
 
     bar = progress("Sample", "transformers")
     names = [name.replace("-", "_") for name, _, _ in _SAMPLING]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    sampling = SamplingParams(**given, stop_ids=options.stop_id or ())
+    sampling = lopd.SamplingParams(**given, stop_ids=options.stop_id or ())
     model = model_of(options)
-    prompts = read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
     with running(model.source(sampling, options.rows)) as source:
-        store = store_for(options.url, source.manifest, dict(options.storage_option) or None)
-        report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
+        store = kind.open_or_create(options.url, source.manifest, storage_options=dict(options.storage_option) or None)
+        report = lopd.collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
     if options.json:
         print_json({"in_store": len(store), **asdict(report)})
     else:
@@ -97,15 +135,12 @@ def _sample(options: Namespace) -> int:
 
 
 def _score(options: Namespace) -> int:
-    from attrs import asdict
-
     from lopd.protocols.reading import named
-    from lopd.verbs.scoring import score_rollouts
 
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
     with running(model_of(options).scorer(options.top_k, options.candidates, options.drawn)) as scorer:
-        report = score_rollouts(
+        report = lopd.score_rollouts(
             store,
             scorer,
             column=options.column,

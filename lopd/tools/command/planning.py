@@ -94,11 +94,8 @@ def _add_card(parser: ArgumentParser) -> None:
     card.add_argument("--teacher", metavar="DIR", help="folder of the teacher; leave it out if something else scores")
     card.add_argument("--rows", type=int, metavar="N", help="responses that are sampled side by side (64)")
     card.add_argument("--lora-rank", type=int, metavar="N", help="of adapters; 0 trains all weights (0)")
-    for name, what in (
-        ("dtype", "of the student's weights (float32)"),
-        ("autocast", "what layers compute in (bfloat16); float32: as the weights are"),
-    ):
-        card.add_argument(f"--{name}", choices=("float32", "bfloat16"), help=what)
+    card.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the student's weights (float32)")
+    card.add_argument("--autocast", choices=("float32", "bfloat16"), help="what layers compute in (bfloat16); float32: as the weights are")
     card.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
     card.add_argument("--packed", action="store_true", help="FlashAttention or FlexAttention reads packed batches")
 
@@ -106,12 +103,8 @@ def _add_card(parser: ArgumentParser) -> None:
 def _fit(options: Namespace) -> int:
     if options.student is None:
         raise ArgumentError("Plan: --student is missing, expected the folder or hub name of the student; pass it beside --card.")
-    from lopd.engines.finding import looking_for
-
-    configs = []
-    for folder in filter(None, (options.student, options.teacher)):
-        with looking_for(folder) as there:
-            configs.append(need("transformers", "Plan").AutoConfig.from_pretrained(str(there)))
+    finding = need("lopd.engines.finding", "Plan")
+    configs = [finding.described(folder) for folder in (options.student, options.teacher) if folder]
     given = {f.name: value for f in fields(Use) if (value := getattr(options, f.name, None)) is not None}
     # lengths on average may be fractions, and those of the longest rollout are counts
     given |= {name: int(given[name]) for name in ("prompt_tokens", "response_tokens") if given.get(name, 0.5).is_integer()}

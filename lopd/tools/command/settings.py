@@ -4,19 +4,17 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from attrs import asdict, field, frozen
 
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_number
+from lopd.records.manifest import SamplingParams
 from lopd.records.optional import need
 from lopd.records.paths import local_path, read_regular, without_secrets
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
-
-if TYPE_CHECKING:
-    from lopd.records.manifest import SamplingParams
 
 
 @frozen
@@ -34,10 +32,8 @@ class Sampling:
         self.params(0)  # which refuses what makes no sense
         check_at_least("Sampling", "rows", self.rows, 1)
 
-    def params(self, seed: int) -> "SamplingParams":
+    def params(self, seed: int) -> SamplingParams:
         """Return what decides the responses, which `rows` does not."""
-        from lopd.records.manifest import SamplingParams
-
         return SamplingParams(**{key: value for key, value in asdict(self).items() if key != "rows"}, seed=seed)
 
 

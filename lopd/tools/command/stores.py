@@ -6,6 +6,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from attrs import asdict
+
+from lopd.errors import InvalidRecordError
 from lopd.tools.command_line import (
     FINE,
     PROBLEMS,
@@ -62,8 +65,6 @@ def _add_store(parser: ArgumentParser, call: Callable[[Namespace], int]) -> None
 
 
 def _info(options: Namespace) -> int:
-    from attrs import asdict
-
     from lopd.tools.doctor import inspect_store
     from lopd.tools.doctor.display import show_info
 
@@ -99,9 +100,6 @@ def _verify(options: Namespace) -> int:
 
 
 def _diff(options: Namespace) -> int:
-    from attrs import asdict
-
-    from lopd.errors import InvalidRecordError
     from lopd.protocols.reading import named
     from lopd.tools.doctor import compare_columns
     from lopd.tools.doctor.display import show_difference

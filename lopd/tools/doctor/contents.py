@@ -11,7 +11,7 @@ from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.labels import mean_labels
-from lopd.protocols.reading import evenly, in_batches, named
+from lopd.protocols.reading import evenly, in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.drift import AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
@@ -19,7 +19,7 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.tools.advantages import sample_advantages, scored_rows
-from lopd.tools.starts import find_start
+from lopd.tools.facts import find_start
 
 
 @frozen
@@ -174,11 +174,10 @@ def _look_at_rollouts(store: LogprobReader, sample: int) -> tuple[int, Mapping[s
     rows = evenly(np.arange(len(store)), sample)
     reasons: Counter[str] = Counter()
     tokens = masked = 0
-    for batch in in_batches(rows):
-        for row in store.read(batch):
-            reasons[row.rollout.finish_reason] += 1
-            tokens += row.rollout.loss_mask.size
-            masked += int((~row.rollout.loss_mask).sum())
+    for record in walk(store, rows):
+        reasons[record.rollout.finish_reason] += 1
+        tokens += record.rollout.loss_mask.size
+        masked += int((~record.rollout.loss_mask).sum())
     return len(rows), dict(reasons), masked / max(1, tokens)
 
 

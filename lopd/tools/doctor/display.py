@@ -9,8 +9,7 @@ from lopd.records.drift import LEVELS, TAIL
 from lopd.tools.command_line import Table
 from lopd.tools.doctor.comparing import Difference
 from lopd.tools.doctor.contents import AdvantageInfo, StoreInfo
-from lopd.tools.origins import origins, score_columns
-from lopd.tools.starts import start_rows
+from lopd.tools.facts import origins, score_columns, start_rows
 
 _COMMITS_SHOWN = 8
 _REASONS_SHOWN = 8

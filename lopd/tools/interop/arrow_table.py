@@ -48,15 +48,12 @@ def tables(reader: LogprobReader, description: Description, rows_per_table: int)
 
 def _table(rows: Sequence[ScoredRollout], schema: Any) -> Any:
     pa = need("pyarrow", "Arrow tables")
-    values = [_values(row, [name for name in schema.names if name != CHECKSUM]) for row in rows]
-    for row in values:
-        row[CHECKSUM] = row_checksum(row)
-    return pa.table([pa.array([row[column.name] for row in values], column.type) for column in schema], schema=schema)
-
-
-def _values(row: ScoredRollout, names: Sequence[str]) -> dict[str, Any]:
-    _check_text(row.rollout.rollout_id)
-    return {name: _value(row, name) for name in names}
+    names, made = [name for name in schema.names if name != CHECKSUM], list[dict[str, Any]]()
+    for row in rows:
+        _check_text(row.rollout.rollout_id)
+        values = {name: _value(row, name) for name in names}
+        made.append({**values, CHECKSUM: row_checksum(values)})
+    return pa.Table.from_pylist(made, schema)
 
 
 def row_checksum(row: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,5 @@
 """A store as a Hugging Face `datasets.Dataset`, and back."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from attrs import evolve
@@ -56,7 +55,7 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
     description, owner = _describe(dataset)
     # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint
     whole = dataset._fingerprint == description.fingerprint
-    store_tables(store, description, sound(_batches(dataset, rows_per_commit), owner), owner, whole=whole)
+    store_tables(store, description, sound(dataset.with_format("arrow").iter(rows_per_commit), owner), owner, whole=whole)
 
 
 def hf_dataset_manifest(dataset: Any) -> Manifest:
@@ -75,9 +74,3 @@ def _describe(dataset: Any) -> tuple[Description, str]:
         raise ArgumentError(f"Dataset: it is {a_kind(dataset)}, expected a `datasets.Dataset`; pass one split of it.")
     owner = " ".join(["Dataset", *(str(file["filename"]) for file in dataset.cache_files[:1])])
     return Description.from_json(dataset.info.description, owner), owner
-
-
-def _batches(dataset: Any, rows: int) -> Iterator[Any]:
-    arrow = dataset.with_format("arrow")
-    for start in range(0, len(dataset), rows):
-        yield arrow[start : start + rows]

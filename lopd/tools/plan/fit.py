@@ -81,18 +81,14 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
     use, card_gb = use or Use(), to_real("Fit", "card_gb", card_gb)
     check_number("Fit", "card_gb", card_gb, 0 < card_gb < math.inf, "finite and more than 0")
     room = ROOM * card_gb
-    phases = [_sampled(student, use, room)]
+    sampled = sampling(student, use)
+    rows = sampled.most_rows(room)
+    phases = [PhaseFit("sampling", sampled.gigabytes(use.rows), "rows", rows, use.rows <= rows)]
     if teacher is not None:
         phases.append(_by_tokens("scoring", scoring(teacher, evolve(use, dtype=use.autocast or use.dtype)), use, room))
     phases.append(_by_tokens("training", training(student, use, room), use, room))
     advice = [f"{phase.name}: {sentence}" for phase in phases if not phase.fits for sentence in _advice(phase, student, use, room)]
     return Fit(room, tuple(phases), tuple(advice))
-
-
-def _sampled(config: Any, use: Use, room: float) -> PhaseFit:
-    needed = sampling(config, use)
-    most = needed.most_rows(room)
-    return PhaseFit("sampling", needed.gigabytes(use.rows), "rows", most, use.rows <= most)
 
 
 def _by_tokens(name: str, needed: Need, use: Use, room: float) -> PhaseFit:

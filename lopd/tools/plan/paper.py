@@ -5,8 +5,8 @@ rollouts, responses of at most 4,096 tokens.  It does not state how long respons
 turns hours into rates and rates into hours, the hours do not depend on it.
 """
 
-import math
 from collections.abc import Callable, Mapping
+from statistics import geometric_mean
 
 import numpy as np
 from attrs import frozen
@@ -99,8 +99,7 @@ def lockstep_of(row: Measured) -> float:
 
 
 def _mean(of: Callable[[Measured], float]) -> float:
-    values = [of(row) for row in TABLE_2.values()]
-    return math.exp(sum(map(math.log, values)) / len(values))
+    return geometric_mean(map(of, TABLE_2.values()))
 
 
 #: Geometric mean of both rows.

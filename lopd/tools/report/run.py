@@ -21,12 +21,11 @@ from lopd.records.lineage import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
-from lopd.tools.origins import describe_model, judged_columns, origins, trained_on
+from lopd.tools.facts import describe_model, find_start, judged_columns, origins, start_rows, trained_on
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
 from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
-from lopd.tools.starts import find_start, start_rows
 
 _GAP = (
     "Mean of student minus teacher log-prob over the stored tokens, in nats.  It estimates the reverse KL from one sample a token, so it may be "

@@ -55,7 +55,7 @@ class TokenReport:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns to read."""
-        return tuple(dict.fromkeys(name for name in (self.teacher, self.student, self.ref) if name is not None))
+        return tuple(dict.fromkeys(_named(self).values()))
 
 
 def write_token_report(

@@ -18,7 +18,7 @@ from lopd.records.estimates import Estimate
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.paths import local_path, names_path
-from lopd.tools.origins import describe_model, judged_columns, origins, trained_on
+from lopd.tools.facts import describe_model, judged_columns, origins, trained_on
 
 ADAPTERS = "adapter_config.json"
 #: The file of a store that was pushed.
