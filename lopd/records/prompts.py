@@ -146,7 +146,7 @@ def _make(
             owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the prompt's key with `field`"
         )
     rendering.doubt_template()
-    rendering.doubts.warn(stacklevel=3)
+    rendering.doubts.warn()
     return prompts
 
 

@@ -1,6 +1,5 @@
 """Text or messages -> token ids, with or without a chat template, and what looks wrong about them."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -12,6 +11,7 @@ from lopd.records.chat_template import PROBE, ChatTemplate, Messages, check_toke
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
+from lopd.records.warn import warn_user
 
 
 class Doubts:
@@ -25,11 +25,11 @@ class Doubts:
         first, count = self._found.get(doubt, (where, 0))
         self._found[doubt] = (first, count + 1)
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Give the warnings."""
         for doubt, (first, count) in self._found.items():
             others = f" and {count - 1} more" if count > 1 else ""
-            warnings.warn(f"{first}{others}: {doubt}.", PromptWarning, stacklevel=stacklevel + 1)
+            warn_user(f"{first}{others}: {doubt}.", PromptWarning)
 
 
 class Rendering:
