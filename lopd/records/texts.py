@@ -85,10 +85,9 @@ def make_texts(
     if not made:
         raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
     if unread:
-        rendering.doubts.add(
+        rendering.doubt(
             owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the texts with `field` and `response`"
         )
-    rendering.doubt_template()
     return [text.named(names) for text in _within(owner, rendering, made, most, too_long)]
 
 
@@ -178,7 +177,7 @@ def _within(owner: str, rendering: Rendering, made: Sequence[_Text], most: int |
         raise ContextOverflowError(f'{owner}: {found}; pass `too_long="drop"` or `"cut"`, or a larger `max_tokens`.')
     if not kept:
         raise ContextOverflowError(f"{owner}: {found}, so none is left; pass a larger `max_tokens`.")
-    rendering.doubts.add(owner, f"{found}, and were {'cut' if too_long == 'cut' else 'left out'}")
+    rendering.doubt(owner, f"{found}, and were {'cut' if too_long == 'cut' else 'left out'}")
     return kept
 
 

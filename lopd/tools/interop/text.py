@@ -90,7 +90,7 @@ def import_text(
     check_names(owner, template, field=field, response=response)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), most=most, too_long=too_long)
-    rendering.doubts.warn()
+    rendering.warn()
     writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
     if not isinstance(teacher, ModelId | None):
         _judge_vocabulary(teacher, writer, of)
