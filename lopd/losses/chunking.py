@@ -64,14 +64,12 @@ def dtypes_of(chunking: Chunking, hidden_MD: Tensor, head: LMHead) -> tuple[torc
 
 def chunk_rows(chunking: Chunking, count: int, row_bytes: int, device: torch.device) -> int:
     """Return the rows of equal chunks of so many rows, a multiple of 16 where there are more."""
-    chunk_bytes = chunking.chunk_bytes or _default_bytes(row_bytes, device)
+    chunk_bytes = chunking.chunk_bytes
+    if chunk_bytes is None:
+        chunk_bytes = card_chunk_bytes(row_bytes, free_bytes(device)) if device.type == "cuda" else CHUNK_BYTES
     fitting = max(chunk_bytes // row_bytes // _LEAST_ROWS * _LEAST_ROWS, _LEAST_ROWS)
     chunks = max(-(-count // fitting), 1)
     return max(min(-(-count // (chunks * _LEAST_ROWS)) * _LEAST_ROWS, count), 1)
-
-
-def _default_bytes(row_bytes: int, device: torch.device) -> int:
-    return card_chunk_bytes(row_bytes, free_bytes(device)) if device.type == "cuda" else CHUNK_BYTES
 
 
 def card_chunk_bytes(row_bytes: int, free: float) -> int:
