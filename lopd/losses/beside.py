@@ -10,7 +10,7 @@ from torch import Tensor
 from lopd.losses.objective import Objective, OfObjective, Signal, TokenLosses
 from lopd.losses.tokens import Tokens
 from lopd.losses.variants import window_ratio
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 
 
 class _Beside(OfObjective):
@@ -99,8 +99,7 @@ class WindowRatio(_Beside):
     per_token = False
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "WindowRatio")
-        check_at_least("WindowRatio", "window", self.window, 1)
+        own_numbers(self, "WindowRatio", window=1)
         check_number("WindowRatio", "cap", self.cap, self.cap is None or 0 < self.cap < math.inf, "None, or finite and more than 0")
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

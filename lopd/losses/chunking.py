@@ -5,7 +5,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lopd.losses.products import multiplies
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products of a CPU busy (240 of 151,936 entries).
@@ -36,9 +36,7 @@ class Chunking:
     matmul_dtype: torch.dtype | None = None
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Chunking")
-        if self.chunk_bytes is not None:
-            check_at_least("Chunking", "chunk_bytes", self.chunk_bytes, 1)
+        own_numbers(self, "Chunking", chunk_bytes=1)
         # float16 cannot hold the small gradients by the logits
         fits = self.matmul_dtype in (None, torch.float32, torch.float64, torch.bfloat16)
         check_number("Chunking", "matmul_dtype", self.matmul_dtype, fits, "None, torch.float32, torch.float64 or torch.bfloat16")
