@@ -12,10 +12,9 @@ from loss_paths import make_problem, paths_on
 from roofline import loss_floor
 
 from lopd import Chunking, FusedLoss, FusedOPDLoss, FusedSFTLoss, ReferenceLoss, ReferenceOPDLoss, SFTLoss, TopKObjective
+from lopd.losses.beside import EntropyBonus, WindowRatio
 from lopd.losses.divergences import forward_kl, generalised_kl, jensen_shannon, reverse_kl
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective, Signal
-from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
 from lopd.testing import LossCase, LossConformance, loss_cases
 

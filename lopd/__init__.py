@@ -25,9 +25,10 @@ if _typing.TYPE_CHECKING:
     from lopd.guards.watch import DriftLimits as DriftLimits
     from lopd.guards.watch import stored_advantages as stored_advantages
     from lopd.guards.watch import watch_drift as watch_drift
+    from lopd.losses.beside import EntropyBonus as EntropyBonus
+    from lopd.losses.beside import WindowRatio as WindowRatio
     from lopd.losses.chunked import selected_logprobs as selected_logprobs
     from lopd.losses.chunking import Chunking as Chunking
-    from lopd.losses.entropy import EntropyBonus as EntropyBonus
     from lopd.losses.fused import FusedLoss as FusedLoss
     from lopd.losses.fused import FusedOPDLoss as FusedOPDLoss
     from lopd.losses.fused import FusedSFTLoss as FusedSFTLoss
@@ -36,7 +37,6 @@ if _typing.TYPE_CHECKING:
     from lopd.losses.reference import SFTLoss as SFTLoss
     from lopd.losses.reference import WeightedLoss as WeightedLoss
     from lopd.losses.top_k import TopKObjective as TopKObjective
-    from lopd.losses.window import WindowRatio as WindowRatio
     from lopd.protocols.labels import labels_of as labels_of
     from lopd.protocols.reading import rows_of as rows_of
     from lopd.records.collate import by_rollout as by_rollout

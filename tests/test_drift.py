@@ -41,7 +41,7 @@ from lopd.losses.divergences import forward_kl
 from lopd.losses.objective import OPDObjective
 from lopd.losses.variants import ppo_clip
 from lopd.records import AdvantageSummary, Drift, Lineage, StepMetrics
-from lopd.records.drift import LEVELS, DriftMeter, TokenLogprobs, effective_share, measure_drift
+from lopd.records.drift import LEVELS, TokenLogprobs, effective_share, measure_drift, measure_step
 
 
 def random_tokens(seed=0, lengths=(5, 1, 30, 12)):
@@ -149,14 +149,14 @@ def test_the_bound_of_theorem_3_5_holds_for_the_exact_gradients(seed, distance):
 
 
 def test_micro_batches_add_up_to_the_drift_of_all():
-    tokens, meter = random_tokens(), DriftMeter()
+    tokens, found = random_tokens(), list[TokenLogprobs]()
     first = tokens.segments < 2
     for rows, renumber in ((first, 0), (~first, 2)):
         parts = {name: getattr(tokens, name)[rows] for name in ("student", "teacher", "ref", "weight", "segments")}
         parts["segments"] = parts["segments"] - renumber
-        meter.add(TokenLogprobs(**parts))
-    assert meter.read() == measure_drift(tokens)
-    assert DriftMeter().read() is None
+        found.append(TokenLogprobs(**parts))
+    assert measure_step(found) == measure_drift(tokens)
+    assert measure_step([]) is None
 
 
 # --- in the loop ----------------------------------------------------------------------------------------------------------------------

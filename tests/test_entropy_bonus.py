@@ -11,8 +11,8 @@ from test_fused_losses import SMALL, Recorded, broken_clauses, products, unmarke
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
+from lopd.losses.beside import EntropyBonus
 from lopd.losses.divergences import forward_kl, reverse_kl
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss
 from lopd.losses.objective import OPDObjective, Signal, with_entropy
 from lopd.losses.reference import ReferenceLoss

@@ -29,7 +29,7 @@ from lopd import (
 from lopd.engines.hf import HFScorer
 from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE, MIN_ESS, judge_baseline, judge_policy
-from lopd.losses.entropy import EntropyBonus
+from lopd.losses.beside import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels

@@ -24,7 +24,7 @@ from lopd.errors import (
     MissingScoresError,
     TrainingWarning,
 )
-from lopd.losses.entropy import EntropyBonus
+from lopd.losses.beside import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels, importance_ratio, position_weights, weigh_labels

@@ -25,8 +25,8 @@ from gpu_step import inside_steps
 
 import lopd.verbs.train
 from lopd import CausalLMStudent, opd_steps
+from lopd.losses.beside import EntropyBonus, WindowRatio
 from lopd.losses.divergences import entropy_gated, forward_kl, generalised_kl, jensen_shannon, reverse_kl, reverse_kl_renormalised
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
@@ -44,7 +44,6 @@ from lopd.losses.variants import (
     prefix_fraction,
     window_ratio,
 )
-from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
 from lopd.records import Batch, LossOutput, Step
 from lopd.testing import loss_case

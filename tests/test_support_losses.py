@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import rows
+from lopd.losses.beside import WindowRatio
 from lopd.losses.divergences import (
     Divergence,
     entropy_gated,
@@ -33,7 +34,6 @@ from lopd.losses.fused import FusedLoss
 from lopd.losses.objective import Objective
 from lopd.losses.reference import ReferenceLoss
 from lopd.losses.top_k import TopKObjective
-from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
 from lopd.records import Batch, LMHead
 from lopd.testing import loss_case

@@ -18,8 +18,8 @@ from test_fused_losses import SMALL, broken_clauses
 from torch import Tensor
 
 from lopd.losses import chunked, chunking
+from lopd.losses.beside import EntropyBonus
 from lopd.losses.divergences import forward_kl, reverse_kl
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss

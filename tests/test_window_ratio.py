@@ -12,14 +12,13 @@ from test_gradient_equivalence import Problem, assert_same, make_problem
 from test_top_k import with_all_tokens
 
 from lopd.errors import InvalidRecordError
+from lopd.losses.beside import EntropyBonus, WindowRatio
 from lopd.losses.divergences import generalised_kl, reverse_kl
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import ReferenceLoss
 from lopd.losses.top_k import TopKObjective
 from lopd.losses.variants import window_ratio
-from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
 from lopd.records import Batch
 

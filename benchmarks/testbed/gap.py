@@ -16,7 +16,7 @@ from torch import Tensor
 from lopd import FusedOPDLoss, MemoryStore, batches, collate, sample_round
 from lopd.engines.hf import HFScorer
 from lopd.protocols import LogprobReader
-from lopd.records.drift import DriftMeter, TokenLogprobs
+from lopd.records.drift import TokenLogprobs, measure_step
 from testbed.arms import PLAIN, RATIO, Arm
 from testbed.models import TOKENS_PER_BATCH, Setting, prepare
 from testbed.runs import Training, offline, scored_rollouts
@@ -78,12 +78,12 @@ def _gradient(training: Training, store: LogprobReader, half: int | None, loss: 
 
 @torch.no_grad()
 def _drift(training: Training, store: LogprobReader) -> Any:
-    meter = DriftMeter()
+    known = []
     for batch in _stream(store, None).batches:
         logprobs_M, on_N = training.student(batch, _LOSSES[PLAIN.name]).logprobs, batch.weight > 0
         columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
-        meter.add(TokenLogprobs(logprobs_M.double().numpy(), *(column[on_N].numpy() for column in columns)))
-    return meter.read()
+        known.append(TokenLogprobs(logprobs_M.double().numpy(), *(column[on_N].numpy() for column in columns)))
+    return measure_step(known)
 
 
 def _largest_score(training: Training, store: LogprobReader) -> float:

@@ -18,7 +18,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.workers import Down, Request
 from lopd.errors import ArgumentError, EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records.checks import a_kind, check_at_least, check_number, own_numbers
+from lopd.records.checks import a_kind, check_number, own_numbers
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
 
@@ -175,9 +175,7 @@ class Hosted(ABC, Generic[Engine]):
             raise ArgumentError(
                 f"{self._name}: make is {a_kind(self.make)}, expected a function without arguments that returns an engine; pass one."
             )
-        own_numbers(self, self._name)
-        check_at_least(self._name, "workers", self.workers, 1)
-        check_at_least(self._name, "attempts", self.attempts, 1)
+        own_numbers(self, self._name, workers=1, attempts=1)
         check_number(self._name, "patience_s", self.patience_s, self.patience_s > 0, "more than 0")
 
     @property

@@ -1,7 +1,7 @@
 """What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -229,6 +229,5 @@ def _sample(tensor: Any) -> Tensor:
     return values[:: max(values.numel() // _SAMPLED, 1)][:_SAMPLED]
 
 
-def _some(names: Iterable[str]) -> str:
-    every = list(names)
-    return ", ".join(map(repr, every[:_SHOWN])) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

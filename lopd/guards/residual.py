@@ -71,9 +71,7 @@ class Residualiser:
     prior: float = 20.0
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Residualiser")
-        check_at_least("Residualiser", "folds", self.folds, 2)
-        check_at_least("Residualiser", "positions", self.positions, 1)
+        own_numbers(self, "Residualiser", folds=2, positions=1)
         check_number("Residualiser", "prior", self.prior, 0 <= self.prior < np.inf, "finite and at least 0")
 
     def fit(self, store: LogprobReader, rows: NDArray[np.int64], column: str, ref: str) -> "Offsets":

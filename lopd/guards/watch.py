@@ -53,8 +53,7 @@ class DriftLimits:
     steps: int = 4
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Drift limits")
-        check_at_least("Drift limits", "steps", self.steps, 1)
+        own_numbers(self, "Drift limits", steps=1)
 
     def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:
         """Return the limits that the means of these are beyond, and a sentence on each; NaN exceeds every limit."""

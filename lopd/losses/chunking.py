@@ -5,7 +5,7 @@ from attrs import frozen
 from torch import Tensor
 
 from lopd.losses.products import multiplies
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products of a CPU busy (240 of 151,936 entries).
@@ -36,9 +36,7 @@ class Chunking:
     matmul_dtype: torch.dtype | None = None
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Chunking")
-        if self.chunk_bytes is not None:
-            check_at_least("Chunking", "chunk_bytes", self.chunk_bytes, 1)
+        own_numbers(self, "Chunking", chunk_bytes=1)
         # float16 cannot hold the small gradients by the logits
         fits = self.matmul_dtype in (None, torch.float32, torch.float64, torch.bfloat16)
         check_number("Chunking", "matmul_dtype", self.matmul_dtype, fits, "None, torch.float32, torch.float64 or torch.bfloat16")
@@ -64,14 +62,12 @@ def dtypes_of(chunking: Chunking, hidden_MD: Tensor, head: LMHead) -> tuple[torc
 
 def chunk_rows(chunking: Chunking, count: int, row_bytes: int, device: torch.device) -> int:
     """Return the rows of equal chunks of so many rows, a multiple of 16 where there are more."""
-    chunk_bytes = chunking.chunk_bytes or _default_bytes(row_bytes, device)
+    chunk_bytes = chunking.chunk_bytes
+    if chunk_bytes is None:
+        chunk_bytes = card_chunk_bytes(row_bytes, free_bytes(device)) if device.type == "cuda" else CHUNK_BYTES
     fitting = max(chunk_bytes // row_bytes // _LEAST_ROWS * _LEAST_ROWS, _LEAST_ROWS)
     chunks = max(-(-count // fitting), 1)
     return max(min(-(-count // (chunks * _LEAST_ROWS)) * _LEAST_ROWS, count), 1)
-
-
-def _default_bytes(row_bytes: int, device: torch.device) -> int:
-    return card_chunk_bytes(row_bytes, free_bytes(device)) if device.type == "cuda" else CHUNK_BYTES
 
 
 def card_chunk_bytes(row_bytes: int, free: float) -> int:

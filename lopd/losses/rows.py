@@ -28,12 +28,6 @@ class Statistics(NamedTuple):
     entropies: Tensor | None = None
 
 
-def entropies_of(shares_RV: Tensor, sums_R: Tensor) -> Tensor:
-    r"""Return (R,) nats: \(\log S - \frac1S \sum_v e_v \log e_v\) of rows \(e_v = \exp(z_v - \max z)\) whose sum is S."""
-    entropies_R: Tensor = sums_R.log() + torch.special.entr(shares_RV).sum(-1) / sums_R
-    return entropies_R
-
-
 def exact_dtype(device: torch.device) -> torch.dtype:
     """Return float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -136,7 +130,9 @@ class TorchRows:
             torch.sum(shares_RV.scatter_(-1, ids_CK[block], 0.0), -1, out=rest_C[block])
             shares_RV.scatter_(-1, ids_CK[block], selected_RK)
             if entropies_C is not None:
-                entropies_C[block] = entropies_of(shares_RV, shares_RV.sum(-1))
+                # log S - (sum of e log e) / S, where e is exp(logit - largest), and S their sum
+                sums_R = shares_RV.sum(-1)
+                entropies_C[block] = sums_R.log() + torch.special.entr(shares_RV).sum(-1) / sums_R
         return Statistics(*selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C), largest_C, entropies_C)
 
     def gradients(

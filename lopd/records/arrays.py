@@ -61,11 +61,6 @@ def to_floats(value: Any) -> Float32Array:
     return read_only(_array("Log-probs", value, np.float32).copy())
 
 
-def to_optional_floats(value: Any) -> Float32Array | None:
-    """Return a read-only float32 copy, or None."""
-    return None if value is None else to_floats(value)
-
-
 def to_mask(value: Any) -> BoolArray:
     """Return a read-only bool copy of bools, or of integers that are 0 or 1: whether a label such as -100 counts is not known."""
     array = _array("Loss mask", value)

@@ -146,10 +146,7 @@ class ChatTemplate:
 
     def _written(self, content: Any) -> str:
         self._wants_parts, self._reads_parts = False, True
-        try:
-            return str(self._apply([{"role": "user", "content": content}], None, {}, tokenize=False))
-        except Exception:  # a template may refuse such a message; what it raises for a prompt is reported there
-            return ""
+        return self._attempt([{"role": "user", "content": content}]) or ""
 
     def _end(self, special: Mapping[int, str]) -> list[int]:
         """Return the tokens up to EOS if nothing is between them, or else the first: behind it may be what asks for the next answer."""
@@ -168,21 +165,21 @@ class ChatTemplate:
     def _behind_answer(self, asks: bool) -> str:
         """Return what is written behind an answer where another one is asked for, or where none is; nothing if the template refuses."""
         messages = [{"role": role, "content": PROBE} for role in ("user", "assistant")]
-        try:
-            text = str(self._apply(messages, None, {}, tokenize=False, add_generation_prompt=asks))
-        except Exception:  # a template may refuse them
-            return ""
+        text = self._attempt(messages, add_generation_prompt=asks) or ""
         return text.rpartition(PROBE)[2].strip()
 
     def _writes_call(self, arguments: Any) -> bool:
         named = {"name": PROBE, "arguments": arguments}
         call = {"id": PROBE, "type": "function", "function": named, **named}
         messages: Messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return self._attempt(messages) is not None
+
+    def _attempt(self, messages: Messages, **how: Any) -> str | None:
+        """Return what the template writes of messages of lopd's own; None if it refuses them: what it raises for a prompt is reported there."""
         try:
-            self._apply(messages, None, {}, tokenize=False)
-        except Exception:  # a template may refuse calls at all; what it raises for a prompt is reported there
-            return False
-        return True
+            return str(self._apply(messages, None, {}, tokenize=False, **how))
+        except Exception:  # a template may raise anything
+            return None
 
     def _strftime(self, form: str) -> str:
         self.clock_was_read = True

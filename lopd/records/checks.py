@@ -61,21 +61,25 @@ def to_real(owner: str, name: str, value: Any) -> float:
     return value if type(value) in (int, float) else float(own)
 
 
-def own_numbers(record: Any, owner: str) -> None:
+def own_numbers(record: Any, owner: str, /, **least: int) -> None:
     """Make every number of settings Python's own, before they are compared, hashed or written.
 
     Args:
         record: an attrs object that is being made; its fields of type int or float, or either of these or None, are looked at.
         owner: its name in messages.
+        least: the least that makes sense, of counts by their names; a count may be None if its field may.
 
     Raises:
-        InvalidRecordError: a field does not hold a number.
+        InvalidRecordError: a field does not hold a number, or a count is less.
     """
     for field in fields(type(record)):
         value, optional = getattr(record, field.name), field.type in (int | None, float | None)
         convert = to_whole if field.type in (int, int | None) else to_real if field.type in (float, float | None) else None
         if convert is not None and not (optional and value is None):
             object.__setattr__(record, field.name, convert(owner, field.name, value))
+    for name, number in least.items():
+        if getattr(record, name) is not None:
+            check_at_least(owner, name, getattr(record, name), number)
 
 
 def own_texts(record: Any, owner: str) -> None:

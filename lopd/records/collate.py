@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.errors import InvalidRecordError
 from lopd.records.arrays import BoolArray, Float32Array
 from lopd.records.rollouts import Rollout, ScoredRollout
-from lopd.records.rows import Rows
+from lopd.records.rows import Rows, column_of
 from lopd.records.steps import Batch
 from lopd.records.support import TopK
 
@@ -72,11 +72,12 @@ def collate(
     if not isinstance(rows, Rows):
         supports = [name for name in (top_k, ref) if name is not None and (name == top_k or name in rows[0].top_k)]
         rows = Rows.of(rows, [name for name in named.values() if name is not None], supports)
-    values = {f: _column(rows, rows.scores, column, "columns") for f, column in named.items() if column is not None}
+    values = {f: column_of(rows.rollout_ids[0], rows.scores, column, "columns") for f, column in named.items() if column is not None}
     if ref is not None and rows.sampler_logprobs is not None:
-        values["sampler_logprobs"] = _sampler(rows, ref)
+        # those of the ref column where a rollout has none
+        values["sampler_logprobs"] = np.where(np.isnan(rows.sampler_logprobs), rows.scores[ref], rows.sampler_logprobs)
     if top_k is not None:
-        values |= _support(_column(rows, rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))
+        values |= _support(column_of(rows.rollout_ids[0], rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))
     return Batch(**{name: torch.from_numpy(array) for name, array in _packed(rows, weighting, values).items()})
 
 
@@ -148,19 +149,6 @@ def _wrong_weights(rows: Rows, i: int, weight_T: NDArray[Any]) -> InvalidRecordE
         f"Rollout {rows.rollout_ids[i]!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
         f"{weight_T.max(initial=0)}], expected shape {(int(rows.response_lengths[i]),)}, finite and at least 0; fix the weighting function."
     )
-
-
-def _column(rows: Rows, values: Any, name: str, argument: str) -> Any:
-    if name not in values:
-        what = "top-k of column" if argument == "top_k" else "column"
-        raise MissingScoresError(f"Rollout {rows.rollout_ids[0]!r}: {what} {name!r} was not read; name it in `read({argument}=...)`.")
-    return values[name]
-
-
-def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
-    """Return (M,): the log-probs in the distribution that drew the tokens; those of the ref column where a rollout has none."""
-    drawn_M: Any = rows.sampler_logprobs
-    return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
 def _support(support: TopK, ref: TopK | None) -> dict[str, NDArray[Any]]:

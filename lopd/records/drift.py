@@ -8,11 +8,11 @@ Shape suffixes: M tokens that count, B rollouts.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import define, evolve, field, fields, frozen
+from attrs import evolve, fields, frozen
 from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
@@ -147,32 +147,6 @@ class TokenLogprobs:
     segments: NDArray[Any]
 
 
-@define
-class DriftMeter:
-    """Gathers the micro-batches of one step."""
-
-    _parts: list[TokenLogprobs] = field(factory=list, init=False)
-
-    def add(self, part: TokenLogprobs) -> None:
-        """Add one micro-batch, whose rollouts were not in an earlier one."""
-        if part.student.size:
-            self._parts.append(part)
-
-    def read(self, gather: Callable[[list[TokenLogprobs]], list[TokenLogprobs]] = list) -> Drift | None:
-        """Return the drift of all that were added; None if there were none.
-
-        Args:
-            gather: from this rank's micro-batches to those of all ranks.
-        """
-        parts = gather(self._parts)
-        if not parts:
-            return None
-        before = np.cumsum([0, *(int(part.segments.max()) + 1 for part in parts)])
-        parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
-        names = ("student", "teacher", "ref", "weight", "segments")
-        return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)))
-
-
 def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
     """Return numbers whose names begin with `group/`, without that.
 
@@ -184,6 +158,17 @@ def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
 
 def _plain_numbers(record: AdvantageSummary | Drift, without: Sequence[str]) -> dict[str, float]:
     return {f.name: float(getattr(record, f.name)) for f in fields(type(record)) if f.name not in without}
+
+
+def measure_step(parts: Sequence[TokenLogprobs]) -> Drift | None:
+    """Return the drift on the micro-batches of one step, no two of which have a rollout in common; None if no token of them counts."""
+    parts = [part for part in parts if part.student.size]
+    if not parts:
+        return None
+    before = np.cumsum([0, *(int(part.segments.max()) + 1 for part in parts)])
+    parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
+    columns = (np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TokenLogprobs))
+    return measure_drift(TokenLogprobs(*columns))
 
 
 def measure_drift(tokens: TokenLogprobs) -> Drift:

@@ -65,15 +65,10 @@ class SamplingParams:
 
     def __attrs_post_init__(self) -> None:
         owner = "Sampling"
-        own_numbers(self, owner)
-        check_at_least(owner, "max_new_tokens", self.max_new_tokens, 1)
+        own_numbers(self, owner, max_new_tokens=1, samples_per_prompt=1, seed=0, candidates=0, drawn=0)
         check_number(owner, "temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
         check_number(owner, "top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        check_at_least(owner, "samples_per_prompt", self.samples_per_prompt, 1)
-        check_at_least(owner, "seed", self.seed, 0)
         check_at_least(owner, "smallest of stop_ids", min(self.stop_ids, default=0), 0)
-        check_at_least(owner, "candidates", self.candidates, 0)
-        check_at_least(owner, "drawn", self.drawn, 0)
 
     @property
     def neutral(self) -> bool:
@@ -173,10 +168,8 @@ class Provenance:
 
     def __attrs_post_init__(self) -> None:
         owner = f"Provenance of {self.model}"
-        own_numbers(self, owner)
+        own_numbers(self, owner, candidates=0, drawn=0)
         own_texts(self, owner)
-        check_at_least(owner, "candidates", self.candidates, 0)
-        check_at_least(owner, "drawn", self.drawn, 0)
         check_at_least(owner, "top_k", self.top_k, self.candidates + self.drawn)
 
     def __eq__(self, other: object) -> bool:

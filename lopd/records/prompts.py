@@ -133,7 +133,7 @@ def _make(
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
         content = in_template(template, checked(known[used], field, where), where)
         if isinstance(content, str) and content.startswith("[{") and '"role"' in content:
-            rendering.doubts.add(where, "it is a list of messages as JSON text, which is read as text; decode it for the chat template")
+            rendering.doubt(where, "it is a list of messages as JSON text, which is read as text; decode it for the chat template")
         ids = rendering.tokenise(where, content, known["tools"], known["chat_template_kwargs"])
         name = as_id(known["id"], where) or _name(ids, seen)
         if max_tokens is not None and len(ids) > max_tokens:
@@ -142,11 +142,8 @@ def _make(
             )
         prompts.append(Prompt(name, ids, content if isinstance(content, str) else text_of(content[-1]), as_text(known["answer"])))
     if unread:
-        rendering.doubts.add(
-            owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the prompt's key with `field`"
-        )
-    rendering.doubt_template()
-    rendering.doubts.warn(stacklevel=3)
+        rendering.doubt(owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the prompt's key with `field`")
+    rendering.warn()
     return prompts
 
 

@@ -1,6 +1,5 @@
 """Text or messages -> token ids, with or without a chat template, and what looks wrong about them."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -12,28 +11,11 @@ from lopd.records.chat_template import PROBE, ChatTemplate, Messages, check_toke
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
-
-
-class Doubts:
-    """What may be wrong with prompts: one warning for each kind, which names the first prompt and counts the others."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, tuple[str, int]] = {}
-
-    def add(self, where: str, doubt: str) -> None:
-        """Note a doubt about one prompt, or about all."""
-        first, count = self._found.get(doubt, (where, 0))
-        self._found[doubt] = (first, count + 1)
-
-    def warn(self, stacklevel: int) -> None:
-        """Give the warnings."""
-        for doubt, (first, count) in self._found.items():
-            others = f" and {count - 1} more" if count > 1 else ""
-            warnings.warn(f"{first}{others}: {doubt}.", PromptWarning, stacklevel=stacklevel + 1)
+from lopd.records.warn import warn_user
 
 
 class Rendering:
-    """A tokenizer, and what its chat template is given with every prompt.
+    """A tokenizer, and what its chat template is given with every prompt; what may be wrong with prompts is noted on the way.
 
     Args:
         owner: how messages name all prompts, for example "Prompt file p.jsonl".
@@ -49,7 +31,7 @@ class Rendering:
     """
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
-        self.doubts, self._unread, self._compared = Doubts(), dict[str, None](), False
+        self._doubts, self._unread, self._compared = dict[str, tuple[str, int]](), dict[str, None](), False
         check_tokenizer(owner, tokenizer)
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
@@ -115,7 +97,7 @@ class Rendering:
             )
         inside = next((token for token in ids if token in self._special), None)
         if inside is not None:
-            self.doubts.add(
+            self.doubt(
                 where, f"its response contains {self._special[inside]!r}, as if a chat template had written it; drop that from the text"
             )
         if not self._compared:
@@ -157,7 +139,7 @@ class Rendering:
                 f"{where}: of its answer the chat template {wrong[0]}, so the tokens that were drawn are not known; record their ids."
             )
         doubt = "its answer is more than text, and is as the chat template writes it; see that the policy drew it so, or import token ids"
-        self.doubts.add(where, doubt)
+        self.doubt(where, doubt)
         return whole[before : (stop or 0) + given["ended"]]
 
     @cached_property
@@ -168,7 +150,7 @@ class Rendering:
         if end is None:
             raise PromptError(f"{self._owner}: the tokenizer has no EOS token; set `tokenizer.eos_token`.")
         if end != eos:
-            self.doubts.add(
+            self.doubt(
                 self._owner,
                 f"responses end with {self._special[end]!r}, as the chat template has it, and EOS is {self._special.get(eos)!r}; see that sampling "
                 "stops at both (`generation_config.eos_token_id`, or `SamplingParams(stop_ids=...)`)",
@@ -180,33 +162,43 @@ class Rendering:
         read = self.tokenizer.decode([*prompt_ids, *ids])[len(self.tokenizer.decode(prompt_ids)) :]
         written = self._template.written(response, *asked) if self._template else response
         if written is None:
-            self.doubts.add(
+            self.doubt(
                 where,
                 "the chat template writes its prompt otherwise where an answer follows than where one is asked for, and responses go on from the "
                 "second; see that they begin as the model is to begin",
             )
         elif not written.startswith(read):
-            self.doubts.add(
+            self.doubt(
                 where,
                 f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it is, so "
                 "correct the texts or the template if that is not meant",
             )
 
-    def doubt_template(self) -> None:
-        """Note what concerns the template and not one prompt; call it when all were tokenised."""
+    def doubt(self, where: str, doubt: str) -> None:
+        """Note what may be wrong with one prompt, or with all."""
+        first, count = self._doubts.get(doubt, (where, 0))
+        self._doubts[doubt] = (first, count + 1)
+
+    def warn(self) -> None:
+        """Give one warning for each kind of doubt, which names the first prompt and counts the others; call it when all were tokenised."""
+        self._doubt_template()
+        for doubt, (first, count) in self._doubts.items():
+            others = f" and {count - 1} more" if count > 1 else ""
+            warn_user(f"{first}{others}: {doubt}.", PromptWarning)
+
+    def _doubt_template(self) -> None:
+        """Note what concerns the template and not one prompt."""
         if not self._template:
             return
         if self._unread:
-            self.doubts.add(
-                self._owner, f"the chat template does not read {', '.join(self._unread)}; drop them, or use a template that does"
-            )
+            self.doubt(self._owner, f"the chat template does not read {', '.join(self._unread)}; drop them, or use a template that does")
         if self._template.clock_was_read and self._day is None:
-            self.doubts.add(
+            self.doubt(
                 self._owner,
                 "the chat template writes today's date, so that the same records give other prompts tomorrow; fix it with `date`",
             )
         if self._day is not None and not self._template.clock_was_read:
-            self.doubts.add(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
+            self.doubt(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
 
     def _given(self, where: str, content: str | Messages, tools: Any, variables: Any) -> tuple[Messages, Any, Mapping[str, Any]]:
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
@@ -223,14 +215,14 @@ class Rendering:
     def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
         self._unread.update(dict.fromkeys(template.unread(messages, tools, variables)))
         if mark := template.mark_in(messages):
-            self.doubts.add(
+            self.doubt(
                 where,
                 f"its text contains {mark!r}, as if it carried a chat template already, and the template is applied to it; pass `verbatim=True` "
                 "if it does, or else drop it",
             )
         ids = self._encoded(where, lambda: template.ids(messages, tools, variables))
         if role := template.left_out(messages, tools, variables):
-            self.doubts.add(where, f"the chat template leaves out the text of the role {role!r}; drop it, or use a template that writes it")
+            self.doubt(where, f"the chat template leaves out the text of the role {role!r}; drop it, or use a template that writes it")
         return ids
 
     def _encode(self, where: str, text: Any, *, bare: bool = False) -> list[int]:
@@ -277,14 +269,14 @@ class Rendering:
 
     def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:
         if ids[0] in self._special and ids[1:2] == ids[:1]:
-            self.doubts.add(
+            self.doubt(
                 where,
                 f"it begins with {self._special[ids[0]]!r} twice; drop it from the text, or pass `verbatim=True` for text to which nothing is added",
             )
         # spaces after the last token that can be seen
         last = next((token for token in reversed(ids) if token in self._special or self.tokenizer.decode([token]).strip()), None)
         if last is not None and last in self.ends:
-            self.doubts.add(
+            self.doubt(
                 where,
                 f"it ends with {self._special.get(last, str(last))!r}, after which a response seldom goes on; give the template a generation prompt, "
                 "or pass `verbatim=True` for text to which nothing is added",

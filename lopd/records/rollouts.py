@@ -14,19 +14,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from attrs import Factory, field, fields, frozen
+from attrs import Factory, converters, field, fields, frozen
 
 from lopd.errors import InvalidRecordError
-from lopd.records.arrays import (
-    BoolArray,
-    Float32Array,
-    Int32Array,
-    check_logprobs,
-    to_floats,
-    to_ids,
-    to_mask,
-    to_optional_floats,
-)
+from lopd.records.arrays import BoolArray, Float32Array, Int32Array, check_logprobs, to_floats, to_ids, to_mask
 from lopd.records.checks import a_kind, check_at_least, check_kind
 from lopd.records.glance import Glance, Glanced, first_ids, quoted
 from lopd.records.support import TopK
@@ -134,9 +125,9 @@ class Rollout(Glanced):
     response_ids: Int32Array = field(converter=to_ids)
     loss_mask: BoolArray = field(converter=to_mask)
     finish_reason: FinishReason
-    behavior_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
+    behavior_logprobs: Float32Array | None = field(default=None, converter=converters.optional(to_floats))
     generation: int = 0
-    sampler_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
+    sampler_logprobs: Float32Array | None = field(default=None, converter=converters.optional(to_floats))
     candidates: TopK | None = None
     content_hash: bytes = field(init=False, default=Factory(_hash_content, takes_self=True))
 

@@ -96,8 +96,8 @@ class Rows(Glanced, Sequence[ScoredRollout]):
         top_k = top_k if top_k is not None else records[0].top_k if records else ()
         return cls.joined(
             [record.rollout for record in records],
-            {name: [_of(r, r.scores, name, "columns") for r in records] for name in columns},
-            {name: [_of(r, r.top_k, name, "top_k") for r in records] for name in top_k},
+            {name: [column_of(r.rollout.rollout_id, r.scores, name, "columns") for r in records] for name in columns},
+            {name: [column_of(r.rollout.rollout_id, r.top_k, name, "top_k") for r in records] for name in top_k},
         )
 
     @classmethod
@@ -248,12 +248,11 @@ def _reported(values: Float32Array | None, at: slice) -> Float32Array | None:
     return None if values is None or np.isnan(values[at.start]) else read_only(values[at].copy())
 
 
-def _of(record: ScoredRollout, values: Mapping[str, Any], name: str, argument: str) -> Any:
+def column_of(rollout: str, values: Mapping[str, Any], name: str, argument: str) -> Any:
+    """Return what was read of a column; MissingScoresError names the rollout, and the argument of `read` that it takes."""
     if name not in values:
         what = "" if argument == "columns" else "top-k of "
-        raise MissingScoresError(
-            f"Rollout {record.rollout.rollout_id!r}: {what}column {name!r} was not read; name it in `read({argument}=...)`."
-        )
+        raise MissingScoresError(f"Rollout {rollout!r}: {what}column {name!r} was not read; name it in `read({argument}=...)`.")
     return values[name]
 
 
@@ -263,7 +262,6 @@ def _one(supports: Sequence[TopK], rollouts: Sequence[Rollout]) -> TopK:
         if (k, drawn) != widths[0]:
             raise InvalidRecordError(
                 f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, {drawn} of them drawn, expected {widths[0][0]} and {widths[0][1]} as the "
-                "first of the batch; "
-                "score all rollouts with one K."
+                "first of the batch; score all rollouts with one K."
             )
     return TopK.joined(supports)

@@ -36,14 +36,6 @@ class Fields:
     template: str
 
 
-@frozen
-class Limit:
-    """The longest text allowed, prompt and response in tokens, and what becomes of a longer one."""
-
-    tokens: int | None
-    too_long: TooLong
-
-
 @frozen(eq=False)
 class _Text:
     """A text in tokens, without a name: samples of a prompt are numbered when it is known which are kept."""
@@ -64,16 +56,17 @@ class _Text:
 
 
 def make_texts(
-    called: tuple[str, str], contents: Iterable[tuple[int, Any]], rendering: Rendering, fields: Fields, limit: Limit
+    called: tuple[str, str], texts: Iterable[tuple[int, Any]], rendering: Rendering, fields: Fields, *, most: int | None, too_long: TooLong
 ) -> list[Rollout]:
     """Return one rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
 
     Args:
         called: how messages name all texts, and one, before its number.
-        contents: pairs, lists of messages, or records, with their numbers.
+        texts: pairs, lists of messages, or records, with their numbers.
         rendering: the tokenizer, and what its template is given.
         fields: where a record has its texts.
-        limit: most tokens that one may have.
+        most: tokens that one may have, prompt and response; None for any number.
+        too_long: what becomes of a longer one.
 
     Raises:
         PromptError: a content is not a prompt with its response, or two prompts share an id.
@@ -81,7 +74,7 @@ def make_texts(
     """
     owner, item = called
     unread, names, made = dict[str, None](), Names(), list[_Text]()
-    for i, content in contents:
+    for i, content in texts:
         where = f"{item} {i}"
         record = _record(content, where, fields)
         prompt, response, used = _split(record, where, fields)
@@ -92,11 +85,10 @@ def make_texts(
     if not made:
         raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
     if unread:
-        rendering.doubts.add(
+        rendering.doubt(
             owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the texts with `field` and `response`"
         )
-    rendering.doubt_template()
-    return [text.named(names) for text in _within(owner, rendering, made, limit)]
+    return [text.named(names) for text in _within(owner, rendering, made, most, too_long)]
 
 
 def _record(content: Any, where: str, fields: Fields) -> Mapping[str, Any]:
@@ -168,25 +160,24 @@ def _tokenise(
     return prompt_ids, ids, reason
 
 
-def _within(owner: str, rendering: Rendering, made: Sequence[_Text], limit: Limit) -> Sequence[_Text]:
+def _within(owner: str, rendering: Rendering, made: Sequence[_Text], most: int | None, too_long: TooLong) -> Sequence[_Text]:
     """Return the texts, those that are too long left out or cut."""
-    most = limit.tokens
     long = 0 if most is None else sum(len(text) > most for text in made)
     if most is None or not long:
         return made
     worst = max(made, key=len)
     found = f"{long} of {len(made)} texts have more than {most} tokens, the longest {len(worst)} ({worst.where})"
-    kept = [_cut(text, most) if limit.too_long == "cut" else text for text in made if limit.too_long == "cut" or len(text) <= most]
+    kept = [_cut(text, most) if too_long == "cut" else text for text in made if too_long == "cut" or len(text) <= most]
     hopeless = [text for text in kept if len(text) > most]
     if hopeless:
         raise ContextOverflowError(
             f'{owner}: {found}, and the prompts of {len(hopeless)} leave no room for a response; pass `too_long="drop"`.'
         )
-    if limit.too_long == "refuse":
+    if too_long == "refuse":
         raise ContextOverflowError(f'{owner}: {found}; pass `too_long="drop"` or `"cut"`, or a larger `max_tokens`.')
     if not kept:
         raise ContextOverflowError(f"{owner}: {found}, so none is left; pass a larger `max_tokens`.")
-    rendering.doubts.add(owner, f"{found}, and were {'cut' if limit.too_long == 'cut' else 'left out'}")
+    rendering.doubt(owner, f"{found}, and were {'cut' if too_long == 'cut' else 'left out'}")
     return kept
 
 

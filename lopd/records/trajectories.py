@@ -110,8 +110,7 @@ def make_trajectories(called: tuple[str, str], records: Iterable[tuple[int, Any]
     if not made:
         raise PromptError(f"{owner}: there are 0 rollouts in them, expected at least 1; check where they come from, and `turns`.")
     if without:
-        rendering.doubts.add(owner, f"{without} have none of the turns {choice.turns}, and were left out")
-    rendering.doubt_template()
+        rendering.doubt(owner, f"{without} have none of the turns {choice.turns}, and were left out")
     return made
 
 

@@ -89,7 +89,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     check_prompt_list(prompts)
     check_vocabulary(f"Scorer {teacher.provenance.model}", vocabulary_of(teacher), "the policy's", source.manifest.tokenizer)
     sampling = source.manifest.sampling
-    if sampling.temperature != 1 or sampling.top_p != 1:
+    if not sampling.neutral:
         raise InvalidRecordError(
             f"Sampling: temperature is {sampling.temperature} and top_p {sampling.top_p}, expected 1 and 1; other samples are not the policy's own."
         )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
 from lopd.protocols.reading import named
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.checks import own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
 from lopd.records.rollouts import Rollout, Scores
@@ -74,10 +74,7 @@ class Filling:
     progress: Progress | None
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Scoring")
-        check_at_least("Scoring", "rollouts_per_batch", self.rollouts_per_batch, 1)
-        check_at_least("Scoring", "batches_at_once", self.batches_at_once, 1)
-        check_at_least("Scoring", "max_refused", self.max_refused, 0)
+        own_numbers(self, "Scoring", rollouts_per_batch=1, batches_at_once=1, max_refused=0)
 
     def left(self, wanted: NDArray[np.int64], retry: bool) -> Work:
         """Return what is left to do of these rows; `retry` those in quarantine too.

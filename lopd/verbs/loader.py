@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import accumulate, chain, count, pairwise
 from threading import Lock
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -71,25 +71,19 @@ class StepStream(Glanced):
     @property
     def settings(self) -> dict[str, str | int | bool | None]:
         """What decides which rollouts step k has and what their tokens count, for `save_checkpoint`; how steps are split does not."""
-        chosen = np.stack([self.rows, *self.store.lengths()[self.rows].T]).astype("<i8")
+        of, chosen = self.columns, np.stack([self.rows, *self.store.lengths()[self.rows].T])
+        labels = [values[self.rows] for values in (of.labels, of.means) if values is not None]
         return {
             "rollouts_per_step": self.rollouts_per_step,
             "seed": self.seed,
-            "rows": f"{len(self.rows)} rollouts, {blake2b(chosen.tobytes(), digest_size=6).hexdigest()}",
-            "teacher": ", ".join(self.columns.teachers) or None,
-            "ref": self.columns.ref,
-            "top_k": self.columns.top_k,
-            "label": self.columns.label and f"{self.columns.label}, {self._labels_digest()}",
-            **({} if self.columns.place is None else {"shares of teachers": self._shares_digest(self.columns.place)}),
+            "rows": f"{len(self.rows)} rollouts, {_digest(chosen, '<i8')}",
+            "teacher": ", ".join(of.teachers) or None,
+            "ref": of.ref,
+            "top_k": of.top_k,
+            "label": of.label and f"{of.label}, {_digest(np.stack(labels), '<f4')}",
+            **({} if of.place is None else {"shares of teachers": _digest(of.place[self.rows], "<i8")}),
             "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
         }
-
-    def _shares_digest(self, place: NDArray[np.int64]) -> str:
-        return blake2b(place[self.rows].astype("<i8").tobytes(), digest_size=6).hexdigest()
-
-    def _labels_digest(self) -> str:
-        values = [values[self.rows] for values in (self.columns.labels, self.columns.means) if values is not None]
-        return blake2b(np.stack(values).astype("<f4").tobytes(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Step]:
         """Yield steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
@@ -147,7 +141,7 @@ class StepStream(Glanced):
             made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
-        shared = blake2b(np.concatenate([places, lengths, *chain.from_iterable(shares)]).astype("<i8").tobytes(), digest_size=6).hexdigest()
+        shared = _digest(np.concatenate([places, lengths, *chain.from_iterable(shares)]), "<i8")
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared)
 
     def _collate(self, rows: Rows) -> Batch:
@@ -242,6 +236,11 @@ def batches(
         judge_sampling(store, usable, ratio=ref is not None)
     lineage = evolve(lineage_after(store.manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
     return StepStream(lineage, store, usable, positions, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
+
+
+def _digest(values: NDArray[Any], dtype: str) -> str:
+    """Return a short hash of numbers, the same on every machine."""
+    return blake2b(values.astype(dtype).tobytes(), digest_size=6).hexdigest()
 
 
 def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens_per_batch: int) -> None:

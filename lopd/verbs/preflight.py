@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lopd.errors import EndTokenWarning, EngineChangeWarning, ScorerError
 from lopd.protocols import LogprobReader, TeacherScorer
 from lopd.protocols.reading import evenly, to_score
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity, measure_parity
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
@@ -61,9 +61,7 @@ class Preflight:
     end_bound: float = 7.0
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Preflight")
-        for name in ("rollouts", "parity_rollouts"):
-            check_at_least("Preflight", name, getattr(self, name), 1)
+        own_numbers(self, "Preflight", rollouts=1, parity_rollouts=1)
         for name in ("repeat_bound", "parity_bound", "parity_p99_bound", "parity_bias_bound", "end_bound"):
             value = getattr(self, name)
             check_number("Preflight", name, value, 0 <= value < math.inf, "finite and at least 0 nats")

@@ -12,7 +12,7 @@ from threading import Event, Thread
 from time import monotonic
 from typing import Any, final
 
-from attrs import define, field
+from attrs import Factory, define, field
 
 from lopd.errors import printable
 from lopd.protocols import Counted
@@ -41,11 +41,8 @@ class Pace:
     counted: Counted
     worked: int = 0
     refused: int = 0
-    _before: int = field(init=False)
+    _before: int = field(init=False, default=Factory(lambda self: self.done, takes_self=True))
     _began: float = field(init=False, factory=monotonic)
-
-    def __attrs_post_init__(self) -> None:
-        self._before = self.done
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
         """Count what was done."""

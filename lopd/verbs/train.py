@@ -28,7 +28,7 @@ from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_kind, check_number, to_real
-from lopd.records.drift import DriftMeter, TokenLogprobs
+from lopd.records.drift import TokenLogprobs, measure_step
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 
@@ -138,7 +138,7 @@ def _train(
             del output
         norm = whole(clip_grad_norm_(_updated(optimizer, trained.values()), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
-        grad_norm, sums, meter = _fetch(norm, step.batches, said)
+        grad_norm, sums, known = _fetch(norm, step.batches, said)
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
@@ -150,7 +150,7 @@ def _train(
         if movement is not None:
             judged = True
             movement.judge(optimizer)
-        drift = meter.read(ranks.gather)
+        drift = measure_step(ranks.gather(known))
         # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
         if place_of_step == 1 and drift is not None:
             judge_loss(loss, drift.advantages)
@@ -216,8 +216,8 @@ def _policy_of(batch: Batch) -> Tensor | None:
     return batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
 
 
-def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, DriftMeter]:
-    """Copy a step's numbers to the host at once: the gradient norm, the (3,) sums of the losses' results, and the drift of the student."""
+def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, list[TokenLogprobs]]:
+    """Copy a step's numbers to the host at once: the gradient norm, the (3,) sums of the losses' results, and log-probs for the drift."""
     measured = [
         (batch, output.logprobs)
         for batch, output in zip(batches, said, strict=True)
@@ -227,9 +227,9 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     parts = [norm.detach().reshape(1), *sums, *(logprobs_M for _, logprobs_M in measured)]
     on_host = torch.cat([part.to(norm.device) for part in parts]).cpu().double()
     first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
-    meter = DriftMeter()
+    known = list[TokenLogprobs]()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
         columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids)
-        known = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
-        meter.add(TokenLogprobs(logprobs_M.numpy(), *known))
-    return float(first), rest[0].view(-1, 3).sum(0), meter
+        stored = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
+        known.append(TokenLogprobs(logprobs_M.numpy(), *stored))
+    return float(first), rest[0].view(-1, 3).sum(0), known

@@ -14,8 +14,8 @@ from lopd.engines.privileged import PrivilegedScorer
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.engines.student import CausalLMStudent
 from lopd.engines.vllm import VLLMScorer, VLLMSource
+from lopd.losses.beside import EntropyBonus
 from lopd.losses.divergences import forward_kl
-from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss

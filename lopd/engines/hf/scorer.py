@@ -23,7 +23,7 @@ from lopd.engines.inputs import asked_ids, budgeted, check_rollouts, check_suppo
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import arrange, likely, make_scores, provenance_of
 from lopd.guards.consistency import check_vocabulary
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.checks import own_numbers
 from lopd.records.collate import target_slice
 from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -83,9 +83,7 @@ class HFScorer:
         return cls(model, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "HFScorer")
-        check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
-        check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
+        own_numbers(self, "HFScorer", tokens_per_batch=1, rows_per_chunk=1)
         check_support("HFScorer", self._known, self.top_k, self.candidates, self.drawn)
         check_scoring(self.model, self._known.vocab_size)
 

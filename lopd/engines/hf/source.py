@@ -18,7 +18,7 @@ from lopd.engines.identity import Identified, check_unchanged, identify, model_n
 from lopd.engines.inputs import check_prompts, check_top_k, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_support
-from lopd.records.checks import check_at_least, check_kind, own_numbers
+from lopd.records.checks import check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, SamplingParams
@@ -79,8 +79,7 @@ class HFSource:
     def __attrs_post_init__(self) -> None:
         check_kind("HFSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         check_kind("HFSource: lineage", self.lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
-        own_numbers(self, "HFSource")
-        check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
+        own_numbers(self, "HFSource", rows_per_batch=1)
         check_top_k("HFSource", self.sampling.candidates, self._known, "candidates")
         check_scoring(self.model, self._known.vocab_size)
         check_sampling(self.model, self._known.vocab_size)

@@ -44,7 +44,7 @@ from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
 from lopd.engines.workers import Request
 from lopd.errors import EngineError, InvalidRecordError, LopdError
-from lopd.records.checks import check_at_least, check_kind, own_numbers
+from lopd.records.checks import check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance, SamplingParams
@@ -99,9 +99,8 @@ class ServerScorer:
 
     def __attrs_post_init__(self) -> None:
         _check_parts("ServerScorer", self.servers, self.identity)
-        own_numbers(self, "ServerScorer")
+        own_numbers(self, "ServerScorer", tokens_per_request=1)
         check_support("ServerScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
-        check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
         if self._widths.asks and not self.servers.dialect.scores_ids:
             raise InvalidRecordError(
                 f"ServerScorer: candidates is {self.candidates} and drawn {self.drawn}, expected 0 of servers that speak {self.servers.speaks!r}, "

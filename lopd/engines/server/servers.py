@@ -96,11 +96,9 @@ class Servers:
     _spent: list[Costs] = field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Servers")
+        own_numbers(self, "Servers", concurrency=1, attempts=1)
         own_texts(self, "Servers")
         check_at_least("Servers", "number of urls", len(self.urls), 1)
-        for name in ("concurrency", "attempts"):
-            check_at_least("Servers", name, getattr(self, name), 1)
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         check_urls(self.urls)

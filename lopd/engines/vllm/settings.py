@@ -7,7 +7,7 @@ import torch
 from attrs import field, frozen
 
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 
 #: Arguments of `vllm.LLM` that lopd sets itself, and where to set them instead.
 _OURS = {
@@ -68,10 +68,7 @@ class VLLMSettings:
 
     def __attrs_post_init__(self) -> None:
         owner = "VLLMSettings"
-        own_numbers(self, owner)
-        for name in ("tokens_per_batch", "least_tokens_per_batch", "tensor_parallel_size"):
-            check_at_least(owner, name, getattr(self, name), 1)
-        check_at_least(owner, "restarts", self.restarts, 0)
+        own_numbers(self, owner, tokens_per_batch=1, least_tokens_per_batch=1, tensor_parallel_size=1, restarts=0)
         check_number(owner, "max_model_len", self.max_model_len, self.max_model_len is None or self.max_model_len > 1, "None or at least 2")
         check_number(owner, "gpu_memory_utilization", self.gpu_memory_utilization, 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
         for name in self.options:

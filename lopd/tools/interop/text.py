@@ -16,7 +16,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, SamplingParams
 from lopd.records.optional import need
 from lopd.records.rendering import Rendering
-from lopd.records.texts import Fields, Limit, TooLong, make_texts
+from lopd.records.texts import Fields, TooLong, make_texts
 from lopd.records.warn import warn_user
 from lopd.tools.interop.filling import StoreMaker, check_maker, fill, records_of
 
@@ -85,12 +85,12 @@ def import_text(
     if too_long not in ("refuse", "drop", "cut"):
         raise InvalidRecordError(f"Texts: too_long is {too_long!r:.40}, expected 'refuse', 'drop' or 'cut'; pass one of them.")
     check_maker("Texts", store)
-    limit = Limit(None if max_tokens is None else check_at_least("Texts", "max_tokens", max_tokens, 2), too_long)
+    most = None if max_tokens is None else check_at_least("Texts", "max_tokens", max_tokens, 2)
     (owner, item), found = records_of("Text", texts)
     check_names(owner, template, field=field, response=response)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), limit)
-    rendering.doubts.warn(stacklevel=2)
+    rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), most=most, too_long=too_long)
+    rendering.warn()
     writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
     if not isinstance(teacher, ModelId | None):
         _judge_vocabulary(teacher, writer, of)

@@ -75,7 +75,7 @@ def import_trajectories(
     called, records = records_of("Trajectory", trajectories)
     rendering = Rendering(called[0], tokenizer, verbatim=False, tools=tools, variables=chat_template_kwargs, day=date)
     rollouts = make_trajectories(called, records, rendering, choice)
-    rendering.doubts.warn(stacklevel=2)
+    rendering.warn()
     drew = Lineage.of(policy).sft_teacher or UNKNOWN
     return fill(store, Manifest(of, drew, sampling, _trained(policy, lineage).sft_teacher), rollouts)
 

@@ -21,7 +21,7 @@ from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluatin
 from lopd.engines.conditions import check_trained_dtype
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.losses.chunking import sum_dtype
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.manifest import SamplingParams
 from lopd.records.optional import need
 from lopd.records.steps import LMHead
@@ -71,11 +71,8 @@ class Use:
     gpus: int = 1
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Use")
-        for name in ("prompt_tokens", "response_tokens", "rows", "tokens_per_batch", "rows_per_chunk", "gpus"):
-            check_at_least("Use", name, getattr(self, name), 1)
-        check_at_least("Use", "chunk_bytes", 1 if self.chunk_bytes is None else self.chunk_bytes, 1)
-        check_at_least("Use", "lora_rank", self.lora_rank, 0)
+        counts = ("prompt_tokens", "response_tokens", "rows", "tokens_per_batch", "rows_per_chunk", "gpus", "chunk_bytes")
+        own_numbers(self, "Use", **dict.fromkeys(counts, 1), lora_rank=0)
         check_number("Use", "dtype", self.dtype, self.dtype in _DTYPES, "torch.float32, torch.bfloat16, torch.float16 or torch.float64")
         for name in ("gradient_checkpointing", "packed"):
             check_number("Use", name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")

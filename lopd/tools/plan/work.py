@@ -103,9 +103,7 @@ class Work:
     labels: int = 0
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Work")
-        for name in ("prompts", "samples", "rollouts_per_step", "tokens_per_batch", "vocab_size"):
-            check_at_least("Work", name, getattr(self, name), 1)
+        own_numbers(self, "Work", prompts=1, samples=1, rollouts_per_step=1, tokens_per_batch=1, vocab_size=1)
         check_at_least("Work", "steps", self.all_steps, 1)
         check_at_least("Work", "number of columns", len(self.columns), 1)
         check_at_least("Work", "top-k", min(self.columns), 0)

@@ -1,0 +1,110 @@
+"""What stands beside any objective: an entropy bonus, with its gradient through every logit, and the ratio of the tokens before."""
+
+import math
+from typing import final
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from lopd.losses.objective import Objective, OfObjective, Signal, TokenLosses
+from lopd.losses.tokens import Tokens
+from lopd.losses.variants import window_ratio
+from lopd.records.checks import check_number, own_numbers
+
+
+class _Beside(OfObjective):
+    """An objective beside another one: it needs what that one does, unless it states otherwise."""
+
+    __slots__ = ()
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the other objective is."""
+        return self.objective.per_token
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether the other objective does."""
+        return self.objective.wants_entropy
+
+    def ids(self, tokens: Tokens, /) -> Tensor:
+        """Return the ids that the other objective needs."""
+        return self.objective.ids(tokens)
+
+
+@final
+@frozen
+class EntropyBonus(_Beside):
+    r"""Another objective minus \(\alpha H(\pi_\theta)\) at every counted token: `FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))`.
+
+    H is the entropy over the whole vocabulary, and its gradient is exact: \(\partial H / \partial z_v = -p_v (\log p_v + H)\) joins the gradient
+    by the logits where they are, so a fused loss stays at three matrix products if the other objective does.
+
+    A bonus is opt-in: its fixed point is not the teacher, but a distribution that is flatter.
+
+    Args:
+        objective: what it is added to.
+        coefficient: \(\alpha\); less than 0 sharpens the student.
+
+    Raises:
+        InvalidRecordError: the coefficient is not finite.
+
+    Source: LSPD (arXiv 2609.35505): a Huber loss of \(\ell_\theta - \ell_T\) that is \(d^2\) within 5 nats, minus 0.1 H, without a ratio.  That has
+    twice the gradient of `EntropyBonus(OPDObjective(clip=5.0), 0.05)`.
+    """
+
+    objective: Objective
+    coefficient: float = 0.05
+
+    wants_entropy = True
+
+    def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Entropy bonus")
+        check_number("Entropy bonus", "coefficient", self.coefficient, abs(self.coefficient) < math.inf, "finite")
+
+    def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+        """See the class."""
+        losses = self.objective(logprobs_MK, tokens)
+        return evolve(losses, loss=losses.loss - self.coefficient * tokens.weight * tokens.entropies(gradient=True))
+
+
+@final
+@frozen
+class WindowRatio(_Beside):
+    r"""Another objective, each token's loss times the ratio of the tokens before: `WindowRatio(TopKObjective(reverse_kl, residual=True))`.
+
+    \[ L_t\, \min\Big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k),\; c\Big) \]
+
+    `lopd.losses.variants.window_ratio`, for objectives that take no variants.  A reverse KL that is unbiased on the stored states has, without
+    a cap, the expected gradient at states of which q wrote all tokens but the last L, and the student those; with L at least the length of
+    a response, the online gradient; both under `by_token`, as the weight of a token must not depend on later ones.  What a step reports stays that
+    of the stored states.
+
+    Args:
+        objective: whose losses are weighed.
+        window: \(L\), at least 1: counted tokens of the same rollout.
+        cap: \(c\), more than 0; None for none but that which keeps the ratio finite.
+
+    Raises:
+        InvalidRecordError: `window` is less than 1, or the cap not more than 0.
+
+    Source: per-decision importance sampling (Precup et al. 2000), truncated in time and in size.
+    """
+
+    objective: Objective
+    window: int = 8
+    cap: float | None = 4.0
+
+    per_token = False
+
+    def __attrs_post_init__(self) -> None:
+        own_numbers(self, "WindowRatio", window=1)
+        check_number("WindowRatio", "cap", self.cap, self.cap is None or 0 < self.cap < math.inf, "None, or finite and more than 0")
+
+    def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+        """See the class."""
+        losses = self.objective(logprobs_MK, tokens)
+        ones_M = torch.ones_like(losses.logprobs)
+        before = window_ratio(Signal(ones_M, ones_M, losses.logprobs, tokens), self.window, self.cap)
+        return evolve(losses, loss=losses.loss * before.weight)
