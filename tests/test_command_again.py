@@ -116,28 +116,6 @@ def test_each_seed_notes_a_warning_of_its_own():
     assert noted == [["TrainingWarning: the same"]] * 2
 
 
-@pytest.mark.filterwarnings("ignore::lopd.errors.PromptWarning")
-def test_a_run_that_an_earlier_version_began_goes_on(here, tmp_path, capsys):
-    (here / "asked.jsonl").write_text("".join(f'{{"prompt": "what is 2 + {i}?", "response": "3"}}\n' for i in range(4)))
-    text = {"file": "asked.jsonl", "written_by": "teacher"}
-    small = {"sampling": {"max_new_tokens": 4}, "sft": {"steps": 1, "lr": 1e-3}, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": None}
-    out = tmp_path / "run"
-    file = written(here, {**example(**small, prompts="asked.jsonl", out=str(out)), "text": text})
-    assert main(["run", file]) == 0
-    settings, inputs = (json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json"))
-    later = ("prompts.field", "prompts.template", "text.field", "text.response", "sampling.stop_ids")
-    assert settings["out"] == str(out)
-    earlier = {"prompts" if name == "prompts.file" else name: value for name, value in settings.items() if name not in later}
-    (out / "settings.json").write_text(json.dumps(earlier | {"out": f"{out}/"}))
-    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: value for name, value in inputs.items()}))
-    assert main(["run", file]) == 0
-    assert [json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json")] == [settings, inputs]
-    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: "other" for name in inputs}))
-    capsys.readouterr()
-    assert main(["run", file]) == 2
-    assert "and was 'other' when" in capsys.readouterr().err
-
-
 def test_a_student_stops_where_the_text_of_sft_ends(here, tmp_path, capsys):
     teacher = tmp_path / "teacher"
     shutil.copytree("runs/tiny/teacher", teacher)

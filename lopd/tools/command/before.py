@@ -1,9 +1,8 @@
 """What `lopd run` looks at before anything is done: whether a run can end well, and whether it goes on with what is there."""
 
-import json
 import math
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokeni
 from lopd.records.paths import asked, path_or_url, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import RunSettings
-from lopd.tools.phases import Run, digest, write_json
+from lopd.tools.phases import Run, digest
 
 _MEASURED = "evaluation-before-opd.json"
 #: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
@@ -45,14 +44,6 @@ _FIXED_BY = {
     "loss.": "opd.json",
     "opd.": "opd.json",
     "consistency": "opd.json",
-}
-#: Settings of files that came later -> what was done before there were any.
-_ADDED = {
-    "prompts.field": "prompt",
-    "prompts.template": "{prompt}",
-    "text.field": "prompt",
-    "text.response": "response",
-    "sampling.stop_ids": [],
 }
 
 
@@ -89,28 +80,8 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
-    settings = s.flat()
-    _rename(Path(s.out), settings, read)
-    Run(Path(s.out)).claim(settings, read, fixed_by)
+    Run(Path(s.out)).claim(s.flat(), read, fixed_by)
     return prompts, {*unfit}
-
-
-def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
-    """Give what an earlier lopd wrote of a run the names of today, so that the run can go on."""
-    if (path := folder / "settings.json").exists():
-        theirs = json.loads(path.read_text())
-        if "out" in theirs:
-            theirs["out"] = str(Path(theirs["out"]))
-        if "prompts.file" in settings and "prompts" in theirs:
-            theirs["prompts.file"] = theirs.pop("prompts")
-        sections = {name.partition(".")[0] for name in theirs if "." in name}
-        added = {name: value for name, value in _ADDED.items() if name.partition(".")[0] in sections}
-        write_json(path, added | theirs)
-    if (path := folder / "inputs.json").exists():
-        theirs = json.loads(path.read_text())
-        bare = {name: name.partition(", ")[2] for name in read}
-        renamed = {name: theirs[old] for name, old in bare.items() if old in theirs}
-        write_json(path, {name: value for name, value in theirs.items() if name not in bare.values()} | renamed)
 
 
 def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str, str]:
