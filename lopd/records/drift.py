@@ -44,7 +44,7 @@ class AdvantageSummary:
 
     @classmethod
     def of(cls, advantages_M: NDArray[Any]) -> "AdvantageSummary":
-        """Return the drift of these, at least one."""
+        """Return the summary of these, at least one."""
         levels = np.quantile(advantages_M, LEVELS)
         shares = float(np.mean(advantages_M < 0)), float(np.mean(advantages_M < TAIL))
         return cls(float(np.mean(advantages_M, dtype=np.float64)), tuple(levels.tolist()), *shares, advantages_M.size)
