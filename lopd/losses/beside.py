@@ -13,29 +13,9 @@ from lopd.losses.variants import window_ratio
 from lopd.records.checks import check_number, own_numbers
 
 
-class _Beside(OfObjective):
-    """An objective beside another one: it needs what that one does, unless it states otherwise."""
-
-    __slots__ = ()
-
-    @property
-    def per_token(self) -> bool:
-        """Whether the other objective is."""
-        return self.objective.per_token
-
-    @property
-    def wants_entropy(self) -> bool:
-        """Whether the other objective does."""
-        return self.objective.wants_entropy
-
-    def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return the ids that the other objective needs."""
-        return self.objective.ids(tokens)
-
-
 @final
 @frozen
-class EntropyBonus(_Beside):
+class EntropyBonus(OfObjective):
     r"""Another objective minus \(\alpha H(\pi_\theta)\) at every counted token: `FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))`.
 
     H is the entropy over the whole vocabulary, and its gradient is exact: \(\partial H / \partial z_v = -p_v (\log p_v + H)\) joins the gradient
@@ -63,6 +43,15 @@ class EntropyBonus(_Beside):
         own_numbers(self, "Entropy bonus")
         check_number("Entropy bonus", "coefficient", self.coefficient, abs(self.coefficient) < math.inf, "finite")
 
+    @property
+    def per_token(self) -> bool:
+        """Whether the other objective is."""
+        return self.objective.per_token
+
+    def ids(self, tokens: Tokens, /) -> Tensor:
+        """Return the ids that the other objective needs."""
+        return self.objective.ids(tokens)
+
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""
         losses = self.objective(logprobs_MK, tokens)
@@ -71,7 +60,7 @@ class EntropyBonus(_Beside):
 
 @final
 @frozen
-class WindowRatio(_Beside):
+class WindowRatio(OfObjective):
     r"""Another objective, each token's loss times the ratio of the tokens before: `WindowRatio(TopKObjective(reverse_kl, residual=True))`.
 
     \[ L_t\, \min\Big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k),\; c\Big) \]
@@ -101,6 +90,15 @@ class WindowRatio(_Beside):
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "WindowRatio", window=1)
         check_number("WindowRatio", "cap", self.cap, self.cap is None or 0 < self.cap < math.inf, "None, or finite and more than 0")
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether the other objective does."""
+        return self.objective.wants_entropy
+
+    def ids(self, tokens: Tokens, /) -> Tensor:
+        """Return the ids that the other objective needs."""
+        return self.objective.ids(tokens)
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""

@@ -211,7 +211,7 @@ class _Reader:
                         continue
                     sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
             for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
-                row = _called(chunk.table, int(chunk.at[i]), self._wanted.rows[chunk.places[i]])
+                row = _called(chunk.table, int(chunk.at[i]), int(self._wanted.rows[chunk.places[i]]))
                 raise damaged(owner, row, "checksum of its values is another than the one that was written")
 
 
@@ -253,7 +253,8 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArra
             lines["has_behavior"] |= table.column(HAS_SAMPLER).fill_null(False).to_numpy().astype(np.uint8) << 1
         found, wanted = line_checksums(lines, seed), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
-        raise damaged(owner, _called(table, int(i), lines["row"][i]), f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
+        row = _called(table, int(i), int(lines["row"][i]))
+        raise damaged(owner, row, f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
     return lines
 
 
