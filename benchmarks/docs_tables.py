@@ -13,6 +13,7 @@ from typing import Any
 
 import pairs_claims
 from claims_summary import Runs, change, show_measured, spent
+from evidence_summary import MEASURES, Found, cost, final
 from pairs_report import correlation_lines, correlation_titles, pair_lines, pair_titles, words
 from record import ROOT, fill
 
@@ -320,6 +321,27 @@ def teachers() -> list[str]:
     return table(("SFT teacher", "OPD teacher", "seeds", "accuracy after SFT", *methods), lines(), 2)
 
 
+def passes() -> list[str]:
+    """Show the ends of runs on parts of one store of real weights, passed over once or more often, and of live runs."""
+    found = Found(read("evidence")["rows"])
+    forms = [name for name in found.names() if name.split(" (")[0] == found.best]
+    stored = {name.removeprefix(found.best).strip(" ()") or "all of the store": name for name in forms}
+    whole, said = found.cell(found.best), f"The stored runs are of the arm *{found.best}*; {len(found.starts())} seeds."
+
+    def lines() -> Iterator[Sequence[str]]:
+        for title, name in {**stored, **found.rivals()}.items():
+            cell = found.cell(name)
+            beside = (found.paired(cell, whole, lambda ours, theirs, k=kind: final(ours, k) - final(theirs, k)) for kind in MEASURES)
+            shown = ("", "") if name == found.best else (more.show("+.3f") for more in beside)
+            yield title, str(next(iter(cell.values()))["curve"][-1]["step"]), found.mean(cell, cost).show(".0f"), *shown
+
+    return [
+        said,
+        "",
+        *table(("trained on", "steps", "CPU s", "reverse KL minus that of all of the store", "forward KL, likewise"), lines()),
+    ]
+
+
 def pairs() -> list[str]:
     """Show what was known of each pair before its first step, and what each arm reached."""
     return table(pair_titles(), pair_lines(read("pairs")["rows"]))
@@ -556,6 +578,7 @@ TABLES = {
         "engines": engines,
         "parity": parity,
         "teachers": teachers,
+        "passes": passes,
         "start words": start_words,
         "starts": starts,
         "pair words": pair_words,
