@@ -67,7 +67,7 @@ def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
 
 
 def check_response(owner: str, draw: Draw, ids: Sequence[Any], reason: Any) -> None:
-    """Check that sampled tokens are ids of this vocabulary, and end at a stop id, or are as many as they may be, with no stop id among them."""
+    """Check that sampled tokens are ids of this vocabulary, and that their first stop id ends them, or that they are as many as they may be."""
     for place, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < draw.vocab_size:
             raise InvalidRecordError(
