@@ -5,6 +5,7 @@ import pytest
 from served_table import MODEL, STOP, TOKENIZER, _short_pauses, make_prompts, servers_of, source_of, start, stub, truth, without  # noqa: F401
 from vllm_stub import EOS, VOCAB, answer, changed, drawn_from, table
 
+from lopd.engines.finding import configured_eos
 from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 from lopd.records import Lineage, Manifest, ModelId, Prompt, SamplingParams
@@ -245,6 +246,25 @@ def test_a_folder_says_tokenizer_ends_and_teacher(tmp_path, tokenizer, stub):
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(EngineError, match="cannot be loaded"):
         ServerSource.from_folder(servers, tmp_path, MODEL, params)
+
+
+@pytest.mark.parametrize(
+    ("generation", "model", "first", "both"),
+    [
+        ('{"temperature": 0.6, "do_sample": true}', '{"eos_token_id": 4}', {0}, {0, 4}),
+        ('{"eos_token_id": 5}', '{"eos_token_id": [5, 6]}', {0, 5}, {0, 5, 6}),
+        (None, '{"text_config": {"eos_token_id": 4}}', {0, 4}, {0, 4}),
+        (None, '{"model_type": "llama"}', {0}, {0}),
+    ],
+)
+def test_what_ends_a_response_is_what_engines_take_from_the_folder(generation, model, first, both, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(model)
+    if generation:
+        (tmp_path / "generation_config.json").write_text(generation)
+    servers = [Servers("http://a", "m", speaks=speaks) for speaks in ("vllm", "sglang")]
+    assert [ServerSource.from_folder(s, tmp_path, MODEL, SamplingParams()).stop_ids for s in servers] == [first, both]
+    assert {0, *configured_eos(tmp_path)} == first
 
 
 def test_a_tokenizer_will_do_in_place_of_its_fingerprint(tokenizer):

@@ -1,7 +1,7 @@
 """Where is it?  The folder of a model and its tokenizer, or their name in the hub; what goes wrong there is one sentence."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,21 +68,24 @@ def described_text(folder: Path) -> Any:
     return described(folder).get_text_config()
 
 
-def configured_eos(folder: Path) -> Any:
-    """Return the EOS ids that a model loaded from this folder has in its generation configuration."""
-    try:
-        return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        return transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder)).eos_token_id
-
-
-def served_eos(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
-    """Return the EOS ids of a model that a server has, from a copy of its folder: servers do not report them.
-
-    They are those of generation_config.json, or else config.json, in the folder or in that of the base model; and the tokenizer's.
+def configured_eos(folder: Path) -> list[int]:
+    """Return the EOS ids that a model has which transformers or vLLM loads from this folder: of generation_config.json, or of config.json
+    where that is not there.
 
     Raises:
-        EngineError: they are those of a base model that is not on this machine.
+        EngineError: it cannot be read.
+    """
+    with looking_for(folder):
+        return _eos_of(_settings(folder)[:1])
+
+
+def served_eos(folder: Path, tokenizer: TokenizerId, *, of_both: bool) -> frozenset[int]:
+    """Return the EOS ids of a model that a server has, from a copy of its folder: servers do not report them.
+
+    They are those of `configured_eos`, or of both files, in the folder or in that of the base model; and the tokenizer's.
+
+    Raises:
+        EngineError: they are those of a base model that is not on this machine; or they cannot be read.
     """
     files, adapters = _settings(folder), folder / _ADAPTERS
     if not files and adapters.exists():
@@ -94,8 +97,19 @@ def served_eos(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
                 f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
                 "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."
             ) from error
-    configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
-    return stop_ids(SamplingParams(), configured, tokenizer)
+    with looking_for(folder):
+        return stop_ids(SamplingParams(), _eos_of(files if of_both else files[:1]), tokenizer)
+
+
+def _eos_of(files: Sequence[Path]) -> list[int]:
+    """Return the EOS ids of these files, read as transformers does: those of a text part count, and those of a model's class do not."""
+    found = list[int]()
+    for file in files:
+        of_model = file.name == "config.json"
+        read = transformers.GenerationConfig.from_pretrained(file.parent, config_file_name=file.name, _from_model_config=of_model)
+        ids = read.eos_token_id
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return found
 
 
 def _settings(folder: Path) -> list[Path]:

@@ -205,8 +205,9 @@ class ServerSource:
         path = local_folder(folder, weights=False)
         tokenizer = fingerprint_tokenizer(load_tokenizer(path))
         with looking_for(folder):
-            # those that are asked for take the place of the model's
-            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else served_eos(path, tokenizer)
+            # those that are asked for take the place of the model's; SGLang ends at those of both files, and cannot be told not to
+            asked, of_both = getattr(sampling, "stop_ids", ()), servers.speaks == "sglang"
+            ends = frozenset[int]() if asked else served_eos(path, tokenizer, of_both=of_both)
             return cls(servers, tokenizer, identity, sampling, ends, Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
