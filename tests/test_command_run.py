@@ -156,12 +156,19 @@ def test_what_is_not_yaml_is_one_sentence(text, says, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["run", "a.yaml"], ["sample", "s", "--student", "a", "--prompts", "b"], ["score", "s", "--teacher", "a"]]
+    "words",
+    [
+        ["run", "a.yaml"],
+        ["sample", "s", "--student", "a", "--prompts", "b"],
+        ["score", "s", "--teacher", "a"],
+        ["plan", "--card", "24", "--student", "a"],
+    ],
 )
 def test_a_package_that_is_missing_is_one_sentence(words, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     ZarrStore.create("s", tiny_manifest())
     monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "lopd.engines.finding", raising=False)
     assert main(words) == 2
     assert capsys.readouterr().err.endswith("transformers is not installed; pip install 'lopd[hf]'.\n")
 

@@ -173,6 +173,16 @@ def test_the_plan_of_a_store_that_is_there_has_its_size(tmp_path, dtype, compact
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_plan_of_a_store_counts_what_sampling_that_is_not_neutral_leaves_in_it(tmp_path, dtype):
+    store = ZarrStore.create(tmp_path / "store", tiny_manifest(), logprob_dtype=dtype)
+    values = {"behavior_logprobs": [-1.0] * 200, "sampler_logprobs": [-0.5] * 200}
+    rollouts = [tiny_rollout(f"p{i}/s0/g0", range(200), **values) for i in range(40)]
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in rollouts])
+    assert work_like(store, dtype).stored.total == pytest.approx(store.stored_bytes(), rel=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_labels_are_planned_in_float32_as_a_store_of_any_dtype_keeps_them(tmp_path, dtype):
     store = ZarrStore.create(tmp_path / "store", tiny_manifest(), logprob_dtype=dtype)
     rollouts = [tiny_rollout(f"p{i}/s0/g0", range(200)) for i in range(40)]

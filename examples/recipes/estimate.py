@@ -7,8 +7,8 @@ from recipes.paper import Recipe
 
 # mean response over the longest one: a guess, as the paper does not state it
 _FILL = 0.75
-# bytes of a stored token: its id, its log-prob under the policy, and that under the teacher
-_BYTES_A_TOKEN = 12
+# bytes of a stored token of the SFT text: its id, and its log-prob under the teacher that wrote it
+_BYTES_A_TOKEN = 8
 
 
 @frozen
@@ -37,6 +37,7 @@ def work_of(recipe: Recipe) -> Work:
         student_billions=recipe.student_billions,
         teacher_billions=recipe.teacher_billions,
         columns=(0,),
+        sampler=(recipe.temperature, recipe.top_p) != (1, 1),
     )
 
 

@@ -57,6 +57,9 @@ def add_plan(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
     parser.add_argument("--behavior", action=BooleanOptionalAction, help="whether the sampling engine's log-probs are stored (they are)")
+    parser.add_argument(
+        "--sampler", action=BooleanOptionalAction, help="whether those after temperature and top-p are stored too (they are not)"
+    )
     parser.add_argument("--logprob-dtype", choices=sorted(LOGPROB_BYTES), default="float32", help="of the store (float32)")
     for name, what in (
         ("sampling", "response tokens"),
@@ -253,7 +256,7 @@ def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
 
 
 def _store_sentence(work: Work, size: StoreSize) -> str:
-    columns = f"{len(work.columns)} score column{'s' * (len(work.columns) > 1)}{', behavior' * work.behavior}"
+    columns = f"{len(work.columns)} score column{'s' * (len(work.columns) > 1)}{', behavior' * work.behavior}{', sampler' * work.sampler}"
     parts = {
         "token ids": size.token_ids,
         f"log-probs ({work.logprob_dtype}; {columns})": size.logprobs,

@@ -10,7 +10,7 @@ from lopd.errors import InvalidRecordError
 from lopd.protocols import DurableStore
 from lopd.protocols.reading import evenly, named
 from lopd.records.manifest import Commit
-from lopd.records.rollouts import BEHAVIOR_COLUMN, policy_column
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, policy_column
 from lopd.tools.plan.work import Work
 
 
@@ -42,6 +42,7 @@ def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: in
         vocab_size=store.manifest.tokenizer.vocab_size,
         columns=(*supports.values(), *(() if scored else (0,))),
         behavior=bool(store.scored(BEHAVIOR_COLUMN).any()),
+        sampler=bool(store.scored(SAMPLER_COLUMN).any()),
         masked=not all(rollout.loss_mask.all() for rollout in read),
         logprob_dtype=logprob_dtype,
         id_bytes=sum(len(rollout.rollout_id.encode("utf-8", "surrogatepass")) for rollout in read) / len(read),

@@ -27,7 +27,7 @@ class StoreSize:
 
     Args:
         token_ids: in the smallest unsigned type that holds the vocabulary.
-        logprobs: those of all columns, and of `behavior`.
+        logprobs: those of all columns, of `behavior`, and of the sampler's.
         top_k: ids, log-probs and tails.
         masks: one byte a response token.
         overhead: lengths, hashes, checksums and ids of rollouts and scores, and array metadata.
@@ -70,6 +70,7 @@ class Work:
         vocab_size: ids of the tokenizer.
         columns: K of the top-k support of each score column, 0 without one.
         behavior: whether the sampling engine's log-probs are stored.
+        sampler: whether those after temperature and top-p are stored beside them, which they are not where both are 1.
         masked: whether loss masks are stored, which they are not where every token counts.
         logprob_dtype: "float32" or "float16".
         id_bytes: length of a rollout id in UTF-8, on average.
@@ -95,6 +96,7 @@ class Work:
     vocab_size: int = 151_936
     columns: tuple[int, ...] = (0,)
     behavior: bool = True
+    sampler: bool = False
     masked: bool = False
     logprob_dtype: str = "float32"
     id_bytes: float = 24.0
@@ -161,13 +163,13 @@ class Work:
         responses, columns = self.rollouts * self.response_tokens, len(self.columns) + self.labels
         id_width, width = np.min_scalar_type(self.vocab_size - 1).itemsize, LOGPROB_BYTES[self.logprob_dtype]
         # token ids, rollout ids and their index; values of each column; three arrays of a top-k support
-        arrays = 3 + self.behavior + self.masked + self.labels + sum(4 if k else 1 for k in self.columns)
+        arrays = 3 + self.behavior + self.sampler + self.masked + self.labels + sum(4 if k else 1 for k in self.columns)
         commits = max(1.0, self.rollouts / self.rollouts_per_commit)
         metadata = commits * (arrays * _ARRAY_BYTES + (1 + columns) * _TABLE_BYTES)
         per_rollout = _ROLLOUT_LINE + self.id_bytes + columns * _SCORE_LINE
         return StoreSize(
             token_ids=round(self.tokens * id_width),
-            logprobs=round(responses * (len(self.columns) + self.behavior) * width),
+            logprobs=round(responses * (len(self.columns) + self.behavior + self.sampler) * width),
             top_k=round(responses * sum(k * (id_width + width) + _TAIL_BYTES for k in self.columns if k)),
             masks=round(responses * self.masked),
             overhead=round(self.rollouts * per_rollout + metadata),
