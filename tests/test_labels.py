@@ -1,6 +1,8 @@
 """Labels: a verifier's values of rollouts fill a column of any store, are never taken for log-probs, and train offline as they should."""
 
+import struct
 from functools import partial
+from hashlib import blake2b
 from types import SimpleNamespace
 
 import numpy as np
@@ -436,3 +438,13 @@ def test_all_imported_rollouts_of_a_prompt_are_found_whatever_the_manifest_says(
     assert store.manifest.sampling.samples_per_prompt == 1
     assert rows_of(store, [Prompt("b", [1])]).tolist() == [4, 5, 6, 7]
     assert rows_of(store, [Prompt("c", [1])]).tolist() == []
+
+
+def test_what_a_checkpoint_knows_of_rows_and_labels_is_what_an_older_lopd_wrote():
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout(name) for name in ("p0/s0/g0", "p0/s1/g0", "p1/s0/g0")])
+    label_rollouts(store, lambda _, rollout: float("s0" in rollout.rollout_id), None)
+    settings = batches(store, teacher=None, label="label").settings
+    rows, labels = struct.pack("<9q", 0, 1, 2, 1, 1, 1, 3, 3, 3), struct.pack("<6f", 1, 0, 1, 0.5, 0.5, 1)
+    assert settings["rows"] == f"3 rollouts, {blake2b(rows, digest_size=6).hexdigest()}"
+    assert settings["label"] == f"label, {blake2b(labels, digest_size=6).hexdigest()}"

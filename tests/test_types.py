@@ -13,7 +13,7 @@ from attrs import fields
 from lopd.errors import InvalidRecordError
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.records import ModelId, Prompt, Provenance, Rollout, SamplingParams, Scores, TopK, floor_logprobs
-from lopd.testing import assert_same_rollout, tiny_provenance, tiny_rollout
+from lopd.testing import assert_same_rollout, tiny_rollout
 
 NAN, INF = float("nan"), float("inf")
 
@@ -227,6 +227,8 @@ WRONG_SAMPLING: list[tuple[dict[str, Any], str]] = [
     ({"samples_per_prompt": 0}, "samples_per_prompt is 0, expected at least 1"),
     ({"seed": -1}, "seed is -1, expected at least 0"),
     ({"stop_ids": (2, -1)}, "smallest of stop_ids is -1, expected at least 0"),
+    ({"candidates": -1}, "candidates is -1, expected at least 0"),
+    ({"drawn": -1}, "drawn is -1, expected at least 0"),
 ]
 
 
@@ -240,10 +242,15 @@ def test_the_extremes_of_sampling_that_make_sense_are_taken() -> None:
     SamplingParams(max_new_tokens=1, temperature=0.0, top_p=1e-9, stop_ids=(0,))
 
 
-def test_a_provenance_with_less_than_no_top_k_is_refused_by_its_model() -> None:
-    assert tiny_provenance(top_k=0).top_k == 0
-    with refused("Provenance of teacher@main: top_k is -1, expected at least 0"):
-        Provenance(ModelId("teacher", "main", "float32"), "hash", "engine", top_k=-1)
+@pytest.mark.parametrize("name", ["top_k", "candidates", "drawn"])
+def test_a_provenance_with_less_than_nothing_is_refused_by_its_model(name: str) -> None:
+    def made(value: int) -> Provenance:
+        numbers: dict[str, Any] = {name: value}
+        return Provenance(ModelId("teacher", "main", "float32"), "hash", "engine", **numbers)
+
+    assert getattr(made(0), name) == 0
+    with refused(f"Provenance of teacher@main: {name} is -1, expected at least 0"):
+        made(-1)
 
 
 @pytest.mark.parametrize("clip", [0.0, -10.0, INF, NAN])
