@@ -14,7 +14,7 @@ import publish
 from claims_summary import MARGIN, Runs, accuracy, change, ratios, spent
 from docs_tables import IN_WORDS
 from results_page import Part, Reading, make_page, undecided
-from testbed.arms import ONLINE, PLAIN
+from testbed.arms import ONLINE, PLAIN, TOP_K
 from testbed.estimator_arms import STORED
 from testbed.trl_peer import ARM as TRL
 
@@ -76,6 +76,8 @@ def test_pages_state_what_both_files_of_costs_have():
     assert [1.95 < cost < 3 for cost in times(ONLINE.name, PLAIN.name)] == [True, True]
     at_equal_accuracy = times(ONLINE.name, PLAIN.name, "equal accuracy")
     assert all(less < cost for less, cost in zip(at_equal_accuracy, times(ONLINE.name, PLAIN.name), strict=True))
+    kept = zip(times(ONLINE.name, TOP_K.name), times(ONLINE.name, TOP_K.name, "equal accuracy"), strict=True)
+    assert all(cost < more for cost, more in kept), "the first page: at equal accuracy a support saves more"
     for page in (publish.ROOT / "README.md", publish.DOCS / "index.md", publish.DOCS / "decisions" / "0008-recommended-loss.md"):
         assert "two to three times as much" in page.read_text(), page
     assert [1.9 < cost < 2.2 for cost in times(TRL, PLAIN.name)] == [True, True], "the comparison: about twice as much as Lightning"
