@@ -96,7 +96,7 @@ def is_adapted(module: Any) -> bool:
 
 def _applied_alike(weight: Weight, other: Weight) -> bool:
     # tied weights are one, unless an adapter changes one of them
-    return (weight.adapted is None and other.adapted is None) or torch.equal(weight.read().double(), other.read().double())
+    return (weight.adapted is None and other.adapted is None) or torch.equal(weight.read().double().cpu(), other.read().double().cpu())
 
 
 def _walk(module: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
@@ -150,8 +150,11 @@ def _is_mergeable(held: Tensor) -> bool:
 
 @torch.no_grad()
 def _merged(layer: Any) -> Any:
-    """Return a copy of the layer that is adapted, with what its adapters do now in its weights: in float32 unless they are wider."""
-    copied = copy.deepcopy(layer)._apply(lambda tensor: tensor.float() if tensor.dtype in _MERGEABLE[:2] else tensor)
+    """Return a copy of the layer that is adapted, with what its adapters do now in its weights: in float32 unless they are wider.
+
+    It is on the CPU: each kind of device rounds products in its own way, and the sum is hashed.
+    """
+    copied = copy.deepcopy(layer)._apply(lambda tensor: tensor.cpu().float() if tensor.dtype in _MERGEABLE[:2] else tensor.cpu())
     try:
         while is_adapted(copied):
             if _differs_from_base(copied):

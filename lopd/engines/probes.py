@@ -27,7 +27,7 @@ from lopd.engines.causal_lm import (
     unwrap,
 )
 from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
-from lopd.engines.structure import once
+from lopd.engines.structure import once, uses_tf32
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
@@ -272,7 +272,7 @@ def _ends(values_S: Tensor) -> Tensor:
 def is_exact(model: Any) -> bool:
     """Return whether the weights' products are."""
     weight = next(model.parameters())
-    return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+    return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and uses_tf32())
 
 
 def stated_borders(model: Any) -> list[int]:

@@ -37,7 +37,7 @@ def once(what: Hashable, model: Any, probe: Callable[[], T]) -> T:
 def _structure(model: Any) -> tuple[Hashable, bool]:
     """Return modules with their code and settings, shapes and dtypes of weights, and the configuration; and whether other models may be like it."""
     config, shared = unwrap(model).config, True
-    parts: list[Hashable] = [str(config), getattr(config, "_attn_implementation", None), torch.backends.cuda.matmul.allow_tf32]
+    parts: list[Hashable] = [str(config), getattr(config, "_attn_implementation", None), uses_tf32()]
     for path, module in model.named_modules():
         own, kind = vars(module), type(module)
         attached = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), own.get("forward"))))
@@ -50,3 +50,9 @@ def _structure(model: Any) -> tuple[Hashable, bool]:
         value = float(tensor) if tensor.numel() == 1 else None
         parts.append((name, tuple(tensor.shape), tensor.dtype, str(tensor.device), tensor.requires_grad, value))
     return tuple(parts), shared
+
+
+def uses_tf32() -> bool:
+    """Return whether products of float32 are rounded to TF32 on CUDA; torch refuses to read the older setting once the newer one was set."""
+    settings: Any = torch.backends.cuda.matmul
+    return bool(settings.fp32_precision == "tf32" if hasattr(settings, "fp32_precision") else settings.allow_tf32)

@@ -14,8 +14,11 @@ The host waits for a GPU only where rows are to be left out.
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from importlib.util import find_spec
+from subprocess import CalledProcessError
 from typing import Any, final
 
 import torch
@@ -28,6 +31,7 @@ from lopd.losses.products import Products
 from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
 from lopd.records.steps import LMHead
 
+_LOG = logging.getLogger(__name__)
 _ALIGNED = 64  # entries: rows of a GPU's buffer begin at places from which it reads fast, whatever the vocabulary
 
 
@@ -145,12 +149,32 @@ class ChunkedHead:
 
 
 def rows_for(buffer_CV: Tensor, softcap: float | None, operands: torch.dtype) -> Rows:
-    """Return Triton's kernels for float32 logits on CUDA where Triton is installed, plain torch otherwise."""
-    if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 and find_spec("triton"):
+    """Return Triton's kernels for float32 logits on CUDA where they start, plain torch otherwise."""
+    kernels = _triton_rows(buffer_CV.device) if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 else None
+    return (kernels or TorchRows)(buffer_CV, softcap, operands)
+
+
+@cache
+def _triton_rows(device: torch.device) -> Callable[[Tensor, float | None, torch.dtype], Rows] | None:
+    """Return the kernels if Triton is installed and starts on this device: it is tried once, as it needs a C compiler and the headers of Python.
+
+    Raises:
+        torch.OutOfMemoryError: nothing was found, and the next call tries again.
+    """
+    if not find_spec("triton"):
+        return None
+    try:
         from lopd.losses.triton_rows import TritonRows
 
-        return TritonRows(buffer_CV, softcap, operands)
-    return TorchRows(buffer_CV, softcap, operands)
+        rows = TritonRows(torch.zeros(1, 8, device=device), None, torch.float32)
+        rows.logprobs(slice(1), torch.zeros(1, 1, dtype=torch.int64, device=device))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, OSError, ImportError, AssertionError, CalledProcessError) as error:
+        text = "Losses on %s: they are computed in plain torch, since Triton does not start (%.200s); it needs a C compiler and Python's headers"
+        _LOG.warning(text, device, " ".join(str(error).split()))
+        return None
+    return TritonRows
 
 
 def refuse_second_order() -> None:

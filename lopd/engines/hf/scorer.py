@@ -170,7 +170,8 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
 
 def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
-    student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
+    student_RV = student_logits_RV.log_softmax(-1)
+    teacher_RV = teacher_logits_RV.log_softmax(-1).to(student_RV.device)  # each may have a card of its own
     # an added token may have a row in one head alone: the other gives it no probability
     teacher_RV = torch.nn.functional.pad(teacher_RV, (0, student_RV.shape[-1] - teacher_RV.shape[-1]), value=-torch.inf)
     # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would be NaN

@@ -1,0 +1,98 @@
+"""What would go wrong on devices that a machine for tests does not have: two cards, TF32, a card without a compiler.  Tensors on them are made up."""
+
+import logging
+import sys
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lopd import CausalLMStudent
+from lopd.engines.effective import _merged
+from lopd.engines.hf.scorer import _kl
+from lopd.engines.structure import uses_tf32
+from lopd.losses import chunked
+
+
+@pytest.fixture
+def made_up():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+@pytest.mark.usefixtures("made_up")
+def test_a_teacher_may_have_a_card_of_its_own():
+    student, teacher = torch.empty(3, 7, device="cuda:0"), torch.empty(3, 5, device="cuda:1")
+    assert _kl(student, teacher).device == student.device
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}])
+def test_adapters_are_merged_on_the_cpu_as_cards_round_in_another_way(settings, monkeypatch):
+    base = nn.Sequential(nn.Linear(6, 6))
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["0"], **settings)).base_model.model[0]
+    moved, move = list[int](), torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor.numel()) or move(tensor))
+    _merged(adapted)
+    assert sorted(moved) == sorted(tensor.numel() for tensor in [*adapted.parameters(), *adapted.buffers()])
+
+
+@pytest.fixture(params=[torch.backends, torch.backends.cuda.matmul], ids=["all", "products"])
+def tf32(request):
+    """Ask for TF32 by the newer name of the setting: of all, or of products."""
+    products, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    products.fp32_precision = "none"
+    request.param.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = before
+    products.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_by_the_newer_name_of_its_setting_is_seen(llama, tokenizer):
+    with pytest.raises(RuntimeError):
+        _ = torch.backends.cuda.matmul.allow_tf32
+    assert uses_tf32()
+    CausalLMStudent(llama, tokenizer)
+
+
+def test_tf32_is_not_seen_where_nobody_asked_for_it():
+    assert not uses_tf32()
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Return `kernels(error)`: Triton's rows are there, and raise this where they are first used."""
+    chunked._triton_rows.cache_clear()
+
+    def put(error):
+        def logprobs(*_):
+            if error is not None:
+                raise error
+
+        rows = lambda *_: SimpleNamespace(logprobs=logprobs)  # noqa: E731 (it stands for a class)
+        monkeypatch.setattr(chunked, "find_spec", lambda _: "there")
+        monkeypatch.setitem(sys.modules, "lopd.losses.triton_rows", SimpleNamespace(TritonRows=rows))
+        return rows
+
+    yield put
+    chunked._triton_rows.cache_clear()
+
+
+def test_without_a_compiler_losses_are_computed_in_plain_torch(kernels, caplog):
+    kernels(RuntimeError("Failed to find C compiler"))
+    with caplog.at_level(logging.WARNING):
+        assert [chunked._triton_rows(torch.device("cpu")) for _ in range(2)] == [None, None]
+    (said,) = caplog.messages
+    assert "plain torch, since Triton does not start (Failed to find C compiler); it needs a C compiler and Python's headers" in said
+
+
+def test_triton_that_starts_is_taken_and_a_card_that_is_full_says_nothing_of_it(kernels):
+    kernels(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
+        chunked._triton_rows(torch.device("cpu"))
+    rows = kernels(None)
+    assert chunked._triton_rows(torch.device("cpu")) is rows
