@@ -5,6 +5,7 @@ import logging
 import sys
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import flash_stub
 import pytest
@@ -13,6 +14,7 @@ from conftest import TOKENIZER_ID
 from flash_stub import take_flash, take_flex
 from test_no_waiting import a_batch, asked
 from transformers import masking_utils
+from transformers.integrations import sdpa_attention
 from transformers.integrations.flash_attention import get_target_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -229,3 +231,20 @@ def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):
     for name in ("flash_attention_2", "nonsense"):
         with pytest.raises(EngineError, match=rf"attention '{name}' cannot be used \(.*leave it out"):
             load_model(folder, attention=name)
+
+
+def test_float32_on_cuda_gets_a_kernel_that_keeps_no_scores(monkeypatch):
+    with known_rows():
+        pass
+    in_groups = sdpa_attention.use_gqa_in_sdpa
+    shape = (1, 2, 7, 64)
+
+    def key(dtype, *, is_cuda):
+        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=shape)
+
+    for dtype in (torch.float32, torch.float64):
+        assert not in_groups(None, key(dtype, is_cuda=True), key(dtype, is_cuda=True))
+        assert in_groups(None, key(dtype, is_cuda=False), key(dtype, is_cuda=False))
+    assert in_groups(None, key(torch.bfloat16, is_cuda=True), key(torch.bfloat16, is_cuda=True))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert in_groups(None, key(torch.float32, is_cuda=True), key(torch.float32, is_cuda=True)), "autocast gives it 16 bits"

@@ -1,13 +1,15 @@
-"""What is known of the rows of a forward, passed to transformers, which would ask the GPU and wait for the answer."""
+"""What is known of a forward, passed to transformers, which would ask the GPU and wait for the answer, or choose a kernel that needs more memory."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import local
 from typing import Any
 
+import torch
 from torch import Tensor
 
+_Function = Callable[..., Any]
 _here, _UNKNOWN = local(), object()
 
 
@@ -17,7 +19,8 @@ def known_rows(rollout_BS: Tensor | None = None) -> Iterator[None]:
 
     None where rows are not packed, or where the attention gets their lengths.
     """
-    _answer_for(sys.modules.get("transformers.masking_utils"))
+    _stand_before("masking_utils", "find_packed_sequence_indices", _borders)
+    _stand_before("integrations.sdpa_attention", "use_gqa_in_sdpa", _in_groups)
     before = _known()
     _here.rollouts = rollout_BS
     try:
@@ -30,14 +33,24 @@ def _known() -> Any:
     return getattr(_here, "rollouts", _UNKNOWN)
 
 
-def _answer_for(masks: Any) -> None:
-    """Stand before the function that looks for borders, once; a transformers that has another name for it waits, and is right."""
-    look = getattr(masks, "find_packed_sequence_indices", None)
-    if look is None or hasattr(look, "stands_before"):
+def _borders(look: _Function, position_ids_BS: Any) -> Any:
+    return look(position_ids_BS) if (known := _known()) is _UNKNOWN else known
+
+
+def _in_groups(asks: _Function, mask: Any, key: Any, value: Any) -> bool:
+    """Refuse heads in groups to float32 on CUDA: of torch's kernels only the one that keeps all scores takes them there."""
+    wide = key.is_cuda and key.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
+    return not wide and asks(mask, key, value)
+
+
+def _stand_before(module: str, name: str, answer: _Function) -> None:
+    """Put an answer before a function of transformers, once; a transformers that has another name for it does without."""
+    asked = getattr(sys.modules.get(f"transformers.{module}"), name, None)
+    if asked is None or hasattr(asked, "stands_before"):
         return
 
-    def find(position_ids_BS: Any) -> Any:
-        return look(position_ids_BS) if (known := _known()) is _UNKNOWN else known
+    def stand(*given: Any) -> Any:
+        return answer(asked, *given)
 
-    find.stands_before = look  # type: ignore[attr-defined]
-    masks.find_packed_sequence_indices = find
+    stand.stands_before = asked  # type: ignore[attr-defined]
+    setattr(sys.modules[f"transformers.{module}"], name, stand)
