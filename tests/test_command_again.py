@@ -94,7 +94,7 @@ def test_a_file_is_to_be_removed_only_where_its_phase_can_be_done_again(name, re
 
 def test_a_phase_begins_after_the_card_has_back_what_the_one_before_held(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("given back"))
     phases.Run(tmp_path).phase("scores", lambda: done.append("worked") or {})
     assert done == ["given back", "worked"]

@@ -34,6 +34,8 @@ FULL = {
     "sampling": {},
     "evaluation": {"held_out": 2, "verifier": "checks.py:right"},
 }
+#: Tokens that a model can read: more than the longest rollout of the file has.
+CONTEXT = 5000
 #: What the command says of servers.
 SERVERS = ("urls", "model", "context", "speaks", "key_variable", "first_contact_s")
 
@@ -76,8 +78,8 @@ class Api(dict):
     def text(self, file, tokenizer, *, store, **given):
         return self.call("import_text", "file tokenizer", store(None), file, tokenizer, **given)
 
-    def collected(self, _source, prompts, _store, **_progress):
-        return self.call("collect_rollouts", "prompts", SimpleNamespace(refused=()), len(prompts))
+    def collected(self, _source, prompts, _store, *, prompts_per_batch, progress):
+        return self.call("collect_rollouts", "prompts", SimpleNamespace(refused=()), len(prompts), prompts_per_batch=prompts_per_batch)
 
     def batches(self, _store, *, rows, **given):
         return Steps(given, rows=len(rows))
@@ -136,6 +138,7 @@ class Api(dict):
             (whole_run, {"load_model": call("load_model", "folder dtype device", ("model", "tokenizer")), "train_phase": self.train}),
             (whole_run, {"_reverse_kl": self.reverse_kl, "read_verifier": self.verifier, "write_page": lambda *_: None}),
             (whole_run.console, {"print": lambda *_, **__: None}),
+            (whole_run, {"described": lambda _: SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=CONTEXT))}),
             (whole_run, {"measure_start": lambda _: SimpleNamespace(verdict="", reason=""), "write_json": lambda *_: None}),
         ):
             for name, made in names.items():
@@ -228,7 +231,18 @@ CASES = [
         "student__dtype",
         "bfloat16",
         VLLM_STUDENT,
-        {"rollouts: VLLMSource: settings": VLLMSettings(torch.bfloat16)},
+        {"rollouts: VLLMSource: settings": VLLMSettings(torch.bfloat16, 1 + 4096 + 1)},
+    ),
+    (
+        "sampling__max_new_tokens",
+        77,
+        VLLM_TEACHER,
+        {
+            **dict.fromkeys(("SFT text: VLLMSource: settings", "scores: VLLMScorer: settings"), VLLMSettings(None, 1 + 77 + 1)),
+            "SFT text: VLLMSource: sampling": drawn(0, 77),
+            "rollouts: HFSource: sampling": drawn(0, 77),
+            f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, 77),
+        },
     ),
     ("student__context", 77, VLLM_STUDENT, {"rollouts: VLLMSource: settings": VLLMSettings(None, 77)}),
     ("teacher__model", "other", {}, {f"{TEACHER}: folder": "other", "SFT text: HFSource: folder": "other"}),
@@ -342,8 +356,13 @@ def test_the_revision_says_who_wrote_the_text_and_who_scores():
 @pytest.mark.parametrize(
     ("path", "value", "used", "unused"),
     [
-        ("student__engine", "vllm", {"rollouts: VLLMSource"}, {"rollouts: HFSource"}),
-        ("teacher__engine", "vllm", {"SFT text: VLLMSource", "scores: VLLMScorer"}, {"SFT text: HFSource", "scores: HFScorer"}),
+        ("student__engine", "vllm", {"rollouts: VLLMSource", "rollouts: collect_rollouts"}, {"rollouts: HFSource"}),
+        (
+            "teacher__engine",
+            "vllm",
+            {"SFT text: VLLMSource", "SFT text: collect_rollouts", "scores: VLLMScorer"},
+            {"SFT text: HFSource", "scores: HFScorer"},
+        ),
         ("prompts", ["a"], {"before: make_prompts"}, {"before: read_prompts"}),
         ("text", TEXT["text"], {"SFT text: import_text"}, {"SFT text: HFSource", "SFT text: collect_rollouts"}),
         (

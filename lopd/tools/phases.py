@@ -5,12 +5,10 @@ import hashlib
 import json
 import math
 import resource
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any, cast
+from typing import Any
 
 import torch
 from attrs import asdict, evolve, frozen
@@ -18,7 +16,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import ConflictError, LopdWarning, TrainingWarning
+from lopd.errors import ConflictError, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.protocols.reading import usual_end
@@ -28,7 +26,7 @@ from lopd.records.optional import need
 from lopd.records.paths import without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
-from lopd.records.warn import warn_user
+from lopd.records.warn import noting, warn_user
 from lopd.tools.console import table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
@@ -39,6 +37,8 @@ from lopd.verbs.train import opd_steps
 console = Console()
 _HIDDEN = ("name", "peak_rss_gib")
 _BETWEEN_CHECKPOINTS = 5
+#: Seconds of training for each of saving, where that takes more than one: a large student is written for longer than a few steps take.
+_APART = 10
 #: Lines that a training prints, where a step takes less than a minute.
 _LINES = 20
 #: A norm of a step's gradient that is rounding.
@@ -81,14 +81,13 @@ class Run:
             write_json(begun, attempts)
             started = perf_counter()
             row = {"name": name, "response_tokens": 0, "read_tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts}
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():  # to ask whether there is one would keep vLLM from starting
                 # what the phase before held is given back, also to another process: that of vLLM
                 gc.collect()
                 torch.cuda.empty_cache()
             with noting() as said:
                 row |= work()
-            row["warnings"] = said
-            row["wall_s"] = round(perf_counter() - started, 2)
+            row |= {"warnings": said, "wall_s": round(perf_counter() - started, 2)}
             row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             write_json(path, row)
         shown = {k.replace("_", " "): v for k, v in row.items() if k not in _HIDDEN and v is not None and not isinstance(v, list | dict)}
@@ -144,24 +143,6 @@ class Run:
             raise ConflictError(
                 f"Run {self.folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; {', or '.join(ways)}."
             )
-
-
-@contextmanager
-def noting() -> Iterator[list[str]]:
-    """Give a list of lopd's warnings while this goes on; they are shown as they come, too.
-
-    Python shows a warning once in a process; here it is once while this goes on, for each seed has its own.
-    """
-    said, show = list[str](), warnings.showwarning
-
-    def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, LopdWarning):
-            said.append(f"{category.__name__}: {message}")
-        show(message, category, *where)
-
-    with warnings.catch_warnings():
-        warnings.showwarning = cast("Any", note)
-        yield said
 
 
 def wall_time(row: Mapping[str, Any]) -> str:
@@ -290,10 +271,15 @@ def resumably(
     lineage = trained_on.lineage if isinstance(trained_on, StepStream) else trained_on
     done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
     history = [StepMetrics.from_json(row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    saved, took = monotonic(), 0.0
     for metrics in _follow(begin(done), total):
         history.append(metrics)
-        if (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0:
+        # ranks save together, so the first one's clock counts
+        if (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0 and Ranks.current().gather([took < 1 or monotonic() - saved >= _APART * took])[0]:
+            begun = monotonic()
             if Ranks.current().rank == 0:
                 write_json(checkpoints / "history.json", [asdict(m) for m in history])
             save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
+            saved = monotonic()
+            took = saved - begun
     return history

@@ -133,7 +133,8 @@ class VLLMEngine:
                 if not lived:
                     raise EngineError(
                         f"{self._name}: it did not start ({words_of(error)}), see its log; close other engines of this program (`source.close()`), "
-                        "or pass a smaller `max_model_len` or `tokens_per_batch`, or another `gpu_memory_utilization`."
+                        "or pass a smaller `max_model_len` or `tokens_per_batch`, or another `gpu_memory_utilization`; if the log has 'forked "
+                        "subprocess', set VLLM_WORKER_MULTIPROC_METHOD=spawn."
                     ) from error
                 if deaths > self.settings.restarts:
                     raise EngineError(

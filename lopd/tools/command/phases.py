@@ -106,7 +106,10 @@ def _run(options: Namespace) -> int:
     settings = read_settings(options.file)
     # standard output is for the data
     console.stderr = options.json
-    found = run_all(settings)
+    try:
+        found = run_all(settings)
+    finally:
+        console.stderr = False
     if options.json:
         print_json(found)
     return PROBLEMS if found["refused"] else FINE

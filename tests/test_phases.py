@@ -1,0 +1,42 @@
+"""The phases of a run: what they ask of a GPU, and how often a training is saved."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lopd.records import Lineage, StepMetrics
+from lopd.tools import phases
+from lopd.tools.phases import Run, resumably
+
+
+def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
+    """In a process that has asked, vLLM is forked without a way to CUDA."""
+
+    def ask():
+        pytest.fail("it asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", ask)
+    assert Run(tmp_path).phase("rollouts", lambda: {"refused": 0})["refused"] == 0
+
+
+@pytest.mark.parametrize(
+    ("step_s", "save_s", "saved"), [(0.1, 0.9, [*range(5, 101, 5)]), (1.0, 3.0, [5, 35, 65, 95]), (1.0, 0.3, [*range(5, 101, 5)])]
+)
+def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s, save_s, saved):
+    clock, made = SimpleNamespace(now=0.0), []
+
+    def train(done):
+        for step in range(done, 100):
+            clock.now += step_s
+            yield StepMetrics(step, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)
+
+    def save(*_, next_step, **__):
+        clock.now += save_s
+        made.append(next_step)
+
+    monkeypatch.setattr(phases, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
+    monkeypatch.setattr(phases, "save_checkpoint", save)
+    assert len(resumably(tmp_path, None, None, Lineage(), train, total=100)) == 100
+    assert made == saved
