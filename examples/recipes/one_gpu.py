@@ -19,8 +19,8 @@ Lightning OPD, and does as many steps of online OPD from the same start, on the 
 accuracies with intervals over problems and over seeds, paired differences, and hours beside those that were planned.
 
 One model is on the card at a time; in online OPD the teacher stays beside the student.  Both arms sample and score with transformers, so that
-their hours compare; vLLM writes the text of SFT and answers the tests (`--engine hf` needs no vLLM).  Every phase is kept in `--out`: a second
-call finds it done, a killed one resumes.
+their hours compare; of adapters, online OPD samples through them and Lightning from merged weights, which is quicker.  vLLM writes the text of
+SFT and answers the tests (`--engine hf` needs no vLLM).  Every phase is kept in `--out`: a second call finds it done, a killed one resumes.
 
 What is not known: this recipe has run on a CPU with tiny models (`tests/test_one_gpu.py`), never on a GPU.  Its hours are the planner's, its
 memory is computed, and its learning rates were not searched: that of OPD is the paper's, and ten times as much for adapters.

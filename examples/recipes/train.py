@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if recipe.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if recipe.device == "cuda" else "gloo")
+    # ranks wait while the first one writes a checkpoint, by default at most ten minutes
+    dist.init_process_group("nccl" if recipe.device == "cuda" else "gloo", timeout=timedelta(hours=2))
     train(folder, name, start, recipe)
     # what is trained is on disk; an interpreter that takes itself apart while a thread of gloo still holds a tensor now and then aborts
     dist.barrier()
