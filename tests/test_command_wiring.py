@@ -12,6 +12,7 @@ from attrs import fields, has
 
 import lopd
 from lopd import ConsistencyPolicy, MemoryStore, SamplingParams
+from lopd.engines import finding
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer
 from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
@@ -138,7 +139,7 @@ class Api(dict):
             (whole_run, {"load_model": call("load_model", "folder dtype device", ("model", "tokenizer")), "train_phase": self.train}),
             (whole_run, {"_reverse_kl": self.reverse_kl, "read_verifier": self.verifier, "write_page": lambda *_: None}),
             (whole_run.console, {"print": lambda *_, **__: None}),
-            (whole_run, {"described": lambda _: SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=CONTEXT))}),
+            (finding, {"described": lambda _: SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=CONTEXT))}),
             (whole_run, {"measure_start": lambda _: SimpleNamespace(verdict="", reason=""), "write_json": lambda *_: None}),
         ):
             for name, made in names.items():

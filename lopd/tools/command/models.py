@@ -103,6 +103,21 @@ class Model:
         """Which model it is said to be; None if its folder shows it."""
         return lopd.ModelId(self.model, self.revision, self.dtype) if self.revision and self.dtype else None
 
+    @property
+    def together(self) -> int:
+        """Prompts that are sampled in one call: an engine that fills itself waits for the longest response of each."""
+        return 64 if self.engine == "hf" else 1024
+
+    def fitted(self, longest: int) -> "Model":
+        """Return a model whose vLLM takes memory for rollouts of so many tokens, and not for the longest that it could read."""
+        if self.engine != "vllm" or self.context is not None:
+            return self
+        from lopd.records.optional import need
+
+        whole = getattr(need("lopd.engines.finding", "Model").described(self.model).get_text_config(), "max_position_embeddings", None)
+        # it adds a token to what it scores
+        return evolve(self, context=longest + 1 if whole is None else min(longest + 1, whole))
+
     def tokenizer(self) -> Any:
         """Load its tokenizer."""
         from lopd.records.optional import need

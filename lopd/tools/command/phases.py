@@ -53,7 +53,9 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--rows", type=int, default=64, metavar="N", help="responses that transformers samples side by side: bounds memory (64)"
     )
-    parser.add_argument("--prompts-per-batch", type=int, default=64, metavar="N", help="sampled and committed together (64)")
+    parser.add_argument(
+        "--prompts-per-batch", type=int, metavar="N", help="sampled and committed together (64, where transformers does not, 1024)"
+    )
     add_model(parser, "student")
     add_storage_option(parser)
     add_json(parser)
@@ -125,9 +127,11 @@ def _sample(options: Namespace) -> int:
     model = model_of(options)
     prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
     kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
-    with running(model.source(sampling, options.rows)) as source:
+    longest = max((prompt.token_ids.size for prompt in prompts), default=0) + sampling.max_new_tokens
+    together = model.together if options.prompts_per_batch is None else options.prompts_per_batch
+    with running(model.fitted(longest).source(sampling, options.rows)) as source:
         store = kind.open_or_create(options.url, source.manifest, storage_options=dict(options.storage_option) or None)
-        report = lopd.collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
+        report = lopd.collect_rollouts(source, prompts, store, prompts_per_batch=together, progress=bar)
     if options.json:
         print_json({"in_store": len(store), **asdict(report)})
     else:
@@ -142,7 +146,8 @@ def _score(options: Namespace) -> int:
 
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
-    with running(model_of(options).scorer(options.top_k, options.candidates, options.drawn)) as scorer:
+    model = model_of(options).fitted(int(store.lengths().sum(axis=1).max(initial=0)))
+    with running(model.scorer(options.top_k, options.candidates, options.drawn)) as scorer:
         report = lopd.score_rollouts(
             store,
             scorer,

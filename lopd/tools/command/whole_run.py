@@ -13,7 +13,6 @@ from attrs import asdict, evolve, frozen
 
 import lopd
 from lopd.engines.causal_lm import context_length
-from lopd.engines.finding import described
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.errors import ContextWarning, printable
 from lopd.guards.start import measure_start
@@ -163,24 +162,18 @@ class _Seeded:
         return {**counted_in(store), "rollouts": len(store)}
 
     def _sample(self, model: Model, name: str) -> _Phase:
-        together = 64 if model.engine == "hf" else 1024  # an engine that fills itself waits for the longest response of a call
-        with running(self._fitted(model).source(self.s.sampling.params(self.seed), self.s.sampling.rows)) as source:
+        with running(model.fitted(self._longest).source(self.s.sampling.params(self.seed), self.s.sampling.rows)) as source:
             store = lopd.ZarrStore.open_or_create(self._url(name), source.manifest)
-            report = lopd.collect_rollouts(source, self.prompts, store, prompts_per_batch=together, progress=RichProgress(console))
+            report = lopd.collect_rollouts(source, self.prompts, store, prompts_per_batch=model.together, progress=RichProgress(console))
         return {**counted_in(store), "rollouts": len(store), "refused": len(report.refused)}
 
-    def _fitted(self, model: Model) -> Model:
-        """Return a model whose vLLM takes memory for the longest rollout, and not for the longest that the model could read."""
-        if model.engine != "vllm" or model.context is not None:
-            return model
-        # vLLM adds a token to what it scores
-        longest = max(prompt.token_ids.size for prompt in self.prompts) + self.s.sampling.max_new_tokens + 1
-        whole = getattr(described(model.model).get_text_config(), "max_position_embeddings", None)
-        return evolve(model, context=longest if whole is None else min(longest, whole))
+    @property
+    def _longest(self) -> int:
+        return max(prompt.token_ids.size for prompt in self.prompts) + self.s.sampling.max_new_tokens
 
     def _score(self) -> _Phase:
         store = lopd.ZarrStore.open(self._url("rollouts"))
-        with running(self._fitted(self.s.teacher).scorer(self.s.loss.top_k)) as scorer:
+        with running(self.s.teacher.fitted(self._longest).scorer(self.s.loss.top_k)) as scorer:
             lopd.score_rollouts(store, scorer, progress=RichProgress(console))
         start = measure_start(store)
         console.print(f"before OPD: {start.verdict}, as {start.reason}", soft_wrap=True)
