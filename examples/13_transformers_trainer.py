@@ -42,6 +42,7 @@ def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **o
         "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
         "ddp_find_unused_parameters": False,  # on several ranks it would look for tensors, and find none in a `LossOutput`
+        "use_cpu": not torch.cuda.is_available(),  # Apple's GPUs have no float64
         "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
         "report_to": "none",
     }

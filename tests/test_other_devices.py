@@ -1,5 +1,6 @@
-"""What would go wrong on devices that a machine for tests does not have: two cards, TF32, a card without a compiler.  Tensors on them are made up."""
+"""What would go wrong where no test runs: on two cards, with TF32, without a compiler, on a Mac.  Tensors on other devices are made up."""
 
+import fcntl
 import logging
 import sys
 from types import SimpleNamespace
@@ -10,11 +11,14 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lopd import CausalLMStudent
+from lopd import CausalLMStudent, LanceStore, MemoryStore, ZarrStore
 from lopd.engines.effective import _merged
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
+from lopd.errors import InvalidRecordError, ModelError
 from lopd.losses import chunked
+from lopd.records.flush import flush
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
 @pytest.fixture
@@ -61,6 +65,41 @@ def test_tf32_by_the_newer_name_of_its_setting_is_seen(llama, tokenizer):
 def test_tf32_is_not_seen_where_nobody_asked_for_it():
     assert not uses_tf32()
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_student_that_was_moved_to_an_apple_gpu_is_told_so(llama, tokenizer, monkeypatch):
+    """Trainer of transformers moves it to whatever device there is."""
+    student = CausalLMStudent(llama, tokenizer)
+    monkeypatch.setattr("lopd.engines.student.evolve", lambda *_, **__: SimpleNamespace(weight=SimpleNamespace(device=torch.device("mps"))))
+    with pytest.raises(ModelError, match=r"its device is 'mps', which has no float64, expected a CPU or CUDA; move it there"):
+        student(None, None)
+
+
+def test_on_macos_what_is_flushed_leaves_the_cache_of_the_drive(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda *given: asked.append(given[1]))
+    flush(tmp_path)
+    flush(tmp_path, tmp_path)
+    assert asked == [51] * 3
+
+
+@pytest.mark.parametrize("kind", [MemoryStore, ZarrStore, LanceStore])
+def test_two_columns_do_not_differ_in_capitals_alone(kind, tmp_path):
+    """A file system that ignores them would keep both in one folder."""
+    store = kind(tiny_manifest()) if kind is MemoryStore else kind.create(tmp_path / "store", tiny_manifest())
+    rollout = tiny_rollout("a")
+    store.append([rollout])
+    store.append_scores("qwen", tiny_provenance("qwen"), [tiny_scores(rollout)])
+    refused = pytest.raises(
+        InvalidRecordError, match=r"the column name is 'Qwen', expected one that differs from 'qwen' in more than capitals"
+    )
+    with refused:
+        store.append_scores("Qwen", tiny_provenance("Qwen"), [tiny_scores(rollout)])
+    with refused:
+        store.quarantine("Qwen", tiny_provenance("Qwen"), {"a": "too long"})
+    store.append_scores("qwen", tiny_provenance("qwen"), [tiny_scores(rollout)])
+    assert [*store.columns] == ["qwen"]
 
 
 @pytest.fixture

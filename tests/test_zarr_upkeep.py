@@ -467,3 +467,10 @@ def test_a_store_of_more_files_than_a_process_may_open_is_written_and_read(tmp_p
     process = start(work)
     process.join()
     assert process.exitcode == 0
+
+
+def test_a_sweep_takes_nothing_from_a_column_that_is_listed_under_another_name(filled: ZarrStore) -> None:
+    """As a file system that ignores capitals lists a column whose name another one had first."""
+    (column,) = filled.columns
+    (place(filled) / "scores" / column.upper()).symlink_to(place(filled) / "scores" / column)
+    assert filled.sweep(older_than=-1e9) == []

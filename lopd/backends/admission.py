@@ -5,7 +5,7 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 """
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -107,11 +107,12 @@ def is_column_name(name: object) -> bool:
     return isinstance(name, str) and _COLUMN_NAME.fullmatch(name) is not None
 
 
-def check_column(owner: str, column: str) -> None:
-    """Refuse a column name that cannot be written to.
+def check_column(owner: str, column: str, known: Collection[str] = ()) -> None:
+    """Refuse a column name that cannot be written to; `known` are those of the columns that are there.
 
     Raises:
-        InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
+        InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; the reserved `behavior`; or a new
+            name that is another one in capitals.
     """
     if not is_column_name(column):
         wanted = "1 to 128 letters, digits, '_', '-' or '.', no '.' in front, and not 'zarr.json'"
@@ -120,6 +121,12 @@ def check_column(owner: str, column: str) -> None:
         raise InvalidRecordError(
             f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
             "append rollouts that carry them, or choose another name."
+        )
+    alike = None if column in known else next((name for name in known if name.casefold() == column.casefold()), None)
+    if alike is not None:
+        raise InvalidRecordError(
+            f"{owner}: the column name is {column!r}, expected one that differs from {alike!r} in more than capitals, as some file systems keep "
+            "both in one folder; choose another name."
         )
 
 

@@ -248,7 +248,6 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
         scores = admission.listed(self._owner, scores, Scores)
-        admission.check_column(self._owner, column)
         try:
             while True:
                 self.refresh()
@@ -262,6 +261,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
         """Return the new scores by row, in ascending order."""
+        admission.check_column(self._owner, column, self.columns)
         admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
         found = self.find(ids)
@@ -278,9 +278,9 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
-        admission.check_column(self._owner, column)
         while True:
             self.refresh()
+            admission.check_column(self._owner, column, self.columns)
             admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
             rows, known = self.find(list(reasons)), self.quarantined(column)
             new = admission.new_quarantine(self._owner, reasons, rows=rows.tolist(), done=self._done(column, rows), known=known)

@@ -31,8 +31,20 @@ def check_causal_lm(model: Any) -> None:
     check_loaded(model)
 
 
+def check_device(owner: str, device: torch.device) -> None:
+    """Refuse Apple's GPUs, which have no float64, in which lopd adds up.
+
+    Raises:
+        ModelError: it names the owner.
+    """
+    if device.type == "mps":
+        raise ModelError(
+            f"{owner}: its device is {str(device)!r}, which has no float64, expected a CPU or CUDA; move it there: `.to('cpu')`."
+        )
+
+
 def check_loaded(model: Any) -> None:
-    """Refuse what is not a model of transformers, or is not in memory.
+    """Refuse what is not a model of transformers, is not in memory, or is on a device that lacks something.
 
     Raises:
         ModelError: it names what was given.
@@ -48,6 +60,7 @@ def check_loaded(model: Any) -> None:
             f"Model {type(base).__name__}: {len(absent)} of its weights ({absent[0]!r}) are on the meta device, expected all in memory; load it "
             "whole, without offloading."
         )
+    check_device(f"Model {type(base).__name__}", next(base.parameters()).device)
 
 
 def check_trained_dtype(model: Any, autocast: torch.dtype | None) -> None:

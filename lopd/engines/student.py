@@ -9,7 +9,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap
-from lopd.engines.conditions import check_trained_dtype, warn_of_dropout
+from lopd.engines.conditions import check_device, check_trained_dtype, warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
@@ -136,6 +136,7 @@ class CausalLMStudent(nn.Module):
 
     def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         head = evolve(lm_head(self.model, self._known), compute_dtype=self._autocast)
+        check_device(f"Model {type(unwrap(self.model)).__name__}", head.weight.device)  # Trainer moves it to whatever there is
         self._check_ids(batch)
         batch = batch.to(head.weight.device)
         self._check_length(max(batch.lengths, default=0))

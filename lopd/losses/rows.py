@@ -28,17 +28,12 @@ class Statistics(NamedTuple):
     entropies: Tensor | None = None
 
 
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """Return float64 where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def selected_logprobs_of(ids_CK: Tensor, logits_CK: Tensor, largest_C: Tensor, rest_C: Tensor) -> tuple[Tensor, Tensor]:
     """Return (C, K) log-probs and (C,) sums of exp(logit - largest), of whose terms `rest` has all but the selected ones.
 
     Added to the selected ones before, terms far below them would be rounded away.
     """
-    below_CK = logits_CK.to(exact_dtype(ids_CK.device)) - largest_C[:, None]
+    below_CK = logits_CK.double() - largest_C[:, None]
     times_CK = _sums_by_id(ids_CK, torch.ones_like(below_CK))
     sums_C = rest_C + (below_CK.exp() / times_CK).sum(-1)
     return below_CK - sums_C.log()[:, None], sums_C
@@ -114,7 +109,7 @@ class TorchRows:
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Return log-probs, and leave exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
-        entropies_C = torch.empty(len(buffer_CV), dtype=exact_dtype(buffer_CV.device), device=buffer_CV.device) if entropy else None
+        entropies_C = torch.empty(len(buffer_CV), dtype=torch.float64, device=buffer_CV.device) if entropy else None
         largest_C, rest_C = (buffer_CV.new_empty(len(buffer_CV)) for _ in range(2))
         selected_CK = buffer_CV.new_empty(ids_CK.shape)
         for block in self._blocks(len(buffer_CV)):

@@ -1,5 +1,6 @@
 """Flushing to disk: what was written survives a power cut from then on."""
 
+import fcntl
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,18 @@ def _flush(paths: Sequence[str | os.PathLike[str]], missing_ok: bool) -> None:
         try:
             if len(descriptors) > 1:
                 with ThreadPoolExecutor(min(len(descriptors), _AT_ONCE)) as threads:
-                    list(threads.map(os.fsync, descriptors))
+                    list(threads.map(_sync, descriptors))
                 return
         except RuntimeError:
             pass  # a process that is about to end starts no threads
         for descriptor in descriptors:
-            os.fsync(descriptor)
+            _sync(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Flush one; on macOS `fsync` leaves it to the drive, which may lose it, and writes after it are kept."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system may not know it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)

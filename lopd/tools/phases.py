@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import resource
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import monotonic, perf_counter
@@ -88,7 +89,9 @@ class Run:
             with noting() as said:
                 row |= work()
             row |= {"warnings": said, "wall_s": round(perf_counter() - started, 2)}
-            row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            row["peak_rss_gib"] = round(
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2
+            )
             write_json(path, row)
         shown = {k.replace("_", " "): v for k, v in row.items() if k not in _HIDDEN and v is not None and not isinstance(v, list | dict)}
         console.print(table(name, list(shown), [list(shown.values())]))

@@ -250,17 +250,17 @@ class Writer:
 
     def _dead(self, older_than: float) -> list[str]:
         """Return paths of segments that this store has made, and that the current state does not name."""
-        keep = self._state.paths()
+        # by the names that are theirs alone: a file system that ignores capitals lists a column under the first of its names
+        keep = {PurePosixPath(path).name for path in self._state.paths()}
         for entry in self._log.records(0, "", self._state.commits):
             record = entry.body
             if record["kind"] == "compaction" and time.time() - record["when"] < older_than:
-                keep.update(record["removes"])
+                keep.update(PurePosixPath(path).name for path in record["removes"])
         with writing(self._owner, "sweeping"):
             parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if is_column_name(name))]
             found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent)]
-            mine = [
-                path for path in found if path not in keep and re.fullmatch("[0-9a-f]{32}", PurePosixPath(path).name) and self._is_own(path)
-            ]
+            names = {path: PurePosixPath(path).name for path in found}
+            mine = [path for path, name in names.items() if name not in keep and re.fullmatch("[0-9a-f]{32}", name) and self._is_own(path)]
             return [path for path in mine if self._files.age(path) >= older_than]
 
     def _is_own(self, path: str) -> bool:

@@ -10,7 +10,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from lopd.engines.adapters import keep_precision, take_generation_config
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
-from lopd.engines.conditions import drops_cap
+from lopd.engines.conditions import check_device, drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
 from lopd.engines.probes import stated_borders
 from lopd.engines.stored import named_class
@@ -150,7 +150,7 @@ def _same_states(model: Any, name: str, autocast: torch.dtype | None) -> bool:
 def _check_device(folder: str | Path, device: str) -> None:
     """Refuse a device that this process cannot use, before the weights are read."""
     try:
-        torch.empty(0, device=device)
+        check_device(f"Model {str(folder)!r}", torch.empty(0, device=device).device)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
