@@ -125,8 +125,8 @@ def check_column(owner: str, column: str, known: Collection[str] = ()) -> None:
     alike = None if column in known else next((name for name in known if name.casefold() == column.casefold()), None)
     if alike is not None:
         raise InvalidRecordError(
-            f"{owner}: the column name is {column!r}, expected one that differs from {alike!r} in more than capitals, as some file systems keep "
-            "both in one folder; choose another name."
+            f"{owner}: the column name is {column!r}, and {alike!r} is there, which differs in capitals alone: some file systems keep both in one "
+            "folder; choose another name."
         )
 
 
