@@ -7,7 +7,6 @@ gives at a token.
 from typing import Any, Protocol
 
 import numpy as np
-from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError, InvalidRecordError
@@ -33,7 +32,7 @@ def make_scores(
         InvalidRecordError: something is not a log-prob; it names the rollout.
     """
     support = make_support(f"Rollout {rollout.rollout_id!r}", ids_TK, candidates_TK, drawn) if ids_TK.shape[1] else None
-    return evolve(Scores.of(rollout, *floor_logprobs(logprobs_T)), top_k=support)
+    return Scores.of(rollout, *floor_logprobs(logprobs_T), support)
 
 
 def make_support(owner: str, ids_TK: NDArray[np.integer], logprobs_TK: NDArray[np.float32], drawn: int = 0) -> TopK:
@@ -70,6 +69,8 @@ def arrange(
         candidates: how many of the ids asked for are distinct; the others were drawn.
         top_k: how many of the most likely ones to keep.
     """
+    if not asked_TA.shape[1] + top_k:
+        return asked_TA, logprobs_TA
     known_TW = (likely_TW[:, :, None] == asked_TA[:, None, :candidates]).any(-1)
     own_TK = np.argsort(known_TW, axis=1, kind="stable")[:, :top_k]
 

@@ -122,6 +122,8 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     Raises:
         ArgumentError: it does, or it is a class in place of an object.
     """
+    if type(value) is kind:
+        return
     if isinstance(value, type):
         raise ArgumentError(f"{owner}: it is the class {value.__name__}, expected an object; call it: {value.__name__}().")
     names = [name for name in dir(kind) if not name.startswith("_")]

@@ -58,8 +58,8 @@ def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, *, vocab_s
     Raises:
         InvalidRecordError: the model gives logits that are not finite; it names the rollout.
     """
-    head, device = lm_head(model, vocab_size).float(), next(model.parameters()).device
-    live = [(row, min(sampling.max_new_tokens, context_length(model) - row.prompt_ids.size)) for row in rows]
+    head, device, context = lm_head(model, vocab_size).float(), next(model.parameters()).device, context_length(model)
+    live = [(row, min(sampling.max_new_tokens, context - row.prompt_ids.size)) for row in rows]
     texts = way.begin(model, [row.prompt_ids for row in rows])
     while live:
         logits_BV = head.logits(texts.last_hidden())

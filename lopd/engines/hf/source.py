@@ -114,13 +114,13 @@ class HFSource:
         way = check_sampling(self.model, self._known.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         batches = way.batches(self.model, [prompt.token_ids.size for prompt, _ in asked], self.rows_per_batch)
-        drawn: list[Row] = []
+        drawn, stops = list[Row](), self.stop_ids
         for batch in batches:
             rows = [self._row(*asked[i]) for i in batch]
             with evaluating(self.model):
-                decode(self.model, rows, self.sampling, vocab_size=self._known.vocab_size, stop_ids=self.stop_ids, way=way)
+                decode(self.model, rows, self.sampling, vocab_size=self._known.vocab_size, stop_ids=stops, way=way)
             drawn += rows
-        return in_order([i for batch in batches for i in batch], [self._rollout(row) for row in drawn])
+        return in_order([i for batch in batches for i in batch], [self._rollout(row, stops) for row in drawn])
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -133,7 +133,7 @@ class HFSource:
         tokens, draws = (np.random.default_rng(stream_seed(self.sampling, stream, bits=128)) for stream in (name, f"{name}/draws"))
         return Row(name, prompt.token_ids, tokens.random(self.sampling.max_new_tokens), draws)
 
-    def _rollout(self, row: Row) -> Rollout:
+    def _rollout(self, row: Row, stops: frozenset[int]) -> Rollout:
         support = None
         if row.kept:
             ids_TK, logprobs_TK = (np.stack(part) for part in zip(*row.kept, strict=True))
@@ -144,7 +144,7 @@ class HFSource:
             row.ids,
             row.logprobs,
             None if self.sampling.neutral else row.drawn,
-            stops=self.stop_ids,
+            stops=stops,
             generation=self.generation,
             candidates=support,
         )
