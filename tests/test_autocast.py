@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import TOKENIZER_ID
 from hf_parts import every_kind, source_of
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopd import collate, opd_steps
 from lopd.engines.causal_lm import hidden_states, lm_head
@@ -66,3 +68,31 @@ def test_a_training_loop_gives_the_steps_of_the_student_alone(loss, own, llama, 
         found.append((losses, [p.detach() for p in student.parameters()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+class _Copies(TorchDispatchMode):
+    """Notes what is cast to bfloat16."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.made = shapes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and made.dtype == torch.bfloat16 and made.shape in self.shapes:
+            self.made.append(StorageWeakRef(made.untyped_storage()))
+        return made
+
+
+def test_no_copy_of_a_weight_outlives_its_layer_where_layers_are_computed_again(llama, rollouts):
+    """As many as there are weights would be on every rank, whatever is sharded."""
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID, autocast=torch.bfloat16, gradient_checkpointing=True)
+    records = [ScoredRollout(r, {"teacher": np.full(r.response_ids.size, -2, np.float32)}) for r in rollouts]
+    batch, loss = collate(records, teacher="teacher"), FusedOPDLoss()
+    weights = {module.weight.shape for module in student.modules() if isinstance(module, torch.nn.Linear)}
+    student(batch, loss)  # what is probed once
+    with torch.autocast("cpu", enabled=False), _Copies(weights) as copies:
+        output = student(batch, loss)
+        assert copies.made
+        assert sum(not ref.expired() for ref in copies.made) == 0, "one that is still there"
+        output.loss_sum.backward()

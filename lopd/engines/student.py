@@ -164,12 +164,11 @@ class CausalLMStudent(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None
-        with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
+        # without its cache, which would hold a copy of every weight, and of one before a step, until the outermost autocast ends
+        with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled, cache_enabled=False):
             if batch.ref_logprobs is not None and not self._dropout_is_judged:
                 self._dropout_is_judged = True
                 warn_of_dropout(self.model)
-            # copies of the weights that were cast before a step, or without gradients, are used until the outermost autocast ends
-            torch.clear_autocast_cache()
             return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:

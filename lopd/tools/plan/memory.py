@@ -185,7 +185,7 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
         live.make("activations")
         place_N = torch.arange(use.length).repeat(rows)
         row_N = torch.arange(rows).repeat_interleave(use.length, output_size=len(place_N))
-        with torch.autocast("cpu", dtype=use.autocast or torch.bfloat16, enabled=use.autocast is not None):
+        with torch.autocast("cpu", dtype=use.autocast or torch.bfloat16, enabled=use.autocast is not None, cache_enabled=False):
             if use.packed:
                 hidden_ND = hidden_states(model, place_N[None], place_N[None])[0]
             else:
