@@ -1,6 +1,7 @@
 """Checkpoints: resumed bit for bit, refused when of another run, and whole when a save is interrupted."""
 
 import copy
+import gc
 import json
 import re
 import shutil
@@ -227,3 +228,33 @@ def test_an_interrupted_save_of_the_same_step_again_leaves_a_checkpoint(small, m
         save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
     monkeypatch.undo()
     assert load_checkpoint(tmp_path, *small) == 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it lists what is mapped")
+@pytest.mark.parametrize("make_optimizer", [adamw, momentum])
+def test_nothing_of_a_checkpoint_stays_mapped_that_was_loaded(make_optimizer, small, tmp_path):
+    """Over NFS its folder could not be removed when it is superseded."""
+    student, _ = small
+    optimizer = make_optimizer(student)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    assert load_checkpoint(tmp_path, student, optimizer, steps=None) == 1
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_superseded_checkpoint_that_cannot_be_removed_ends_no_run(small, tmp_path, monkeypatch):
+    real = shutil.rmtree
+
+    def busy(path, ignore_errors=False):
+        if Path(path).name.startswith("step-") and not ignore_errors:
+            raise OSError(39, "Directory not empty")
+        if not Path(path).name.startswith("step-"):
+            real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, *small, next_step=step, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *small, steps=None) == 2

@@ -155,7 +155,7 @@ def _write(
     try:
         for left in (partial, gone):
             shutil.rmtree(left, ignore_errors=True)
-            left.mkdir(parents=True)
+            left.mkdir(parents=True, exist_ok=True)
         for name, values in tensors.items():
             save_file(_apart(values), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(state, indent=1))
@@ -166,8 +166,9 @@ def _write(
                 path.rename(gone / path.name)
         partial.rename(final)
         flush(folder)
-        for path in (gone, *filter(Path.exists, superseded)):
-            shutil.rmtree(path)
+        # this one is durable now; what somebody still reads over NFS cannot be removed, and is no newer than it
+        for path in (gone, *superseded):
+            shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(
             f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."

@@ -90,8 +90,12 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
     entries: dict[int, dict[str, Any]] = {}
     for key, value in saved.items():
         index, name = key.split(".", 1)
-        sharded = isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
-        entries.setdefault(int(index), {})[name] = alike(value, parameters[int(index)]) if sharded else value
+        parameter = parameters[int(index)]
+        sharded = isinstance(value, Tensor) and value.shape == parameter.shape
+        own = alike(value, parameter) if sharded else value
+        # the file is mapped, and as long as something is left there, NFS does not let its folder be removed
+        stays = own is value and isinstance(value, Tensor) and not (sharded and parameter.is_cuda)
+        entries.setdefault(int(index), {})[name] = value.clone() if stays else own
     # older checkpoints wrote tuples as lists: the live groups (betas) show which were tuples
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(v, g.get(k)) for k, v in s.items()} for s, g in zip(groups, live, strict=True)]
