@@ -91,9 +91,7 @@ def test_two_columns_do_not_differ_in_capitals_alone(kind, tmp_path):
     rollout = tiny_rollout("a")
     store.append([rollout])
     store.append_scores("qwen", tiny_provenance("qwen"), [tiny_scores(rollout)])
-    refused = pytest.raises(
-        InvalidRecordError, match=r"the column name is 'Qwen', expected one that differs from 'qwen' in more than capitals"
-    )
+    refused = pytest.raises(InvalidRecordError, match=r"the column name is 'Qwen', and 'qwen' is there, which differs in capitals alone")
     with refused:
         store.append_scores("Qwen", tiny_provenance("Qwen"), [tiny_scores(rollout)])
     with refused:
