@@ -43,8 +43,9 @@ def _flush(paths: Sequence[str | os.PathLike[str]], missing_ok: bool) -> None:
 
 def _sync(descriptor: int) -> None:
     """Flush one; on macOS `fsync` leaves it to the drive, which may lose it, and writes after it are kept."""
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
         with suppress(OSError):  # a file system may not know it
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            fcntl.fcntl(descriptor, full)
             return
     os.fsync(descriptor)
