@@ -199,15 +199,16 @@ def test_settings(family: str) -> None:
     assert len({str(identity) for identity, _ in seen.values()}) > 2
 
 
-def adapted(model: Any, *names: str, seed: int = 1) -> Any:
+def adapted(model: Any, *names: str, seed: int = 1, **options: Any) -> Any:
     """Return a copy of the model with adapters of these names, each of which does something."""
-    made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), names[0])
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    made = peft.get_peft_model(copy.deepcopy(model), config, names[0])
     for name in names[1:]:
         made.add_adapter(name, made.peft_config[names[0]])
     with torch.no_grad():
         for number, name in enumerate(names, seed):
             for path, parameter in made.named_parameters():
-                if f".lora_B.{name}." in path:
+                if any(part in path for part in (f".lora_B.{name}.", f".modules_to_save.{name}.", ".trainable_tokens_delta")):
                     parameter.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(number))
     return made.eval()
 
@@ -244,9 +245,12 @@ def test_wrappers_adapters_and_folders(family: str, tmp_path: Any) -> None:
     assert str(seen["compiled"][0]) == str(seen["as it is"][0])
 
 
-def test_adapters_keep_their_precision_on_a_narrow_base(tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "saved", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [3, 5]}]
+)
+def test_adapters_keep_their_precision_on_a_narrow_base(saved: dict[str, Any], tmp_path: Any) -> None:
     in_folder(build("llama").bfloat16(), tmp_path / "base")
-    model = adapted(load_model(tmp_path / "base")[0], "default")
+    model = adapted(load_model(tmp_path / "base")[0], "default", **saved)
     seen = {"as it is": look(model), "parallel": look(torch.nn.DataParallel(model))} | in_folder(model, tmp_path / "adapter")
     assert_equal_if_and_only_if_the_function_is(seen)
     assert len({identity for identity, _ in seen.values()}) == 1

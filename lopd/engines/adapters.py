@@ -23,7 +23,10 @@ def keep_precision(model: Any, folder: str | Path) -> None:
 
     (name,) = model.peft_config
     cast_adapter_dtype(model, name)
-    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)), adapter_name=name)
+    found = load_peft_weights(str(folder), device=str(model.device))
+    # peft looks saved modules and tokens up by the names of this model, which is not in a model of peft's
+    weights = {key if ".lora_" in key else key.removeprefix("base_model.model."): value for key, value in found.items()}
+    set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def take_generation_config(model: Any, folder: str | Path) -> None:
