@@ -1,5 +1,6 @@
 """Scorers and sources of SGLang servers and of hosts of the OpenAI completions: what they say, what they refuse, keys, limits and costs."""
 
+import re
 import time
 
 import numpy as np
@@ -11,7 +12,8 @@ from vllm_stub import VOCAB, Stub, answer, changed, cut, table
 from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource, servers
-from lopd.engines.server.answers import _seconds
+from lopd.engines.server.access import Key
+from lopd.engines.server.answers import _seconds, refusal
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, QuarantineWarning
 from lopd.records import Manifest, Prompt, Rollout, SamplingParams
 
@@ -99,6 +101,17 @@ def test_sglang_is_asked_for_no_more_than_its_cache_makes_necessary(start):
         assert request["logprob_start_len"] == [first]
         assert request["sampling_params"].items() >= {"max_new_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": -1}.items()
         assert "model" not in request
+
+
+def test_all_that_sglang_reads_for_a_column_of_candidates_asks_for_ids(start):
+    """Some of its versions end where requests with such ids and without meet in one batch, and a probe may meet any."""
+    stub, source = (
+        start(SGLangStub),
+        ServerSource(servers_of(start(SGLangStub)), TOKENIZER, MODEL, SamplingParams(max_new_tokens=9, candidates=4), (0,)),
+    )
+    scorer_of(stub, candidates=4).score(source.sample(make_prompts()[:2]))
+    assert len(stub.requests) > 2
+    assert all(len(request["token_ids_logprob"]) == len(request["input_ids"]) for request in stub.requests)
 
 
 def test_candidates_are_scored_by_sglang_and_refused_of_others_when_a_scorer_is_made(start):
@@ -287,6 +300,23 @@ def test_a_model_that_a_host_does_not_have_and_a_context_that_it_does_not_say(st
         scorer_of(stub, context=None).score(make_rollouts())
     with pytest.raises(InvalidRecordError, match="speaks is 'gpt', expected one of 'vllm', 'sglang', 'openai'"):
         Servers(stub.url, "gpt", speaks="gpt")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "says"),
+    [
+        (404, "Model not found", "check URL, model name"),
+        (
+            400,
+            "Extra inputs are not permitted, field: 'return_tokens_as_token_ids'",
+            r"pass `extra=` with the host's own field .*return_token_ids",
+        ),
+    ],
+)
+def test_a_host_that_refuses_is_not_taken_for_vllm(status, message, says):
+    error = refusal("x", "https://host/inference/v1/completions", status, message, Key())
+    assert re.search(says, str(error))
+    assert "vLLM" not in str(error)
 
 
 def test_a_server_that_is_not_sglang_is_said_before_anything_is_asked(start):

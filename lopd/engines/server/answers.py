@@ -119,7 +119,7 @@ def _retry_after(response: httpx2.Response) -> float:
 
 def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdError:
     """Return what a status of 3xx or 4xx means: sending the same again would be refused again."""
-    if any(words in message for words in _CANNOT_ASK) or (status == 404 and "/inference/" in url):
+    if any(words in message for words in _CANNOT_ASK) or (status == 404 and url.endswith("/inference/v1/generate")):
         return EngineError(
             f"{owner}: {url} answers {status} ({message}), expected log-probs of the candidates; serve with vLLM 0.32 or later, "
             "`--enable-scale-out` and its second model runner (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton), or score them with HFScorer or "
@@ -134,4 +134,7 @@ def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdEr
         return InvalidRecordError(f"{said}, expected ids that the model knows; tokenise with this model's tokenizer.")
     if status == 400 and "max allowed" in message:
         return EngineError(f"{said}, expected its log-probs; start the server with a larger `--max-logprobs`.")
-    return EngineError(f"{said}, expected 200; check URL, model name, `speaks` and the version of the server.")
+    remedy = "200; check URL, model name, `speaks` and the version of the server"
+    if "return_tokens_as_token_ids" in message:
+        remedy = "ids of tokens; pass `extra=` with the host's own field for them, as {'return_token_ids': True}"
+    return EngineError(f"{said}, expected {remedy}.")
