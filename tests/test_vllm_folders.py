@@ -16,7 +16,8 @@ from test_vllm_life import fake  # noqa: F401
 from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm.worker import WorkerExtension
-from lopd.errors import ModelError
+from lopd.errors import EngineError, ModelError
+from lopd.records.identity import fingerprint_tokenizer
 from lopd.tools.command import main
 from lopd.tools.command.models import Model
 
@@ -75,6 +76,25 @@ def test_the_export_of_a_lora_student_is_refused_before_anything_is_loaded(besid
             ModelError, match=r"it holds adapters \(adapter_config.json\), and vLLM is given one model; merge them .*the lineage beside it"
         ):
             make()
+
+
+def test_a_command_refuses_the_export_of_a_lora_student_by_the_same_name(make_model, tokenizer, tmp_path):
+    adapted = peft.get_peft_model(make_model("llama_tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    CausalLMStudent(adapted, tokenizer).export(tmp_path / "adapters", tokenizer, Lineage())
+    with pytest.raises(ModelError, match=r"it holds adapters \(adapter_config.json\), and vLLM is given one model"):
+        Model(str(tmp_path / "adapters"), "vllm").fitted(8)
+
+
+def test_an_engine_that_cuts_elsewhere_than_the_tokenizer_ends_is_refused(make_model, tokenizer, tmp_path):
+    """The ids between them would have probability in the engine, and none in the column."""
+    make_model("llama_tied").save_pretrained(tmp_path)
+    whole = fingerprint_tokenizer(tokenizer).vocab_size
+    for scoring in (True, False):
+        engine = VLLMEngine(tmp_path, whole - 2, scoring=scoring)
+        with pytest.raises(
+            EngineError, match=rf"cuts its logits to {whole - 2} ids, expected {whole}, as the tokenizer has them; make it with `vocab"
+        ):
+            (VLLMScorer if scoring else VLLMSource)(engine, fingerprint_tokenizer(tokenizer))
 
 
 def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(opened, tokenizer, tmp_path):

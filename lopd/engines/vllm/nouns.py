@@ -87,7 +87,7 @@ class VLLMSource:
         check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         check_drawn("VLLMSource", self.sampling)
         check_top_k("VLLMSource", self.sampling.candidates, self._known, "candidates")
-        _check_engine("VLLMSource", self.engine, self.sampling.candidates, scoring=False)
+        _check_engine("VLLMSource", self.engine, self._known, self.sampling.candidates, scoring=False)
         temperature = self.sampling.temperature
         # vLLM would raise it to that
         check_number("VLLMSource", "temperature", temperature, temperature == 0 or temperature >= _COLDEST, f"0 or at least {_COLDEST}")
@@ -230,7 +230,7 @@ class VLLMScorer:
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "VLLMScorer")
         check_support("VLLMScorer", self._known, self.top_k, self.candidates, self.drawn)
-        _check_engine("VLLMScorer", self.engine, widest(self.top_k, self.candidates, self.drawn), scoring=True)
+        _check_engine("VLLMScorer", self.engine, self._known, widest(self.top_k, self.candidates, self.drawn), scoring=True)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
@@ -278,13 +278,18 @@ def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = 
     return VLLMEngine(path, known.vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
 
-def _check_engine(owner: str, engine: VLLMEngine, top_k: int, *, scoring: bool) -> None:
+def _check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int, *, scoring: bool) -> None:
     if engine.scoring != scoring:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
     if engine.top_k < top_k:
         raise EngineError(f"{owner}: the engine gives {engine.top_k} log-probs a token, expected {top_k}; make it with `top_k={top_k}`.")
+    if engine.vocab_size != known.vocab_size:
+        raise EngineError(
+            f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, expected {known.vocab_size}, as the tokenizer has them; make it with "
+            f"`vocab_size={known.vocab_size}`."
+        )
 
 
 def _folder_identity(engine: VLLMEngine) -> ModelId:

@@ -114,7 +114,9 @@ class Model:
             return self
         from lopd.records.optional import need
 
-        whole = getattr(need("lopd.engines.finding", "Model").described(self.model).get_text_config(), "max_position_embeddings", None)
+        finding = need("lopd.engines.finding", "Model")
+        finding.check_whole(Path(self.model))
+        whole = getattr(finding.described(self.model).get_text_config(), "max_position_embeddings", None)
         # it adds a token to what it scores
         return evolve(self, context=longest + 1 if whole is None else min(longest + 1, whole))
 
