@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hub_stub import hub  # noqa: F401
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 from s3_server import S3Server
 from served_table import MODEL, TOKENIZER
 
@@ -292,3 +293,18 @@ def test_what_answers_with_pages_is_no_hub(pages: str, hub: Any, monkeypatch: py
         HubError, match=rf"at http://{pages}: it failed with .*; that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
     ):
         Repository("me/student", "model").commit({"README.md": b"#"}, "message", private=True, exist_ok=False)
+
+
+def test_a_gated_model_is_said_to_be_one_with_what_opens_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers raises an error of its own from that of the hub, and what remains of it in one line names no remedy."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure") from GatedRepoError.__new__(GatedRepoError)
+
+    says = rf"it is for those who have accepted its terms\), expected .*accept them at {constants.ENDPOINT}/org/model, then `hf auth login`"
+    monkeypatch.setattr(finding, "_reach_hub", lambda _: None)
+    monkeypatch.setattr(finding.transformers.AutoTokenizer, "from_pretrained", refuse)
+    monkeypatch.setattr(finding, "snapshot_download", refuse)
+    for look in (finding.load_tokenizer, finding.local_folder):
+        with pytest.raises(EngineError, match=says):
+            look("org/model")

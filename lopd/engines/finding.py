@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 
 from lopd.engines.inputs import stop_ids
@@ -126,6 +126,7 @@ def load_tokenizer(name: str | Path) -> Any:
         try:
             return transformers.AutoTokenizer.from_pretrained(str(found))
         except Exception as error:  # tokenizers raises `Exception` itself
+            _refuse_gated(name, error)
             lacks = found.is_dir() and not any((found / file).exists() for file in _TOKENIZERS)
             reason, remedy = _first_line(error), "look at its files and config.json, and save it again"
             if lacks:
@@ -172,6 +173,7 @@ def looking_for(name: str | Path) -> Iterator[Path]:
     except LopdError:
         raise
     except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
+        _refuse_gated(name, error)
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
         if isinstance(error, SafetensorError):
             remedy = "its weights are not all there, so save or download them again (`git lfs pull` in a clone)"
@@ -184,8 +186,19 @@ def _reach_hub(name: str) -> None:
         if not any(isinstance(try_to_load_from_cache(name, file), str) for file in (*_CONFIGS, *_TOKENIZERS)):
             HfApi().model_info(name, timeout=_PATIENCE_S)
     except Exception as error:  # of the hub, or of its HTTP library
+        _refuse_gated(name, error)
         why, remedy = _unreached(error)
         raise _not_loaded(name, f"{_nowhere()}; {why}", remedy) from error
+
+
+def _refuse_gated(name: str | Path, error: BaseException) -> None:
+    """Refuse a model whose terms have to be accepted; transformers raises an error of its own from that of the hub."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, GatedRepoError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        remedy = f"accept them at {without_secrets(constants.ENDPOINT)}/{name}, then `hf auth login`, or set HF_TOKEN"
+        raise _not_loaded(name, "it is for those who have accepted its terms", remedy) from error
 
 
 def _unreached(error: Exception) -> tuple[str, str]:
