@@ -4,9 +4,8 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 `owner` is how messages name the store, and `vocab_size` that of its manifest's tokenizer.
 """
 
-import re
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from attrs import evolve
@@ -17,15 +16,11 @@ from lopd.protocols.reading import row_numbers
 from lopd.records.checks import a_kind, several
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
+from lopd.records.rollouts import SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
 from lopd.records.support import TopK
 
 R = TypeVar("R", Rollout, Scores)
-# No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
-_COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
-#: How stored names of columns are read.
-ColumnName = Annotated[str, _COLUMN_NAME]
 
 
 def new_rollouts(
@@ -99,34 +94,6 @@ def check_generation(owner: str, generation: int, stored: ModelId | None, given:
     if stored is not None and stored != given:
         raise ConflictError(
             f"{owner}: generation {generation} was sampled by {stored}, expected {given}; give the round of another policy another number."
-        )
-
-
-def is_column_name(name: object) -> bool:
-    """Return whether a column can have this name."""
-    return isinstance(name, str) and _COLUMN_NAME.fullmatch(name) is not None
-
-
-def check_column(owner: str, column: str, known: Collection[str] = ()) -> None:
-    """Refuse a column name that cannot be written to; `known` are those of the columns that are there.
-
-    Raises:
-        InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; the reserved `behavior`; or a new
-            name that is another one in capitals.
-    """
-    if not is_column_name(column):
-        wanted = "1 to 128 letters, digits, '_', '-' or '.', no '.' in front, and not 'zarr.json'"
-        raise InvalidRecordError(f"{owner}: the column name is {column!r}, expected {wanted}; rename it.")
-    if column == BEHAVIOR_COLUMN:
-        raise InvalidRecordError(
-            f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
-            "append rollouts that carry them, or choose another name."
-        )
-    alike = None if column in known else next((name for name in known if name.casefold() == column.casefold()), None)
-    if alike is not None:
-        raise InvalidRecordError(
-            f"{owner}: the column name is {column!r}, and {alike!r} is there, which differs in capitals alone: some file systems keep both in one "
-            "folder; choose another name."
         )
 
 

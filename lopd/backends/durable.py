@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
+from lopd.backends.column_names import check_column
 from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files, prove
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
@@ -50,9 +51,8 @@ class _Writer(Protocol):
     """Tries to commit what is new since the last `refresh`.
 
     Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
-    was committed then.  Rows ascend.  `end` records that the call is over, however it ended.
-    `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
-    Each raises StoreWriteError when the storage refuses.
+    was committed then.  Rows ascend.  `end` records that the call is over, however it ended.  `settle` makes durable what is there already:
+    the process that committed it may not have flushed it yet.  Each raises StoreWriteError when the storage refuses.
     """
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool: ...
@@ -261,7 +261,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
         """Return the new scores by row, in ascending order."""
-        admission.check_column(self._owner, column, self.columns)
+        check_column(self._owner, column, self.columns)
         admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
         found = self.find(ids)
@@ -280,7 +280,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
         while True:
             self.refresh()
-            admission.check_column(self._owner, column, self.columns)
+            check_column(self._owner, column, self.columns)
             admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
             rows, known = self.find(list(reasons)), self.quarantined(column)
             new = admission.new_quarantine(self._owner, reasons, rows=rows.tolist(), done=self._done(column, rows), known=known)

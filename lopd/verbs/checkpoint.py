@@ -166,8 +166,7 @@ def _write(
                 path.rename(gone / path.name)
         partial.rename(final)
         flush(folder)
-        # this one is durable now; what somebody still reads over NFS cannot be removed, and is no newer than it
-        for path in (gone, *superseded):
+        for path in (gone, *superseded):  # those that somebody reads over NFS stay, and are older
             shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypedDict
 from attrs import field, frozen, mutable
 from xxhash import xxh3_64_intdigest
 
-from lopd.backends.admission import ColumnName
+from lopd.backends.column_names import ColumnName
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Provenance

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
 
-from lopd.backends.admission import ColumnName
+from lopd.backends.column_names import ColumnName
 from lopd.backends.zarr.segment import SegmentMeta, SegmentPath
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId

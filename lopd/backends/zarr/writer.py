@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from attrs import asdict, evolve, frozen
 
-from lopd.backends.admission import is_column_name
+from lopd.backends.column_names import is_column_name
 from lopd.backends.files import Files, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root

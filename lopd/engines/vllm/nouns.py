@@ -286,10 +286,8 @@ def _check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int
     if engine.top_k < top_k:
         raise EngineError(f"{owner}: the engine gives {engine.top_k} log-probs a token, expected {top_k}; make it with `top_k={top_k}`.")
     if engine.vocab_size != known.vocab_size:
-        raise EngineError(
-            f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, expected {known.vocab_size}, as the tokenizer has them; make it with "
-            f"`vocab_size={known.vocab_size}`."
-        )
+        wanted = f"expected {known.vocab_size}, as the tokenizer has them; make it with `vocab_size={known.vocab_size}`."
+        raise EngineError(f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, {wanted}")
 
 
 def _folder_identity(engine: VLLMEngine) -> ModelId:

@@ -5,7 +5,8 @@ from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
-from lopd.backends import admission, sealing
+from lopd.backends import sealing
+from lopd.backends.column_names import check_column
 from lopd.errors import CorruptStoreError
 from lopd.protocols import LogprobReader
 from lopd.records.checks import check_number
@@ -50,7 +51,7 @@ class Description:
     def __attrs_post_init__(self) -> None:
         vocab_size = self.manifest.tokenizer.vocab_size
         for name, provenance in self.columns.items():
-            admission.check_column("Description", name)
+            check_column("Description", name)
             distinct = provenance.top_k - provenance.drawn
             check_number(f"Column {name!r}", "top_k", distinct, distinct <= vocab_size, f"at most {vocab_size}, the size of the vocabulary")
         for what, names in (("order", self.order or self.columns), ("quarantined", {*self.columns, *self.quarantined})):
