@@ -1,5 +1,6 @@
 """`lopd run` called again with something changed, and what it says of a training."""
 
+import datetime
 import json
 import re
 import shutil
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from test_command_run import example, here, models, written  # noqa: F401
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from lopd import ZarrStore
 from lopd.errors import ConflictError, ContextWarning, QuarantineWarning, RefusedPromptsWarning, SamplerWarning, TrainingWarning
 from lopd.tools import phases
-from lopd.tools.command import main
+from lopd.tools.command import before, main
 from lopd.tools.command.before import fixed_by
+from lopd.tools.command.settings import read_settings
 from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes
 
 pytestmark = [
@@ -226,3 +228,22 @@ def test_a_change_is_over_the_prompts_that_were_measured_before_and_after():
     assert (found["before"], found["after"], found["change"]) == (2.0, 2.5, 0.5)
     one = {"sums": [2.0, 0.0, 0.0], "counts": [1.0, 0.0, 0.0]}
     assert _changes({_BEFORE: {"per_prompt": one}, _AFTER: {"per_prompt": after}}) == {}, "one prompt has no interval"
+
+
+@pytest.mark.filterwarnings("error::lopd.errors.PromptWarning")
+def test_a_run_goes_on_with_the_day_on_which_it_was_begun(here, tmp_path, monkeypatch):
+    """The chat template of Llama 3.2 writes it: other prompts were sampled the day after, and texts of those that are held out trained on."""
+    for role in ("student", "teacher"):
+        tokenizer = AutoTokenizer.from_pretrained(here / "runs/tiny" / role)
+        tokenizer.chat_template = "{{ strftime_now('%d') }}{% for message in messages %}{{ message.content }}{% endfor %}"
+        shutil.copytree(here / "runs/tiny" / role, tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    changes = {"student": str(tmp_path / "student"), "teacher__model": str(tmp_path / "teacher"), "out": str(tmp_path / "out")}
+    settings, found = read_settings(written(tmp_path, example(**changes))), []
+    for day in (7, 8):
+        monkeypatch.setattr(before, "datetime", SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 1, day)))
+        found.append([prompt.token_ids.tolist() for prompt in before.prepare(settings)[0]])
+        assert before.day_of(settings, tokenizer) == datetime.date(2026, 1, 7)
+    assert found[0] == found[1]
+    assert tokenizer.decode(found[1][0]).replace(" ", "").startswith("07what")
+    assert before.day_of(settings, AutoTokenizer.from_pretrained(here / "runs/tiny/student")) is None

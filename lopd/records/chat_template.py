@@ -51,6 +51,11 @@ def formats_chats(tokenizer: Any) -> bool:
         return False
 
 
+def asks_for_the_day(tokenizer: Any) -> bool:
+    """Return whether the chat template of a tokenizer may write what day it is."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
 class ChatTemplate:
     """The chat template of a tokenizer, and what it reads; of a template in code only what it gives is known.
 

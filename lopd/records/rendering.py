@@ -7,7 +7,7 @@ from numbers import Integral
 from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages, check_tokenizer, folded, formats_chats, text_of
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, asks_for_the_day, check_tokenizer, folded, formats_chats, text_of
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
@@ -197,7 +197,7 @@ class Rendering:
                 self._owner,
                 "the chat template writes today's date, so that the same records give other prompts tomorrow; fix it with `date`",
             )
-        if self._day is not None and not self._template.clock_was_read:
+        if self._day is not None and not asks_for_the_day(self.tokenizer):
             self.doubt(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
 
     def _given(self, where: str, content: str | Messages, tools: Any, variables: Any) -> tuple[Messages, Any, Mapping[str, Any]]:

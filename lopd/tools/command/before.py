@@ -1,9 +1,11 @@
 """What `lopd run` looks at before anything is done: whether a run can end well, and whether it goes on with what is there."""
 
+import json
 import math
 import runpy
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from lopd.errors import (
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.records.chat_template import asks_for_the_day
 from lopd.records.paths import asked, path_or_url, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import RunSettings
-from lopd.tools.phases import Run, digest
+from lopd.tools.phases import Run, digest, write_json
 
 _MEASURED = "evaluation-before-opd.json"
 #: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
@@ -67,10 +70,11 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     sampling = s.sampling.params(0)
     if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
         warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
+    day = day_of(s, tokenizer)
     if isinstance(given := s.prompts, list):
-        prompts = lopd.make_prompts(given, tokenizer)
+        prompts = lopd.make_prompts(given, tokenizer, date=day)
     else:
-        prompts = lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template)
+        prompts = lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template, date=day)
     unfit = _unfit(s, prompts, ours)
     fit = len(prompts) - len(unfit)
     if s.evaluation and fit <= s.evaluation.held_out:
@@ -81,7 +85,21 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
     Run(Path(s.out)).claim(s.flat(), read, fixed_by)
+    if day is not None:
+        write_json(_day_in(s), day.isoformat())
     return prompts, {*unfit}
+
+
+def day_of(s: RunSettings, tokenizer: Any) -> date | None:
+    """Return what the chat template reads as today: the day on which the run was begun.  None where it does not ask."""
+    if not asks_for_the_day(tokenizer):
+        return None
+    path = _day_in(s)
+    return date.fromisoformat(json.loads(path.read_text())) if path.exists() else datetime.now().date()
+
+
+def _day_in(s: RunSettings) -> Path:
+    return Path(s.out) / "day.json"
 
 
 def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import ArgumentParser, Namespace
+from datetime import date
 from importlib.resources import files
 
 from attrs import asdict
@@ -55,6 +56,9 @@ def add_sample(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompts-per-batch", type=int, metavar="N", help="sampled and committed together (64, where transformers does not, 1024)"
+    )
+    parser.add_argument(
+        "--date", type=date.fromisoformat, metavar="YYYY-MM-DD", help="what a chat template that asks for it reads as today (today)"
     )
     add_model(parser, "student")
     add_storage_option(parser)
@@ -125,7 +129,7 @@ def _sample(options: Namespace) -> int:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     sampling = lopd.SamplingParams(**given, stop_ids=options.stop_id or ())
     model = model_of(options)
-    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template, date=options.date)
     kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
     longest = max((prompt.token_ids.size for prompt in prompts), default=0) + sampling.max_new_tokens
     together = model.together if options.prompts_per_batch is None else options.prompts_per_batch

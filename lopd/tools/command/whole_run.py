@@ -22,7 +22,7 @@ from lopd.protocols.reading import walk
 from lopd.records import Prompt, Rollout, RolloutSums
 from lopd.records.estimates import mean
 from lopd.records.warn import noting, warn_user
-from lopd.tools.command.before import prepare, read_verifier
+from lopd.tools.command.before import day_of, prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
 from lopd.tools.console import RichProgress, table
@@ -150,10 +150,11 @@ class _Seeded:
         """Return what SFT trains on: the teacher's responses, or a file."""
         if self.s.text is None:
             return self._sample(self.s.teacher, "text")
-        writer, teacher = self.s.text.written_by, self.s.teacher
+        writer, teacher, tokenizer = self.s.text.written_by, self.s.teacher, self.s.student.tokenizer()
         store = lopd.import_text(
             self.s.text.file,
-            self.s.student.tokenizer(),
+            tokenizer,
+            date=day_of(self.s, tokenizer),
             teacher=None if writer == "unknown" else teacher.identity() if writer == "teacher" else writer,
             field=self.s.text.field,
             response=self.s.text.response,
