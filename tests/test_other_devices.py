@@ -1,8 +1,10 @@
 """What would go wrong where no test runs: on two cards, with TF32, without a compiler, on a Mac.  Tensors on other devices are made up."""
 
+import errno
 import fcntl
 import logging
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import peft
@@ -82,6 +84,17 @@ def test_on_macos_what_is_flushed_leaves_the_cache_of_the_drive(tmp_path, monkey
     flush(tmp_path)
     flush(tmp_path, tmp_path)
     assert asked == [51] * 3
+
+
+@pytest.mark.parametrize(("code", "ends"), [(errno.EIO, True), (errno.ENOTSUP, False)])
+def test_on_macos_a_disk_that_fails_is_not_taken_for_one_that_cannot_be_asked(code, ends, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(code, "refused")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with pytest.raises(OSError, match="refused") if ends else nullcontext():
+        flush(tmp_path)
 
 
 @pytest.mark.parametrize("kind", [MemoryStore, ZarrStore, LanceStore])

@@ -69,8 +69,9 @@ def described_text(folder: Path) -> Any:
 
 
 def configured_eos(folder: Path) -> list[int]:
-    """Return the EOS ids that a model has which transformers or vLLM loads from this folder: of generation_config.json, or of config.json
-    where that is not there.
+    """Return the EOS ids of the model in a folder, as transformers and vLLM have them.
+
+    They are those of generation_config.json, or of config.json where that file is missing.
 
     Raises:
         EngineError: it cannot be read.

@@ -38,7 +38,7 @@ def _borders(look: _Function, position_ids_BS: Any) -> Any:
 
 
 def _in_groups(asks: _Function, mask: Any, key: Any, value: Any) -> bool:
-    """Refuse heads in groups to float32 on CUDA: of torch's kernels only the one that keeps all scores takes them there."""
+    """Return whether attention reads heads in groups.  On CUDA float32 does not: there torch has only a kernel for it that keeps all scores."""
     wide = key.is_cuda and key.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
     return not wide and asks(mask, key, value)
 

@@ -1,5 +1,6 @@
 """Flushing to disk: what was written survives a power cut from then on."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Sequence
@@ -9,6 +10,8 @@ from contextlib import ExitStack, suppress
 _AT_ONCE = 8
 # Few of those that a process may have open.
 _OPEN = 64
+# Answers of file systems that do not know how to flush a drive.
+_UNKNOWN = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 
 
 def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
@@ -45,7 +48,11 @@ def _sync(descriptor: int) -> None:
     """Flush one; on macOS `fsync` leaves it to the drive, which may lose it, and writes after it are kept."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with suppress(OSError):  # a file system may not know it
+        try:
             fcntl.fcntl(descriptor, full)
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise
+        else:
             return
     os.fsync(descriptor)

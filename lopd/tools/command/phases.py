@@ -57,9 +57,7 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prompts-per-batch", type=int, metavar="N", help="sampled and committed together (64, where transformers does not, 1024)"
     )
-    parser.add_argument(
-        "--date", type=date.fromisoformat, metavar="YYYY-MM-DD", help="what a chat template that asks for it reads as today (today)"
-    )
+    parser.add_argument("--date", type=day, metavar="YYYY-MM-DD", help="what a chat template that asks for it reads as today (today)")
     add_model(parser, "student")
     add_storage_option(parser)
     add_json(parser)
@@ -96,6 +94,11 @@ def add_score(parser: ArgumentParser) -> None:
         "",
         "The same command again goes on.  Exit code 1 if rollouts of the column are in quarantine.",
     )
+
+
+def day(text: str) -> date:
+    """Return the day that an option states; argparse names this function where it is not one."""
+    return date.fromisoformat(text)
 
 
 def _run(options: Namespace) -> int:
