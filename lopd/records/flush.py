@@ -4,8 +4,9 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 
 _AT_ONCE = 8
 # Few of those that a process may have open.
@@ -14,8 +15,8 @@ _OPEN = 64
 _UNKNOWN = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 
 
-def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
-    """Flush files, and the entries of folders, that were written before.
+def flush(*paths: str | os.PathLike[str] | int, missing_ok: bool = False) -> None:
+    """Flush files, and the entries of folders, that were written before; of an open file the descriptor will do.
 
     Several at once: a file system makes the changes of all who wait durable together.
 
@@ -26,22 +27,30 @@ def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
         _flush(paths[start : start + _OPEN], missing_ok)
 
 
-def _flush(paths: Sequence[str | os.PathLike[str]], missing_ok: bool) -> None:
+def _flush(paths: Sequence[str | os.PathLike[str] | int], missing_ok: bool) -> None:
     with ExitStack() as opened:
-        descriptors = []
-        for path in paths:
+        descriptors = [path for path in paths if isinstance(path, int)]
+        for path in (path for path in paths if not isinstance(path, int)):
             with suppress(*([FileNotFoundError] if missing_ok else [])):
                 descriptors.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
                 opened.callback(os.close, descriptors[-1])
         try:
             if len(descriptors) > 1:
-                with ThreadPoolExecutor(min(len(descriptors), _AT_ONCE)) as threads:
-                    list(threads.map(_sync, descriptors))
+                flushing = [_threads(os.getpid()).submit(_sync, descriptor) for descriptor in descriptors]
+                wait(flushing)  # all of them, whatever becomes of one: they are closed after this
+                for one in flushing:
+                    one.result()
                 return
         except RuntimeError:
             pass  # a process that is about to end starts no threads
         for descriptor in descriptors:
             _sync(descriptor)
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int) -> ThreadPoolExecutor:  # noqa: ARG001 (a forked process has none of its parent's)
+    """Return threads that flush, the same for a whole process: to start eight takes as long as to write a small segment."""
+    return ThreadPoolExecutor(_AT_ONCE, "lopd-flush")
 
 
 def _sync(descriptor: int) -> None:

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import repeat
+from operator import sub
 from pathlib import Path
 from typing import Any, final
 from uuid import uuid4
@@ -45,11 +47,12 @@ class _Open:
 
     def read(self, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
         """Return the bytes from places up to others, or fewer at the end of the file."""
-        # a read takes memory for all that is asked for, whatever is there
-        sizes = [max(min(end, self.size) - start, 0) for start, end in zip(starts, ends, strict=True)]
-        found = [os.pread(self._descriptor, size, start) for size, start in zip(sizes, starts, strict=True)]
-        for i, size in enumerate(sizes):
-            while len(found[i]) < size and (more := os.pread(self._descriptor, size - len(found[i]), starts[i] + len(found[i]))):
+        if max(ends, default=0) > self.size:  # a read takes memory for all that is asked for, whatever is there
+            starts, ends = [min(start, self.size) for start in starts], [min(end, self.size) for end in ends]
+        sizes = list(map(sub, ends, starts))
+        found = list(map(os.pread, repeat(self._descriptor), sizes, starts))
+        for i in [i for i, size in enumerate(sizes) if len(found[i]) < size]:
+            while more := os.pread(self._descriptor, sizes[i] - len(found[i]), starts[i] + len(found[i])):
                 found[i] += more  # one call reads at most 2 GiB
         return found
 
@@ -120,15 +123,15 @@ class LocalFiles:
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
         with ExitStack() as opened:  # until they are flushed, so that no error of the disk is lost
-            paths = [self._write_file(opened, self.root / path, data) for path, data in files.items()]
-            self._opened(partial(flush, *paths, *{*folders, *made}))
+            written = [self._write_file(opened, self.root / path, data) for path, data in files.items()]
+            self._opened(partial(flush, *written, *{*folders, *made}))
 
-    def _write_file(self, opened: ExitStack, path: Path, data: Any) -> Path:
+    def _write_file(self, opened: ExitStack, path: Path, data: Any) -> int:
         file: Any = opened.enter_context(self._opened(partial(path.open, "xb", buffering=0)))
         left = memoryview(data).cast("B")
         while left:  # one call writes at most 2 GiB, and fewer on a disk that is full
             left = left[file.write(left) :]
-        return path
+        return int(file.fileno())
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Return whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
