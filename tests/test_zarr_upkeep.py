@@ -71,7 +71,7 @@ def test_the_first_append_of_a_process_reads_the_lines_of_no_row_that_it_does_no
     monkeypatch.setattr(Segment, "lines", lambda self, at=None: asked.append(self.meta.rows if at is None else len(at)) or real(self, at))
     store = ZarrStore.open(tmp_path / "run")
     store.append([*many(7, 1), *many(40, 1)])
-    assert (asked, len(store)) == ([1, 1], 41), "of row 7 alone: where it is, and what it holds"
+    assert (asked, len(store)) == ([1], 41), "of row 7 alone, once: where it is, and what it holds"
 
 
 def test_large_appends_are_left_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

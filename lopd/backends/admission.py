@@ -5,7 +5,7 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from attrs import evolve
@@ -21,6 +21,7 @@ from lopd.records.rows import Rows
 from lopd.records.support import TopK
 
 R = TypeVar("R", Rollout, Scores)
+_TOGETHER = 64
 
 
 def new_rollouts(
@@ -57,10 +58,20 @@ def new_rollouts(
 
 
 def _check_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
-    """Refuse a rollout with an id outside the vocabulary; to put all ids end to end first would cost fresh memory, which is slower."""
+    """Refuse a rollout with an id outside the vocabulary.
+
+    So many are looked at together as stay in the processor's cache: a look at each alone costs more, and fresh memory for all more still.
+    """
+    for first in range(0, len(rollouts), _TOGETHER):
+        some = rollouts[first : first + _TOGETHER]
+        if np.concatenate([ids for rollout in some for ids in (rollout.prompt_ids, rollout.response_ids)]).max() >= vocab_size:
+            _refuse_ids(some, vocab_size)
+
+
+def _refuse_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
     for rollout in rollouts:
         for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
-            if np.maximum.reduce(ids) >= vocab_size:
+            if ids.max() >= vocab_size:
                 position = int(np.argmax(ids >= vocab_size))
                 raise InvalidRecordError(
                     f"Rollout {rollout.rollout_id!r}: {name}[{position}] is {ids[position]}, expected an id below {vocab_size}, "
@@ -151,22 +162,24 @@ def new_scores(
         InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two states that
             values may be above 0 and the other does not.
     """
-    fresh: dict[str, Scores] = {}
+    fresh, signed, stated = dict[str, Scores](), provenance.signed, (provenance.top_k, provenance.drawn)
     for score in scores:
-        _check_score(owner, score, known.get(score.rollout_id))
-        if score.signed != provenance.signed:
+        if known.get(score.rollout_id) != (score.content_hash, score.logprobs.size):
+            _refuse_score(owner, score, known.get(score.rollout_id))
+        if score.signed != signed:
             raise InvalidRecordError(
-                f"{owner}: scores of rollout {score.rollout_id!r} have signed={score.signed}, expected {provenance.signed} as their provenance "
+                f"{owner}: scores of rollout {score.rollout_id!r} have signed={score.signed}, expected {signed} as their provenance "
                 f"has logprobs_mode {provenance.logprobs_mode!r}; write residuals and labels into columns of their own (`lopd.residualise`)."
             )
-        _check_top_k(owner, score, provenance, vocab_size)
+        if score.top_k is not None or stated != (0, 0):
+            _check_top_k(owner, score, stated, vocab_size)
         if score.rollout_id not in done:
             fresh.setdefault(score.rollout_id, score)
     return list(fresh.values())
 
 
-def _check_top_k(owner: str, score: Scores, provenance: Provenance, vocab_size: int) -> None:
-    found, stated = (0, 0) if score.top_k is None else (score.top_k.ids.shape[1], score.top_k.drawn), (provenance.top_k, provenance.drawn)
+def _check_top_k(owner: str, score: Scores, stated: tuple[int, int], vocab_size: int) -> None:
+    found = (0, 0) if score.top_k is None else (score.top_k.ids.shape[1], score.top_k.drawn)
     if found != stated:
         raise InvalidRecordError(
             f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found[0]}, {found[1]} of them drawn, expected {stated[0]} and "
@@ -179,7 +192,7 @@ def _check_top_k(owner: str, score: Scores, provenance: Provenance, vocab_size: 
         )
 
 
-def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> None:
+def _refuse_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> NoReturn:
     if known is None:
         raise MissingScoresError(f"{owner}: rollout {score.rollout_id!r} is absent; append the rollout first.")
     content_hash, length = known
@@ -188,11 +201,10 @@ def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> 
             f"{owner}: scores of rollout {score.rollout_id!r} were computed on tokens with hash {score.content_hash.hex()[:8]}, "
             f"expected {content_hash.hex()[:8]}; score the rollout that is in the store."
         )
-    if score.logprobs.size != length:
-        raise InvalidRecordError(
-            f"Scores of rollout {score.rollout_id!r}: logprobs has shape {score.logprobs.shape}, but response_ids has shape ({length},); "
-            "make them with `Scores.of`, which checks this."
-        )
+    raise InvalidRecordError(
+        f"Scores of rollout {score.rollout_id!r}: logprobs has shape {score.logprobs.shape}, but response_ids has shape ({length},); "
+        "make them with `Scores.of`, which checks this."
+    )
 
 
 def check_asked(owner: str, columns: Sequence[str], top_k: Sequence[str], provenances: Mapping[str, Provenance]) -> list[str]:

@@ -29,7 +29,8 @@ from lopd.records.rows import Rows
 class _Snapshot(Protocol):
     """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    `content` gives content hashes and numbers of response tokens; `scored_rows` which of these rows have scores; `read` no virtual columns.
+    `known` gives the rows of rollouts, -1 for one that is not there, and content hash and number of response tokens of each that is;
+    `scored_rows` which of these rows have scores; `read` no virtual columns.
     """
 
     @property
@@ -38,9 +39,8 @@ class _Snapshot(Protocol):
     def generations(self) -> Mapping[int, ModelId]: ...
     def provenances(self) -> Mapping[str, Provenance]: ...
     def refresh(self) -> None: ...
-    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]: ...
+    def known(self, rollout_ids: Sequence[str], /) -> tuple[NDArray[np.int64], Sequence[tuple[bytes, int]]]: ...
     def lengths(self) -> NDArray[np.int64]: ...
-    def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]: ...
     def scored(self, column: str, /) -> NDArray[np.bool_]: ...
     def scored_rows(self, column: str, rows: NDArray[np.int64], /) -> NDArray[np.bool_]: ...
     def quarantined(self, column: str, /) -> Mapping[int, str]: ...
@@ -189,7 +189,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
         """Return (n,): rows of rollouts, -1 for one that is not there; the first call reads a line of each rollout."""
-        return self._snapshot.find(rollout_ids)
+        return self._snapshot.known(rollout_ids)[0]
 
     def lengths(self) -> NDArray[np.int64]:
         """Return (len, 2): prompt and response tokens of each rollout; reads no tokens."""
@@ -236,7 +236,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         try:
             while True:
                 self.refresh()
-                known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
+                known = {name: content for name, (content, _) in self._known(ids)[1].items()}
                 new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
                 if not new:
                     return (self._writer if rollouts else self._proven_writer).settle(None)
@@ -264,14 +264,14 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         check_column(self._owner, column, self.columns)
         admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
-        found = self.find(ids)
+        found, known = self._known(ids)
         rows, done = dict(zip(ids, found.tolist(), strict=True)), self._done(column, found)
         new = admission.new_scores(
             self._owner,
             scores,
             provenance=provenance,
             vocab_size=self.manifest.tokenizer.vocab_size,
-            known=self._known(ids, found),
+            known=known,
             done={name for name, row in rows.items() if row in done},
         )
         return {rows[score.rollout_id]: score for score in sorted(new, key=lambda score: rows[score.rollout_id])}
@@ -294,7 +294,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         there = rows[rows >= 0]
         return set(there[self._snapshot.scored_rows(column, there)].tolist())
 
-    def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:
-        """Return content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""
-        there = np.flatnonzero(rows >= 0)
-        return {rollout_ids[i]: content for i, content in zip(there.tolist(), self._snapshot.content(rows[there]), strict=True)}
+    def _known(self, rollout_ids: Sequence[str]) -> tuple[NDArray[np.int64], dict[str, tuple[bytes, int]]]:
+        """Return rows (-1: not there), and content hash and response tokens of those of these rollouts that are committed."""
+        rows, contents = self._snapshot.known(rollout_ids)
+        return rows, {rollout_ids[i]: content for i, content in zip(np.flatnonzero(rows >= 0).tolist(), contents, strict=True)}

@@ -16,19 +16,21 @@ ID_HASH = np.dtype("V16")
 _Block = tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 
-def encode_id(rollout_id: str) -> bytes:
+def encode_ids(rollout_ids: Sequence[str]) -> list[bytes]:
     """Return UTF-8; lone surrogates, which JSON can carry, survive.
 
     Raises:
-        ArgumentError: it is not text.
+        ArgumentError: one is not text.
     """
-    if not isinstance(rollout_id, str):
-        raise ArgumentError(f"Rollout id: it is {a_kind(rollout_id)}, expected text; pass a str.")
-    return rollout_id.encode("utf-8", "surrogatepass")
+    try:
+        return [str.encode(rollout_id, "utf-8", "surrogatepass") for rollout_id in rollout_ids]
+    except TypeError as error:
+        wrong = next(one for one in rollout_ids if not isinstance(one, str))
+        raise ArgumentError(f"Rollout id: it is {a_kind(wrong)}, expected text; pass a str.") from error
 
 
 def decode_id(data: bytes) -> str:
-    """Return the inverse of `encode_id`."""
+    """Return the inverse of `encode_ids`, for one."""
     return data.decode("utf-8", "surrogatepass")
 
 
@@ -55,7 +57,7 @@ class IdIndex:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): the row of each id, -1 where it is not known."""
-        hashes = _halves(hash_ids([encode_id(rollout_id) for rollout_id in several("Rollout ids", rollout_ids)]))
+        hashes = _halves(hash_ids(encode_ids(several("Rollout ids", rollout_ids))))
         rows = np.full(len(hashes), -1, np.int64)
         for known, places in self._blocks:
             at = np.searchsorted(known[:, 0], hashes[:, 0])

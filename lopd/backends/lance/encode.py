@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends import ragged
-from lopd.backends.id_index import encode_id, hash_ids
+from lopd.backends.id_index import encode_ids, hash_ids
 from lopd.backends.lance.table import COMMIT, HAS_SAMPLER, KEY_METADATA
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import Provenance
@@ -97,7 +97,7 @@ def encode_rollouts(
     drawn, error = ragged.to_stored([r.sampler_logprobs for r in rollouts], owners, logprob_dtype)
     # absent log-probs of the sampler do not count in a checksum, which is then what it was before there were any
     parts = [(t, m, b, *([] if s is None else [s])) for t, m, b, s in zip(tokens, masks, behaviors, drawn, strict=True)]
-    ids = [encode_id(owner) for owner in owners]
+    ids = encode_ids(owners)
     columns: dict[str, Any] = {
         COMMIT: commit,
         "row": np.arange(first_row, first_row + len(rollouts)),

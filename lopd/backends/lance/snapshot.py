@@ -116,10 +116,11 @@ class Snapshot:
         lines = self._lines()
         return np.stack([lines["prompt_length"], lines["response_length"]], axis=1).astype(np.int64)
 
-    def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
-        """Return content hash and number of response tokens of rollouts."""
-        lines = self._lines()[rows]
-        return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
+    def known(self, rollout_ids: Sequence[str]) -> tuple[NDArray[np.int64], list[tuple[bytes, int]]]:
+        """Return rows of rollouts, -1 for one that is not there, and content hash and number of response tokens of each that is."""
+        rows = self.find(rollout_ids)
+        lines = self._lines()[rows[rows >= 0]]
+        return rows, list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): rows of rollouts, -1 for one that is not there."""

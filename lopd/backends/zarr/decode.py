@@ -6,12 +6,11 @@ from typing import Any, cast
 import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Piece, Run
 from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
-from lopd.backends.zarr.segment import Segment
+from lopd.backends.zarr.segment import Segment, checksums
 from lopd.records.rows import Rows
 from lopd.records.support import TopK
 
@@ -65,10 +64,7 @@ class _Pieces:
     def read(self) -> list[Sequence[Piece]]:
         """Return, for each array, the bytes of each row."""
         found = [self.segment.pieces(name, self.starts, self.ends) for name in self.names]
-        sums = [0] * len(self.places)
-        for pieces in found:
-            sums = list(map(xxh3_64_intdigest, pieces, sums))
-        bad = np.flatnonzero(np.array(sums, np.uint64).view(np.int64) != self.expected)
+        bad = np.flatnonzero(checksums(*found) != self.expected)
         if bad.size:
             what = f"what belongs to line {bad[0]} of those that were asked for does not match its checksum"
             raise self.segment.damaged(self.names[0], what)

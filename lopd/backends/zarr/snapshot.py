@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.files import Files
 from lopd.backends.growing import Growing
-from lopd.backends.id_index import encode_id, hash_ids
+from lopd.backends.id_index import encode_ids, hash_ids
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.encode import ID_HASH, ID_INDEX, LENGTHS, REPORTED, R, id_index
 from lopd.backends.zarr.segment import SegmentGoneError
@@ -97,15 +97,17 @@ class Snapshot:
         self._scan()
         return self._seen.view()[:, :2].copy()
 
-    def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Return rows of rollouts, -1 for one that is not there."""
-        hashes = hash_ids([encode_id(rollout_id) for rollout_id in several("Rollout ids", rollout_ids)]).view("<i8").reshape(-1, 2)
-        rows = self._now(partial(self._find, hashes))
-        return np.where(rows < self.rows, rows, -1)
+    def known(self, rollout_ids: Sequence[str]) -> tuple[NDArray[np.int64], list[tuple[bytes, int]]]:
+        """Return rows of rollouts, -1 for one that is not there, and content hash and number of response tokens of each that is."""
+        hashes = hash_ids(encode_ids(several("Rollout ids", rollout_ids))).view("<i8").reshape(-1, 2)
+        rows, lines = self._now(partial(self._find, hashes))
+        rows[rows >= self.rows] = -1
+        lines = lines[rows >= 0]
+        return rows, list(zip(decode.contents(lines), lines[:, R["response_length"]].tolist(), strict=True))
 
-    def _find(self, hashes: NDArray[np.int64], state: State) -> NDArray[np.int64]:
-        """Return rows by the first half of a hashed id, if the line has the second half too."""
-        rows = np.full(len(hashes), -1, np.int64)
+    def _find(self, hashes: NDArray[np.int64], state: State) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return rows and lines by the first half of a hashed id, if the line has the second half too."""
+        rows, found = np.full(len(hashes), -1, np.int64), np.empty((len(hashes), len(R)), np.int64)
         self._files.run([partial(s.kept, ID_INDEX, id_index) for s in state.segments if not s.keeps(ID_INDEX)])
         for segment in state.segments:
             halves, lines = segment.kept(ID_INDEX, id_index)
@@ -117,10 +119,11 @@ class Snapshot:
                 fits[fits] = halves[at[fits]] == hashes[looking[fits], 0]
                 looking, at = looking[fits], at[fits]
                 if looking.size:
-                    same = (segment.lines(lines[at])[:, ID_HASH] == hashes[looking]).all(axis=1)
-                    rows[looking[same]] = segment.meta.first_row + lines[at[same]]
+                    read = segment.lines(lines[at])
+                    same = (read[:, ID_HASH] == hashes[looking]).all(axis=1)
+                    rows[looking[same]], found[looking[same]] = segment.meta.first_row + lines[at[same]], read[same]
                     looking, at = looking[~same], at[~same] + 1
-        return rows
+        return rows, found
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """Return (rows,): which have scores in this column."""
@@ -145,11 +148,6 @@ class Snapshot:
         reasons = self._state.columns[column].reasons if column in self._state.columns else {}
         rows = np.array(sorted(reasons), np.int64)
         return {row: reasons[row] for row in rows[~self.scored_rows(column, rows)].tolist()}
-
-    def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
-        """Return content hash and number of response tokens of rollouts."""
-        found = self._now(partial(self._lines, rows))
-        return list(zip(decode.contents(found), found[:, R["response_length"]].tolist(), strict=True))
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rows with these columns; everything is verified."""
