@@ -270,6 +270,16 @@ CASES = [
         {"SFT text|rollouts: HFSource: sampling": drawn(0, 77), f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, 77)},
     ),
     ("sampling__samples_per_prompt", 3, {}, {"SFT text|rollouts: HFSource: sampling": drawn(samples=3)}),
+    (
+        "sampling__samples_per_prompt",
+        3,
+        VLLM_STUDENT,
+        {
+            "SFT text: HFSource: sampling": drawn(samples=3),
+            "rollouts: VLLMSource: sampling": drawn(samples=3),
+            "rollouts: collect_rollouts: prompts_per_batch": 341,
+        },
+    ),
     ("sampling__temperature", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(temperature=0.5)}),
     ("sampling__top_p", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(top_p=0.5)}),
     (

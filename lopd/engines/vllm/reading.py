@@ -9,23 +9,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.engines.asked import IDS, asked_scores, asking
-from lopd.engines.inputs import all_ids, in_order
+from lopd.engines.asked import IDS, asked_scores, asking, widest
+from lopd.engines.inputs import all_ids, budgeted, in_order
 from lopd.engines.supports import entries, likely, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
 
+# log-probs of one call: vLLM gives them as Python objects, some 88 bytes each
+_ENTRIES = 1 << 25
+
 
 def read_scores(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int, candidates: int = 0, drawn: int = 0) -> list[Scores]:
-    """Return scores of rollouts, which go in as prompts, shortest first; see `VLLMScorer` for the arguments."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
+    """Return scores of rollouts, which go in as prompts, shortest first, in calls that memory can hold; see `VLLMScorer` for the arguments."""
+    runs = budgeted([len(rollout) for rollout in rollouts], _ENTRIES // (1 + widest(top_k, candidates, drawn)))
+    scores = [made for run in runs for made in _read_run(engine, [rollouts[i] for i in run], top_k, candidates, drawn)]
+    return in_order([i for run in runs for i in run], scores)
+
+
+def _read_run(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int, candidates: int, drawn: int) -> list[Scores]:
+    """Return scores of these in one call; a function of its own, so that what vLLM gave is dropped before the next."""
     wanted = likely(top_k, candidates)
     params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted, "flat_logprobs": True, "detokenize": False}
-    requests = [params | asking(rollouts[i], candidates, drawn) for i in order]
-    outputs = engine.generate([all_ids(rollouts[i]) for i in order], requests)
-    parts = zip(order, requests, outputs, strict=True)
-    return in_order(order, [_scores(rollouts[i], output, request.get(IDS), candidates, top_k) for i, request, output in parts])
+    requests = [params | asking(rollout, candidates, drawn) for rollout in rollouts]
+    outputs = engine.generate([all_ids(rollout) for rollout in rollouts], requests)
+    parts = zip(rollouts, outputs, requests, strict=True)
+    return [_scores(rollout, output, request.get(IDS), candidates, top_k) for rollout, output, request in parts]
 
 
 def _scores(rollout: Rollout, output: Any, ids_TA: NDArray[np.integer] | None, candidates: int, top_k: int) -> Scores:

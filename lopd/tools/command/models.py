@@ -103,10 +103,12 @@ class Model:
         """Which model it is said to be; None if its folder shows it."""
         return lopd.ModelId(self.model, self.revision, self.dtype) if self.revision and self.dtype else None
 
-    @property
-    def together(self) -> int:
-        """Prompts that are sampled in one call: an engine that fills itself waits for the longest response of each."""
-        return 64 if self.engine == "hf" else 1024
+    def together(self, samples: int) -> int:
+        """Return prompts that are sampled in one call: an engine that fills itself waits for the longest response of each.
+
+        vLLM in this process holds the log-probs of a call as Python objects: for it, prompts that have so many responses in all.
+        """
+        return {"hf": 64, "vllm": max(1024 // samples, 1)}.get(str(self.engine), 1024)
 
     def fitted(self, longest: int) -> "Model":
         """Return a model whose vLLM takes memory for rollouts of so many tokens, and not for the longest that it could read."""

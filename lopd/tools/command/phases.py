@@ -55,7 +55,10 @@ def add_sample(parser: ArgumentParser) -> None:
         "--rows", type=int, default=64, metavar="N", help="responses that transformers samples side by side: bounds memory (64)"
     )
     parser.add_argument(
-        "--prompts-per-batch", type=int, metavar="N", help="sampled and committed together (64, where transformers does not, 1024)"
+        "--prompts-per-batch",
+        type=int,
+        metavar="N",
+        help="sampled and committed together (64 with transformers, 1024 with servers, those of 1024 responses with vLLM)",
     )
     parser.add_argument("--date", type=day, metavar="YYYY-MM-DD", help="what a chat template that asks for it reads as today (today)")
     add_model(parser, "student")
@@ -135,7 +138,7 @@ def _sample(options: Namespace) -> int:
     prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template, date=options.date)
     kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
     longest = max((prompt.token_ids.size for prompt in prompts), default=0) + sampling.max_new_tokens
-    together = model.together if options.prompts_per_batch is None else options.prompts_per_batch
+    together = model.together(sampling.samples_per_prompt) if options.prompts_per_batch is None else options.prompts_per_batch
     with running(model.fitted(longest).source(sampling, options.rows)) as source:
         store = kind.open_or_create(options.url, source.manifest, storage_options=dict(options.storage_option) or None)
         report = lopd.collect_rollouts(source, prompts, store, prompts_per_batch=together, progress=bar)

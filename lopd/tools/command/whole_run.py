@@ -165,7 +165,8 @@ class _Seeded:
     def _sample(self, model: Model, name: str) -> _Phase:
         with running(model.fitted(self._longest).source(self.s.sampling.params(self.seed), self.s.sampling.rows)) as source:
             store = lopd.ZarrStore.open_or_create(self._url(name), source.manifest)
-            report = lopd.collect_rollouts(source, self.prompts, store, prompts_per_batch=model.together, progress=RichProgress(console))
+            together = model.together(self.s.sampling.samples_per_prompt)
+            report = lopd.collect_rollouts(source, self.prompts, store, prompts_per_batch=together, progress=RichProgress(console))
         return {**counted_in(store), "rollouts": len(store), "refused": len(report.refused)}
 
     @property
