@@ -16,6 +16,7 @@ from lopd.testing import assert_same_top_k
 from lopd.tools.facts import score_columns
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.plan import GpuRates, lightning, measured_rates, work_like
+from lopd.verbs import filling
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5), candidates=3, drawn=2)
 
@@ -96,6 +97,14 @@ def test_a_scorer_that_wants_more_than_the_policy_kept_is_refused_before_it_comp
         with pytest.raises(MissingScoresError, match="'policy' has 2 candidates and 0 drawn"):
             score_rollouts(store, HFScorer(near_teacher, tokenizer, **wanted))
     assert "teacher" not in store.columns
+
+
+def test_candidates_of_a_batch_with_many_values_are_committed_in_parts(source, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(filling, "_VALUES", 100)
+    store = ZarrStore.create(tmp_path / "s.zarr", source.manifest)
+    collect_rollouts(source, prompts, store)
+    assert store.scored("policy").all()
+    assert 1 < sum(commit.column == "policy" for commit in store.history()) < len(store)
 
 
 def test_a_policy_fills_in_what_a_killed_call_left_out(source, prompts, llama, tokenizer, teacher):

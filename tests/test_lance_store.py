@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from lance_stores import filled, reopened, table_of  # noqa: F401
 from s3_server import S3Server
 from zarr_stores import MACHINE, StoreMachine, _quick_disk, fill, many, place, rows_of  # noqa: F401
 
+from lopd import score_rollouts
 from lopd.backends.lance import encode
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import Database, LanceTable
@@ -35,7 +37,8 @@ from lopd.errors import (
 )
 from lopd.protocols import LogprobStore
 from lopd.records import Lineage, Manifest, ModelId, Scores
-from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.testing import StoreConformance, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.verbs import filling
 
 
 class TestLanceStore(StoreConformance):
@@ -217,6 +220,26 @@ def test_more_values_than_one_append_can_hold_are_refused_before_they_are_copied
     half = np.broadcast_to(np.uint8(0), 1 << 30)
     with pytest.raises(InvalidRecordError, match=r"2147483648 values.*append fewer rollouts"):
         encode._list_column([half, half], half.dtype)
+
+
+def test_a_scored_batch_of_more_values_than_one_append_can_hold_is_committed_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_MOST_VALUES", 1000)
+    monkeypatch.setattr(filling, "_VALUES", 500)
+    store, provenance = LanceStore.create(tmp_path / "run.lance", tiny_manifest()), tiny_provenance(top_k=10)
+    rollouts = [tiny_rollout(f"r{i}", [5] * 30) for i in range(10)]
+    store.append(rollouts)
+    made = {r.rollout_id: evolve(tiny_scores(r, -0.5 * i), top_k=tiny_top_k(30, 10, start=i)) for i, r in enumerate(rollouts)}
+    with pytest.raises(InvalidRecordError, match=r"3000 values.*append fewer rollouts"):
+        store.append_scores("other", provenance, list(made.values()))
+    scorer = SimpleNamespace(provenance=provenance, score=lambda rollouts: [made[rollout.rollout_id] for rollout in rollouts])
+    assert score_rollouts(store, scorer, column="other", preflight=None).rollouts == 10
+    for row in reopened(store).read(range(10), ("other",), ("other",)):
+        scores = made[row.rollout.rollout_id]
+        np.testing.assert_array_equal(row.scores["other"], scores.logprobs)
+        assert scores.top_k is not None
+        assert_same_top_k(row.top_k["other"], scores.top_k)
 
 
 def test_history_says_what_was_committed_in_which_order(filled: LanceStore) -> None:

@@ -15,6 +15,7 @@ from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
 from lopd.records.warn import warn_user
 from lopd.verbs.asking import ask, check_rollouts, shown
+from lopd.verbs.filling import commit_scores
 
 
 @frozen
@@ -114,7 +115,7 @@ def collect_rollouts(
             candidates = _candidates(manifest, rollouts)
             store.append(rollouts)
             if candidates:
-                store.append_scores(policy_column(manifest.generation), _provenance(manifest), candidates)
+                commit_scores(store, policy_column(manifest.generation), _provenance(manifest), candidates)
             tokens = sum(r.response_ids.size for r in rollouts)
             cut = [r for r in rollouts if r.finish_reason == "length" and r.response_ids.size < manifest.sampling.max_new_tokens]
             if cut and not report.cut:

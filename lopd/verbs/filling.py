@@ -16,6 +16,9 @@ from lopd.records.rollouts import Rollout, Scores
 from lopd.records.warn import warn_user
 from lopd.verbs.asking import check_scores, shown
 
+# log-probs of one commit, supports included: a table of LanceDB takes up to 2**31 at once, and all of them are in memory until it is done
+_VALUES = 1 << 28
+
 
 @frozen
 class ScoringReport:
@@ -96,7 +99,7 @@ class Filling:
         work: Work,
         asked: Iterable[tuple[Sequence[Rollout], Sequence[Scores], Sequence[tuple[Rollout, str]]]],
     ) -> ScoringReport:
-        """Commit each batch as it comes, with its refused rollouts counted, and put those in quarantine at the end.
+        """Commit each batch as it comes (`commit_scores`), with its refused rollouts counted, and put those in quarantine at the end.
 
         Raises:
             ScorerError: see `check_scores`.
@@ -106,7 +109,7 @@ class Filling:
         with shown(self.progress, what, work.wanted, work.wanted - len(work.rows), work.tokens) as advance:
             for rollouts, scores, refused in asked:
                 reasons = check_scores(rollouts, scores, refused)
-                self.store.append_scores(self.column, provenance, scores)
+                commit_scores(self.store, self.column, provenance, scores)
                 tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
                 report = evolve(
                     report,
@@ -138,3 +141,10 @@ class Filling:
             f"leaves them out; {first}",
             QuarantineWarning,
         )
+
+
+def commit_scores(store: LogprobStore, column: str, provenance: Provenance, scores: Sequence[Scores]) -> None:
+    """Append scores in one commit, or in several where they are many."""
+    ends = np.cumsum([score.logprobs.size * max(provenance.top_k, 1) for score in scores])
+    for part in np.split(np.arange(len(scores)), np.flatnonzero(np.diff(ends // _VALUES)) + 1):
+        store.append_scores(column, provenance, [scores[i] for i in part.tolist()])

@@ -40,7 +40,7 @@ def score_rollouts(
         column: where the scores go; it belongs to one model.
         rows: score these only, for example `lopd.rows_of(store, prompts)` where several teachers share the prompts among them; None for
             all.
-        rollouts_per_batch: committed together.
+        rollouts_per_batch: scored together and committed together; more than some 2^28 log-probs, supports included, in several commits.
         batches_at_once: calls of `scorer.score` that are under way at the same time; more than 1 for engines with several workers (Ray, servers).
         preflight: the self-test before anything is scored; None leaves it out.
         max_refused: stop when one call meets more, for then it is not the rollouts.

@@ -53,6 +53,8 @@ ROLLOUT_DATA = ("finish_reason", "token_ids", "loss_mask", "behavior_logprobs", 
 SCORE_DATA = ("logprobs",)
 TOP_K_DATA = ("top_k_ids", "top_k_logprobs", "top_k_tail")
 ID, LINE_CHECKSUM = "rollout_id", "line_checksum"
+# of one column in one append: the offsets of its lists are int32
+_MOST_VALUES = (1 << 31) - 1
 
 
 def line_columns(line: np.dtype[Any]) -> list[str]:
@@ -195,7 +197,7 @@ def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) ->
     import pyarrow as pa
 
     bounds = ends(np.array([0 if part is None else part.size for part in values]))
-    if bounds[-1] > np.iinfo(np.int32).max:
+    if bounds[-1] > _MOST_VALUES:
         raise InvalidRecordError(f"Append: one column has {bounds[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
     flat = np.concatenate([np.zeros(0, dtype), *(part for part in values if part is not None)])
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
