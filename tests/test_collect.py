@@ -175,10 +175,26 @@ def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(sourc
 
 
 def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(source, prompts, tmp_path, monkeypatch):
-    ours = ZarrStore.create(tmp_path / "run", source.manifest)
+    ours, stale = ZarrStore.create(tmp_path / "run", source.manifest), ZarrStore.open(tmp_path / "run")
     collect_rollouts(source, prompts, ZarrStore.open(tmp_path / "run"))
     monkeypatch.setattr(HFSource, "sample", lambda *_: pytest.fail("it was sampled"))
     assert collect_rollouts(source, prompts, ours).skipped == 2 * len(prompts)
+    with pytest.raises(ConflictError, match="tokens other than"):
+        collect_rollouts(source, [Prompt(prompts[0].prompt_id, [7])], stale)
+
+
+def test_a_resumed_collection_reads_one_row_of_each_prompt_that_is_there_once(source, prompts, make_store, monkeypatch):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts[:5], store)
+    rows, real = [], type(store).read
+
+    def read(self, indices, *given, **named):
+        rows.extend(indices)
+        return real(self, indices, *given, **named)
+
+    monkeypatch.setattr(type(store), "read", read)
+    assert collect_rollouts(source, prompts, store).skipped == 10
+    assert sorted(rows) == [1, 3, 5, 7, 9]
 
 
 @pytest.mark.parametrize("wrong", ["3+4=?", ["3+4=?"], [1, 2]])

@@ -83,7 +83,7 @@ class Api(dict):
         return self.call("collect_rollouts", "prompts", SimpleNamespace(refused=()), len(prompts), prompts_per_batch=prompts_per_batch)
 
     def batches(self, _store, *, rows, **given):
-        return Steps(given, rows=len(rows))
+        return Steps(given, rows="all" if rows is None else len(rows))
 
     def student(self, _model, _tokenizer, **given):
         made = torch.nn.Linear(1, 1)
@@ -399,7 +399,7 @@ def test_what_is_used_in_place_of_something_else(path, value, used, unused):
             {"SFT text", "SFT"},
             dict.fromkeys([key for key in students("") if key[0] != "S" and "opd" not in key and LAST not in key], "student"),
         ),
-        ("evaluation", {FIRST, LAST}, expanded({"SFT text|rollouts: collect_rollouts: prompts": 6, "SFT|OPD: train: rows": 6})),
+        ("evaluation", {FIRST, LAST}, expanded({"SFT text|rollouts: collect_rollouts: prompts": 6, "SFT|OPD: train: rows": "all"})),
     ],
 )
 def test_a_section_that_is_left_out_takes_its_phases_along(section, phases, others):
@@ -408,6 +408,12 @@ def test_a_section_that_is_left_out_takes_its_phases_along(section, phases, othe
     assert {key: value for key, value in found.items() if value is not None} == {
         key: value for key, value in others.items() if "export" not in key
     }
+
+
+def test_where_nothing_is_held_out_no_row_is_read_to_choose_what_is_trained_on(monkeypatch):
+    monkeypatch.setattr(MemoryStore, "read", lambda *_, **__: pytest.fail("rows were read"))
+    found = _received.__wrapped__(json.dumps(changed(evaluation=None)))
+    assert found["SFT: train: rows"] == found["OPD: train: rows"] == "all"
 
 
 def test_every_key_of_the_file_is_tried():

@@ -92,10 +92,13 @@ def collect_rollouts(
     _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
     names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
+    compared = np.full(len(prompts), -1)
 
     def find_missing() -> NDArray[np.bool_]:
         rows = store.find(names).reshape(len(prompts), len(samples))
-        _check_same_prompts(store, prompts, rows)
+        last = rows.max(axis=1)
+        _check_same_prompts(store, prompts, np.where(last == compared, -1, last))
+        compared[:] = last
         found: NDArray[np.bool_] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
         return found
 
@@ -166,10 +169,9 @@ def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
-    """Stop if a prompt was edited since it was sampled: its rollouts would be skipped, and be those of the old one."""
-    last = rows.max(axis=1)
-    there = np.flatnonzero(last >= 0)
-    for place, record in zip(there.tolist(), walk(store, last[there], rows_per_read=256), strict=True):
+    """Stop if a prompt was edited since its row (-1: none) was sampled: its rollouts would be skipped, and be those of the old one."""
+    there = np.flatnonzero(rows >= 0)
+    for place, record in zip(there.tolist(), walk(store, rows[there], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
                 f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} tokens other than "

@@ -196,12 +196,15 @@ class _Seeded:
     def _steps(self, name: str, plan: Training, **columns: Any) -> StepStream:
         # a file of texts, or a store of another run, may answer prompts that are held out
         store, held_out = lopd.ZarrStore.open(self._url(name)), {prompt.token_ids.tobytes() for prompt in self.held_out}
-        rows = np.array([record.rollout.prompt_ids.tobytes() not in held_out for record in walk(store, np.arange(len(store)))])
-        if not rows.all():
-            console.print(f"{(~rows).sum()} of {len(rows)} responses answer prompts that are held out, and are not trained on")
+        rows = None
+        if held_out:
+            trained = np.array([record.rollout.prompt_ids.tobytes() not in held_out for record in walk(store, np.arange(len(store)))])
+            rows = np.flatnonzero(trained)
+            if not trained.all():
+                console.print(f"{(~trained).sum()} of {len(trained)} responses answer prompts that are held out, and are not trained on")
         return lopd.batches(
             store,
-            rows=np.flatnonzero(rows),
+            rows=rows,
             rollouts_per_step=plan.rollouts_per_step,
             tokens_per_batch=plan.tokens_per_batch,
             seed=self.seed,
