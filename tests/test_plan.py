@@ -64,6 +64,8 @@ def test_training_spreads_over_as_many_gpus_as_a_step_has_micro_batches_and_othe
     assert many.bottleneck.name == "training"
     assert many.gpu_hours == pytest.approx(few.gpu_hours)
     assert hours(online(WORK, RATES, gpus=100))["training"] == pytest.approx(100 / 8 * hours(few)["training"])
+    long = evolve(WORK, response_tokens=32_868, tokens_per_batch=8192)
+    assert lightning(long, RATES, gpus=1000).phases[2].gpus == 64, "a rollout is not split"
 
 
 def test_one_process_that_commits_is_a_limit_of_its_own():

@@ -151,9 +151,10 @@ def _spread(name: str, tokens: float, rate: float, rates: GpuRates, gpus: int) -
 
 
 def _training(work: Work, rates: GpuRates, gpus: int) -> Phase:
-    tokens_a_step = work.rollouts_per_step * (work.prompt_tokens + work.response_tokens)
-    tokens = work.all_steps * tokens_a_step
-    useful = max(min(gpus, int(tokens_a_step // work.tokens_per_batch)), 1)
+    length = work.prompt_tokens + work.response_tokens
+    tokens = work.trained * length
+    # a rollout is not split, also where a micro-batch has fewer tokens than it
+    useful = max(min(gpus, int(work.rollouts_per_step // max(work.tokens_per_batch / length, 1))), 1)
     limit = (
         "GPUs"
         if useful == gpus
