@@ -212,8 +212,10 @@ def test_a_wrapper_that_looks_for_tensors_in_the_output_is_refused(option, group
 def test_a_student_is_sharded_after_its_layers(group):
     """On the student alone the backward pass would go unnoticed."""
     alone = fully_shard(make_student(Case(), Ranks()))
-    with pytest.raises(ModelError, match="call `fully_shard` on each layer first, and then on the student"):
-        opd_steps(alone, [], FusedOPDLoss(), make_optimizer(alone))
+    (batch,) = batches(make_store(1), rollouts_per_step=1, tokens_per_batch=50, ref="behavior").step(0).batches
+    for act in (lambda: opd_steps(alone, [], FusedOPDLoss(), make_optimizer(alone)), lambda: alone(batch, FusedOPDLoss())):
+        with pytest.raises(ModelError, match="call `fully_shard` on each layer first, and then on the student"):
+            act()
     student = make_student(Case(), Ranks())
     for layer in student.model.model.layers:
         fully_shard(layer)

@@ -391,6 +391,14 @@ def test_the_mixed_precision_of_fsdp2_is_the_dtype_of_the_head_that_a_loss_sees(
         torch.distributed.destroy_process_group()
 
 
+def test_accelerate_finds_the_layers_that_it_is_to_shard(models):
+    model = copy.deepcopy(models("llama_tied"))
+    layers = {type(layer).__name__ for layer in model.model.layers}
+    assert set(CausalLMStudent(model, TOKENIZER_ID)._no_split_modules) == layers
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert set(CausalLMStudent(adapted, TOKENIZER_ID)._no_split_modules) == layers
+
+
 def test_a_batch_of_a_single_prediction_can_be_trained_on(models):
     record = ScoredRollout(Rollout("tiny/s0/g0", [5], [6], [True], "stop"), {})
     student = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID)

@@ -21,7 +21,7 @@ from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokeni
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import SamplingParams
 from lopd.records.paths import local_path
-from lopd.records.ranks import Ranks, on_first, sharded
+from lopd.records.ranks import Ranks, check_layers, on_first, sharded
 from lopd.records.steps import Batch, LossOutput
 
 
@@ -82,6 +82,8 @@ class CausalLMStudent(nn.Module):
                 stacklevel=2,
             )
         self.model = model
+        # accelerate, and so Trainer, reads here which modules FSDP2 shards
+        self._no_split_modules = getattr(unwrap(model), "_no_split_modules", None)
         self._autocast = autocast
         if gradient_checkpointing:
             with refusing(model, "training", "leave out `gradient_checkpointing`"):
@@ -129,12 +131,15 @@ class CausalLMStudent(nn.Module):
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
             InvalidRecordError: an id is of an added token that the head has no row for.
+            ModelError: it is sharded as one, so its gradients would be lost.
         """
         # what is traced of it would be records of attrs, which cannot be; `compile` has what is worth it
         output: LossOutput = torch.compiler.disable(self._loss)(batch, loss)
         return output
 
     def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
+        if torch.is_grad_enabled() and hasattr(self, "unshard"):  # `fully_shard` was called on it
+            check_layers(self)
         head = evolve(lm_head(self.model, self._known), compute_dtype=self._autocast)
         check_device(f"Model {type(unwrap(self.model)).__name__}", head.weight.device)  # Trainer moves it to whatever there is
         self._check_ids(batch)

@@ -103,16 +103,27 @@ def check_summed(student: Any, ranks: Ranks) -> None:
         return
     from torch.distributed.fsdp import FSDPModule  # a second of imports that one process has no use for
 
-    fsdp = isinstance(student, FSDPModule)
-    if ranks.size > 1 and not fsdp:
+    if ranks.size > 1 and not isinstance(student, FSDPModule):
         raise ModelError(
             f"Student {name}: it is trained by {ranks.size} ranks and nothing sums its gradients; wrap it in DistributedDataParallel, or call "
             "`fully_shard` on each layer and then on it, before `opd_steps`."
         )
+    check_layers(student)
+
+
+def check_layers(student: torch.nn.Module) -> None:
+    """Refuse a student that FSDP2 shards as one.
+
+    Raises:
+        ModelError: no gradient would reach its weights.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
     # FSDP2 learns of a backward pass from tensors that its modules gave, and finds those of layers
-    if fsdp and sum(isinstance(module, FSDPModule) for module in student.modules()) == 1:
+    if isinstance(student, FSDPModule) and sum(isinstance(module, FSDPModule) for module in student.modules()) == 1:
         raise ModelError(
-            f"Student {name}: it is sharded as one, and would get no gradient; call `fully_shard` on each layer first, and then on the student."
+            f"Student {type(student).__name__}: it is sharded as one, and would get no gradient; call `fully_shard` on each layer first, and then on "
+            "the student."
         )
 
 
