@@ -46,9 +46,11 @@ def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **o
         "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
         "report_to": "none",
     }
+    args = TrainingArguments(**{**fixed, **options})
+    args._n_gpu = min(args.n_gpu, 1)  # Trainer would put several into DataParallel, which looks for tensors in outputs; torchrun takes all
     return Trainer(
         model=student,
-        args=TrainingArguments(**{**fixed, **options}),
+        args=args,
         train_dataset=steps.rows.tolist(),
         data_collator=Collator(steps.store, loss),
         compute_loss_func=mean_over_step,

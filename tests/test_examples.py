@@ -6,7 +6,7 @@ import runpy
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -338,6 +338,20 @@ def test_13_one_step_of_trainer_is_one_of_opd_steps(run):
     assert moved > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * moved)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_13_one_of_several_gpus_is_taken(run, monkeypatch):
+    _, names = run("13_transformers_trainer", as_main=False)
+    make, arguments = names["make_trainer"], names["TrainingArguments"]
+
+    def with_two_gpus(**options):
+        args = arguments(**options)
+        args._n_gpu = 2
+        return args
+
+    monkeypatch.setitem(make.__globals__, "TrainingArguments", with_two_gpus)
+    monkeypatch.setitem(make.__globals__, "Trainer", SimpleNamespace)
+    assert make(None, SimpleNamespace(rows=np.arange(2), store=None), None, output_dir="out").args.n_gpu == 1
 
 
 def test_13_as_a_page(run):
