@@ -12,9 +12,18 @@ from transformers import Trainer, TrainingArguments
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, by_token, collate, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.errors import ArgumentError
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.records import LossOutput, make_prompts
 from lopd.verbs import StepStream
+
+#: Options by which Trainer asks something of a transformers model -> what to do with a student.
+INSTEAD = {
+    "save_strategy": "call `student.export` at the end: a checkpoint of Trainer is not a model folder, and fails where embeddings are tied",
+    "gradient_checkpointing": "pass it to `CausalLMStudent`",
+    "eval_strategy": "call `lopd.evaluate` on what samples from the export",
+    "eval_dataset": "call `lopd.evaluate` on what samples from the export",
+}
 
 
 @frozen
@@ -37,13 +46,15 @@ def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch:
 
 
 def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
-    """Make a Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments."""
+    """Make a Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments, without those of `INSTEAD`."""
+    for name in options.keys() & INSTEAD.keys():
+        raise ArgumentError(f"Trainer: its option {name} is not for a student; leave it out, and {INSTEAD[name]}.")
     fixed = {
         "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
         "ddp_find_unused_parameters": False,  # on several ranks it would look for tensors, and find none in a `LossOutput`
         "use_cpu": not torch.cuda.is_available(),  # Apple's GPUs have no float64
-        "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
+        "save_strategy": "no",
         "report_to": "none",
     }
     args = TrainingArguments(**{**fixed, **options})

@@ -28,7 +28,7 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.errors import StoreWriteError, TeacherConsistencyWarning
+from lopd.errors import ArgumentError, StoreWriteError, TeacherConsistencyWarning
 from lopd.protocols.reading import rows_of
 from lopd.records import SamplingParams, fingerprint_tokenizer, make_prompts
 from lopd.testing import ScorerConformance, StoreConformance, tiny_manifest, tiny_rollout, tiny_scores
@@ -338,6 +338,13 @@ def test_13_one_step_of_trainer_is_one_of_opd_steps(run):
     assert moved > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * moved)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_13_what_to_do_with_a_student_in_place_of_an_option_is_said(run):
+    _, names = run("13_transformers_trainer", as_main=False)
+    for option, value in {"save_strategy": "steps", "gradient_checkpointing": True, "eval_strategy": "steps", "eval_dataset": [0]}.items():
+        with pytest.raises(ArgumentError, match=f"its option {option} is not for a student; leave it out, and .*`"):
+            names["make_trainer"](None, None, None, output_dir="out", **{option: value})
 
 
 def test_13_one_of_several_gpus_is_taken(run, monkeypatch):
