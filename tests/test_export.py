@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -216,6 +217,27 @@ def test_without_an_exchange_a_kill_between_two_moves_is_set_right_by_the_next_e
     full.export(out, tokenizer, FIRST)
     assert_holds(out, full, FIRST)
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_without_an_exchange_an_interrupt_between_two_moves_leaves_the_earlier_export(
+    after, full, adapters, tokenizer, monkeypatch, tmp_path
+):
+    out, rename = tmp_path / "out", Path.rename
+    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    full.export(out, tokenizer, FIRST)
+
+    def interrupted(path, target):
+        if not after and path.name == ".out.partial":
+            raise KeyboardInterrupt
+        rename(path, target)
+        if after and path == out:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.export(out, tokenizer, SECOND)
+    assert_holds(out, full, FIRST)
 
 
 @pytest.mark.parametrize("removable", [True, False])

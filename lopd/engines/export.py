@@ -257,11 +257,12 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
         _free(old)
-        folder.rename(old)
         try:
+            folder.rename(old)
             fresh.rename(folder)
-        except OSError:
-            old.rename(folder)
+        except BaseException:  # an interrupt too, since the caller removes what is fresh
+            if old.exists() and not folder.exists():
+                old.rename(folder)
             raise
 
 
