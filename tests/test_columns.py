@@ -25,6 +25,7 @@ from lopd.guards.consistency import verdict
 from lopd.protocols.reading import rows_of
 from lopd.records import Lineage, ModelId, Prompt, mixture_id
 from lopd.records.rollouts import rollout_id
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
 BOTH = ("near", "other")
@@ -232,3 +233,15 @@ def test_what_cannot_be_chosen_is_refused(store, prompts):
         batches(store, teacher={"near": prompts, "other": []})
     with pytest.raises(InvalidRecordError, match="there are 0 teachers"):
         batches(store, teacher={})
+
+
+def test_a_handle_that_is_older_than_the_scores_is_told_to_refresh(tmp_path):
+    older, made = ZarrStore.create(tmp_path / "s.zarr", tiny_manifest()), [tiny_rollout(f"{i}/s0/g0") for i in range(2)]
+    older.append(made)
+    newer = ZarrStore.open(tmp_path / "s.zarr")
+    for rollout, said in zip(made, ("'teacher' is absent", "has scores for 1 rollouts, expected 2"), strict=True):
+        newer.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout)])
+        with pytest.raises(MissingScoresError, match=rf"{said}.* run `.*`, or `store.refresh\(\)` if another handle or process did\.$"):
+            batches(older, teacher=None, ref="teacher")
+        older.refresh()
+    assert older.scored("teacher").all()

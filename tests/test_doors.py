@@ -166,6 +166,7 @@ def test_forgotten_scores_are_not_offered_the_policys_own(source, prompts):
     ) as error:
         batches(store)
     assert "behavior" not in str(error.value)
+    assert "refresh" not in str(error.value), "a store in memory has one handle"
 
 
 def test_numbers_of_numpy_and_torch_are_made_pythons_own(source, prompts):

@@ -205,7 +205,7 @@ def _rows(store: LogprobReader, columns: tuple[str, str], every: NDArray[np.int6
         if done + len(quarantined) < every.size or not done:
             own = ", or pass the rows of its own prompts as `rows=`" if done else ""
             raise MissingScoresError(
-                f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {every.size}; {way_to(column)}{own}."
+                f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {every.size}; {way_to(store, column)}{own}."
             )
         usable &= scored
         reasons.update({row: f"column {column!r}: {reason}" for row, reason in quarantined.items()})

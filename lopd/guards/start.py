@@ -19,7 +19,7 @@ from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import chosen, evenly, named, walk, way_to
+from lopd.protocols.reading import chosen, elsewhere, evenly, named, walk, way_to
 from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
@@ -115,14 +115,16 @@ def measure_start(
     every = chosen(store, rows)
     if teacher not in store.columns:
         raise MissingScoresError(
-            f"{named(store)}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`, or name another."
+            f"{named(store)}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`"
+            f"{elsewhere(store)}, or name another."
         )
     ref = _reference(store) if ref is None else ref
     usable = every[(store.scored(teacher) & store.scored(ref))[every]]
     if not usable.size:
         lacking = teacher if store.scored(ref)[every].any() else ref
         raise MissingScoresError(
-            f"{named(store)}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; {way_to(lacking)}."
+            f"{named(store)}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; "
+            f"{way_to(store, lacking)}."
         )
     return _report(store, evenly(usable, count), teacher, ref, len(usable))
 

@@ -176,11 +176,18 @@ def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[
     return next((token for token, times in ends.most_common(1) if 2 * times > count), None)
 
 
-def way_to(column: str, *, label: bool = False) -> str:
+def way_to(reader: LogprobReader, column: str) -> str:
     """Return what gives rollouts a value in a column, for messages; `score_rollouts` refuses what the policy itself reports."""
     if column in VIRTUAL_COLUMNS:
         return "sample with an engine that reports its log-probs, or score the policy into another column and pass `ref=`"
-    return f"run `{'label' if label else 'score'}_rollouts(..., column={column!r})`"
+    known = reader.columns.get(column)
+    kind = "label" if known is not None and known.label else "score"
+    return f"run `{kind}_rollouts(..., column={column!r})`{elsewhere(reader)}"
+
+
+def elsewhere(reader: LogprobReader) -> str:
+    """Return how a store sees what was written elsewhere, for messages; nothing where a store is in memory, and has no elsewhere."""
+    return ", or `store.refresh()` if another handle or process did" if hasattr(reader, "refresh") else ""
 
 
 def named(reader: LogprobReader) -> str:

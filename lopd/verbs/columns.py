@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
-from lopd.protocols.reading import chosen, named, rows_of, way_to
+from lopd.protocols.reading import chosen, elsewhere, named, rows_of, way_to
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
@@ -149,9 +149,10 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                 there = [*store.columns, *([BEHAVIOR_COLUMN] if column == ref else [])]
                 others = f", expected one of {there}; name one of them, or" if there else " and the rollouts have no scores yet;"
                 raise MissingScoresError(
-                    f"{named(store)}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
+                    f"{named(store)}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`"
+                    f"{elsewhere(store)}."
                 )
-            remedy = way_to(column, label=column in store.columns and store.columns[column].label)
+            remedy = way_to(store, column)
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row, reason in islice(quarantined.items(), 1):
             warn_user(

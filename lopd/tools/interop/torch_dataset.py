@@ -68,8 +68,7 @@ class TorchDataset(Dataset[ScoredRollout]):
         for column in (*self.columns, *self.top_k):
             done = int(self.reader.scored(column)[rows].sum())
             if done < rows.size:
-                aside, known = len(self.reader.quarantined(column).keys() & {*rows.tolist()}), self.reader.columns.get(column)
-                remedy = way_to(column, label=known is not None and known.label)
+                aside, remedy = len(self.reader.quarantined(column).keys() & {*rows.tolist()}), way_to(self.reader, column)
                 if done + aside == rows.size:
                     remedy = f"leave them out by `rows=np.flatnonzero(store.scored({column!r}))`"
                 raise MissingScoresError(
