@@ -14,7 +14,10 @@ from odd_models import SHAPE, VOCAB, odd_model, tampered, with_logits
 from lopd import collate
 from lopd.engines.causal_lm import context_length
 from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.engines.hf.probing import check_sampling
+from lopd.engines.hf.texts import Way
 from lopd.engines.probes import check_scoring, check_training
+from lopd.engines.structure import is_exact
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import ContextOverflowError, ModelError, ModelWarning
 from lopd.losses.reference import SFTLoss
@@ -83,6 +86,36 @@ def test_a_prepared_model_is_read_without_the_autocast_around_it(llama, tokenize
     for before, after in zip(plain, HFScorer(prepared, tokenizer).score(rollouts), strict=True):
         np.testing.assert_array_equal(before.logprobs, after.logprobs)
     CausalLMStudent(prepared, TOKENIZER_ID)
+
+
+class Packed(torch.nn.Module):
+    """A projection as bitsandbytes has it: its weight is bytes, and it multiplies in bfloat16 whatever comes in."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = torch.nn.Parameter(layer.weight.detach().bfloat16().view(torch.uint8), requires_grad=False)
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden.bfloat16(), self.weight.view(torch.bfloat16)).to(hidden.dtype)
+
+
+def test_a_k_bit_model_that_was_prepared_for_training_is_not_taken_for_float32(llama):
+    model = copy.deepcopy(llama)
+    for part in [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]:
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                setattr(part, name, Packed(layer))
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    assert not is_exact(model)
+    check_training(model, VOCAB)
+    assert check_sampling(model, VOCAB) in Way
+
+
+def test_packed_weights_may_be_kept_as_float32(llama):
+    model = copy.deepcopy(llama)
+    assert is_exact(model)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "bnb_4bit_quant_storage": "float32"}
+    assert not is_exact(model)
 
 
 # --- the batch ------------------------------------------------------------------------------------------------------------------------

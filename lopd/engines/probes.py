@@ -27,7 +27,7 @@ from lopd.engines.causal_lm import (
     unwrap,
 )
 from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
-from lopd.engines.structure import once, uses_tf32
+from lopd.engines.structure import is_exact, once
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
@@ -267,12 +267,6 @@ def refusing(model: Any, ability: str, step: str | None = None) -> Iterator[None
 def _ends(values_S: Tensor) -> Tensor:
     """Return the first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
     return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
-
-
-def is_exact(model: Any) -> bool:
-    """Return whether the weights' products are."""
-    weight = next(model.parameters())
-    return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and uses_tf32())
 
 
 def stated_borders(model: Any) -> list[int]:

@@ -52,6 +52,15 @@ def _structure(model: Any) -> tuple[Hashable, bool]:
     return tuple(parts), shared
 
 
+def is_exact(model: Any) -> bool:
+    """Return whether products of all weights are: a k-bit model that was prepared for training has float32 ones beside those that it unpacks."""
+    base = unwrap(model)
+    packed = getattr(base, "is_quantized", False) or getattr(base.config, "quantization_config", None)
+    weights = list(base.parameters())
+    wide = all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    return wide and not packed and not (uses_tf32() and any(weight.is_cuda for weight in weights))
+
+
 def uses_tf32() -> bool:
     """Return whether products of float32 are rounded to TF32 on CUDA; torch refuses to read the older setting once the newer one was set."""
     settings: Any = torch.backends.cuda.matmul

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
 from lopd.engines.hf.texts import Texts, Way
-from lopd.engines.probes import is_exact, refusal, stated_borders
-from lopd.engines.structure import once
+from lopd.engines.probes import refusal, stated_borders
+from lopd.engines.structure import is_exact, once
 from lopd.errors import ModelWarning
 from lopd.records.steps import LMHead
 
