@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from tiny_models import build_model
 
 from lopd import CausalLMStudent, FusedOPDLoss
+from lopd.engines import borders
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFScorer, load_model, loading
 from lopd.engines.masks import known_rows
@@ -59,6 +60,21 @@ def test_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, take, w
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "border",
+    [
+        {"attention_chunk_size": 32, "attn_temperature_tuning": False},
+        {"attention_chunk_size": 4, "no_rope_layers": [0, 0], "floor_scale": 32},  # no layer has chunks
+    ],
+    ids=["chunks", "temperature"],
+)
+def test_a_model_that_goes_by_places_of_a_row_is_not_packed_where_no_probe_reaches_so_far(border, monkeypatch):
+    monkeypatch.setattr(borders, "_LONGEST", 8)
+    model = build_model("llama4_text", vocab_size=TOKENIZER_ID.vocab_size, **border)
+    with take_flex(model):
+        assert check_training(model, TOKENIZER_ID.vocab_size) is row_hidden_states
 
 
 def in_16_bits(module, query, *rest, **known):

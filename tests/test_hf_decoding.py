@@ -11,7 +11,7 @@ import transformers
 from hf_parts import source_of
 
 from lopd import MemoryStore, collect_rollouts
-from lopd.engines import structure
+from lopd.engines import borders, structure
 from lopd.engines.hf import probing
 from lopd.engines.hf.probing import check_sampling
 from lopd.engines.hf.texts import Way, select_rows
@@ -150,6 +150,21 @@ def test_a_model_without_a_right_cache_is_named_with_the_cause_when_a_source_is_
         warnings.simplefilter("error")
         source.sample([Prompt("p", [5, 6])])
         source_of(family("llama"), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("special", "way"),
+    [
+        ({"floor_scale": 32}, Way.EQUAL),
+        ({"floor_scale": 32, "attn_temperature_tuning": False}, Way.PADDED),
+        ({"floor_scale": 128}, Way.PADDED),
+    ],
+    ids=["within the context", "not asked for", "beyond the context"],
+)
+def test_rows_are_not_padded_where_places_decide_behind_a_border_that_no_probe_reaches(special, way, monkeypatch):
+    monkeypatch.setattr(borders, "_LONGEST", 16)
+    experts = {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 48, "no_rope_layers": [1, 0]}
+    assert check_sampling(build("Llama4TextConfig", "Llama4ForCausalLM", {**experts, **special}), VOCAB) is way
 
 
 def test_models_of_one_structure_are_probed_once_and_again_with_another_attention_or_setting(family, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from lopd.engines.borders import goes_by_place, stated_borders
 from lopd.engines.causal_lm import (
     attention_of,
     context_length,
@@ -21,9 +22,7 @@ from lopd.engines.causal_lm import (
     knows_lengths,
     lm_head,
     packed_hidden_states,
-    rope_borders,
     row_hidden_states,
-    text_config,
     unwrap,
 )
 from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
@@ -31,8 +30,7 @@ from lopd.engines.structure import is_exact, once
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
-_BORDERS = ("window", "chunk", "block_size", "compress")
-_LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
+_ENDS = 16
 _Hidden = Callable[[Any, Tensor, Tensor, Sequence[int]], Tensor]
 # models whose weights gave numbers; whoever computes with them reports what makes them NaN later
 _finite: WeakSet[Any] = WeakSet()
@@ -58,7 +56,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     """Return `check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
 
     Returns:
-        The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
+        The first way that is right: packed, or, for a hybrid whose other layers know no lengths and for Llama 4, each rollout in a row of its own.
 
     Warns:
         ModelWarning: that of `check_scoring`.
@@ -71,7 +69,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
 
 
 def _find_way(probe: "_Probe", autocast: torch.dtype | None) -> _Hidden:
-    if knows_lengths(probe.model):
+    if knows_lengths(probe.model) and not goes_by_place(probe.model, packed=True):
         with suppress(ModelError):
             _check_training(evolve(probe, hidden=packed_hidden_states), autocast)
             return packed_hidden_states
@@ -267,21 +265,6 @@ def refusing(model: Any, ability: str, step: str | None = None) -> Iterator[None
 def _ends(values_S: Tensor) -> Tensor:
     """Return the first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
     return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
-
-
-def stated_borders(model: Any) -> list[int]:
-    """Return windows, chunks and rope borders that the configuration states, as far as a forward beyond them is cheap, in ascending order."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
-    longest = min(_LONGEST, context_length(model), int(budget / (2 * weights))) - 2
-    windows = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
-    return sorted({size for value in [*windows, rope_borders(model)] for size in _numbers(value) if 0 < size <= longest})
-
-
-def _numbers(value: Any) -> list[int]:
-    """Return a number of the configuration, those of a list, or those of a table."""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    return [part for part in parts if isinstance(part, int) and not isinstance(part, bool)]
 
 
 def _fit(cut_N: Tensor, whole_N: Tensor) -> tuple[float, float]:

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lopd.engines.borders import goes_by_place, stated_borders
 from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
 from lopd.engines.hf.texts import Texts, Way
-from lopd.engines.probes import refusal, stated_borders
+from lopd.engines.probes import refusal
 from lopd.engines.structure import is_exact, once
 from lopd.errors import ModelWarning
 from lopd.records.steps import LMHead
@@ -64,6 +65,8 @@ def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
     if way is not Way.WHOLE and any(tuple(getattr(m, "time_step_limit", _NO_LIMIT)) != _NO_LIMIT for m in unwrap(model).modules()):
         # whether a text shows it depends on its tokens, so a few forwards need not find it
         return f"decoding {way.value} leaves out the limits of Mamba's time step"
+    if way is Way.PADDED and goes_by_place(model, packed=False):
+        return f"decoding {way.value} counts the padding in the temperature of attention"
     exact = is_exact(model)
     try:
         distances = list(_distances(model, vocab_size, way))
