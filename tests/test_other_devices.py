@@ -19,6 +19,7 @@ from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
 from lopd.errors import InvalidRecordError, ModelError
 from lopd.losses import chunked
+from lopd.losses.rows import TorchRows
 from lopd.records.flush import flush
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
@@ -115,15 +116,17 @@ def test_two_columns_do_not_differ_in_capitals_alone(kind, tmp_path):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Return `kernels(error)`: Triton's rows are there, and raise this where they are first used."""
+    """Return `kernels(error, *dtypes)`: Triton's rows are there, and the second kernel raises this, or for gradients of these dtypes alone."""
     chunked._triton_rows.cache_clear()
 
-    def put(error):
-        def logprobs(*_):
-            if error is not None:
-                raise error
+    def put(error, *dtypes):
+        def rows(_buffer, _softcap, dtype):
+            def gradients(*_):
+                if error is not None and dtype in (dtypes or (dtype,)):
+                    raise error
 
-        rows = lambda *_: SimpleNamespace(logprobs=logprobs)  # noqa: E731 (it stands for a class)
+            return SimpleNamespace(logprobs=lambda *_: None, gradients=gradients)
+
         monkeypatch.setattr(chunked, "find_spec", lambda _: "there")
         monkeypatch.setitem(sys.modules, "lopd.losses.triton_rows", SimpleNamespace(TritonRows=rows))
         return rows
@@ -135,7 +138,7 @@ def kernels(monkeypatch):
 def test_without_a_compiler_losses_are_computed_in_plain_torch(kernels, caplog):
     kernels(RuntimeError("Failed to find C compiler"))
     with caplog.at_level(logging.WARNING):
-        assert [chunked._triton_rows(torch.device("cpu")) for _ in range(2)] == [None, None]
+        assert [chunked._triton_rows(torch.device("cpu"), torch.float32) for _ in range(2)] == [None, None]
     (said,) = caplog.messages
     assert "plain torch, since Triton does not start (Failed to find C compiler); it needs a C compiler and Python's headers" in said
 
@@ -143,6 +146,28 @@ def test_without_a_compiler_losses_are_computed_in_plain_torch(kernels, caplog):
 def test_triton_that_starts_is_taken_and_a_card_that_is_full_says_nothing_of_it(kernels):
     kernels(torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError):
-        chunked._triton_rows(torch.device("cpu"))
+        chunked._triton_rows(torch.device("cpu"), torch.float32)
     rows = kernels(None)
-    assert chunked._triton_rows(torch.device("cpu")) is rows
+    assert chunked._triton_rows(torch.device("cpu"), torch.float32) is rows
+
+
+class OnACard(torch.Tensor):
+    is_cuda = True
+
+
+def test_both_kernels_are_tried_in_the_dtype_of_the_gradients(kernels):
+    kernels(Exception("ptxas: feature 'cvt.bf16.f32' requires .target sm_80 or higher"), torch.bfloat16)
+    buffer = torch.zeros(2, 8).as_subclass(OnACard)
+    assert isinstance(chunked.rows_for(buffer, None, torch.bfloat16), TorchRows)
+    assert not isinstance(chunked.rows_for(buffer, None, torch.float32), TorchRows)
+
+
+def a_card(monkeypatch, major):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    return torch.device("cuda", 0)
+
+
+def test_a_card_without_bfloat16_is_not_tried_with_it_as_a_compiler_may_end_the_process(kernels, monkeypatch, caplog):
+    kernels(None)
+    assert chunked._triton_rows(a_card(monkeypatch, 7), torch.bfloat16) is None
+    assert not caplog.messages

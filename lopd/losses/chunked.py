@@ -18,7 +18,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
-from subprocess import CalledProcessError
 from typing import Any, final
 
 import torch
@@ -29,6 +28,7 @@ from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, chunk_rows, dtypes_of, sum_dtype
 from lopd.losses.products import Products
 from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
+from lopd.records.devices import has_bfloat16
 from lopd.records.steps import LMHead
 
 _LOG = logging.getLogger(__name__)
@@ -150,29 +150,30 @@ class ChunkedHead:
 
 def rows_for(buffer_CV: Tensor, softcap: float | None, operands: torch.dtype) -> Rows:
     """Return Triton's kernels for float32 logits on CUDA where they start, plain torch otherwise."""
-    kernels = _triton_rows(buffer_CV.device) if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 else None
+    kernels = _triton_rows(buffer_CV.device, operands) if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 else None
     return (kernels or TorchRows)(buffer_CV, softcap, operands)
 
 
 @cache
-def _triton_rows(device: torch.device) -> Callable[[Tensor, float | None, torch.dtype], Rows] | None:
-    """Return the kernels if Triton is installed and starts on this device: it is tried once, as it needs a C compiler and the headers of Python.
+def _triton_rows(device: torch.device, operands: torch.dtype) -> Callable[[Tensor, float | None, torch.dtype], Rows] | None:
+    """Return the kernels if Triton is installed and both run on this device: it is tried once, as it needs a C compiler and the headers of Python.
 
     Raises:
         torch.OutOfMemoryError: nothing was found, and the next call tries again.
     """
-    if not find_spec("triton"):
+    # a card without bfloat16 is not tried: where the compiler ends the process, nothing can be caught
+    if not find_spec("triton") or (operands == torch.bfloat16 and not has_bfloat16(device)):
         return None
     try:
         from lopd.losses.triton_rows import TritonRows
 
-        rows = TritonRows(torch.zeros(1, 8, device=device), None, torch.float32)
-        rows.logprobs(slice(1), torch.zeros(1, 1, dtype=torch.int64, device=device))
+        rows, ids_CK = TritonRows(torch.zeros(1, 8, device=device), None, operands), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        rows.gradients(slice(1), ids_CK, rows.logprobs(slice(1), ids_CK), torch.zeros(1, 1, device=device))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, OSError, ImportError, AssertionError, CalledProcessError) as error:
-        text = "Losses on %s: they are computed in plain torch, since Triton does not start (%.200s); it needs a C compiler and Python's headers"
-        _LOG.warning(text, device, " ".join(str(error).split()))
+    except Exception as error:  # those of Triton's own derive from nothing narrower
+        text = "Losses on %s, %s: they are computed in plain torch, since Triton does not start (%.200s); it needs a C compiler and Python's headers"
+        _LOG.warning(text, device, operands, " ".join(str(error).split()))
         return None
     return TritonRows
 

@@ -1,0 +1,14 @@
+"""What a device computes by itself."""
+
+import torch
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has bfloat16 of its own: NVIDIA's have it from compute capability 8.0 on (A100), and torch emulates it on T4 and V100.
+
+    Those before lack FlashAttention's kernel too.  What other makers' have is left to torch.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    # torch.compile knows this one for a constant, and would break its graph at get_device_capability
+    return bool(torch.cuda.get_device_properties(device).major >= 8)
