@@ -249,18 +249,20 @@ def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):
             load_model(folder, attention=name)
 
 
-def test_float32_on_cuda_gets_a_kernel_that_keeps_no_scores(monkeypatch):
+def test_float32_and_old_cards_on_cuda_get_a_kernel_that_keeps_no_scores(monkeypatch):
     with known_rows():
         pass
     in_groups = sdpa_attention.use_gqa_in_sdpa
     shape = (1, 2, 7, 64)
 
-    def key(dtype, *, is_cuda):
-        return SimpleNamespace(is_cuda=is_cuda, dtype=dtype, shape=shape)
+    def key(dtype, *, is_cuda, major=8):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+        return SimpleNamespace(is_cuda=is_cuda, device=torch.device("cuda" if is_cuda else "cpu"), dtype=dtype, shape=shape)
 
     for dtype in (torch.float32, torch.float64):
         assert not in_groups(None, key(dtype, is_cuda=True), key(dtype, is_cuda=True))
         assert in_groups(None, key(dtype, is_cuda=False), key(dtype, is_cuda=False))
     assert in_groups(None, key(torch.bfloat16, is_cuda=True), key(torch.bfloat16, is_cuda=True))
+    assert not in_groups(None, key(torch.float16, is_cuda=True, major=7), key(torch.float16, is_cuda=True, major=7))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     assert in_groups(None, key(torch.float32, is_cuda=True), key(torch.float32, is_cuda=True)), "autocast gives it 16 bits"

@@ -1,5 +1,6 @@
 """What would go wrong where no test runs: on two cards, with TF32, without a compiler, on a Mac.  Tensors on other devices are made up."""
 
+import copy
 import errno
 import fcntl
 import logging
@@ -14,12 +15,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lopd import CausalLMStudent, LanceStore, MemoryStore, ZarrStore
+from lopd.engines import conditions
 from lopd.engines.effective import _merged
+from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
-from lopd.errors import InvalidRecordError, ModelError
+from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses import chunked
 from lopd.losses.rows import TorchRows
+from lopd.records.devices import has_bfloat16
 from lopd.records.flush import flush
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
@@ -171,3 +175,23 @@ def test_a_card_without_bfloat16_is_not_tried_with_it_as_a_compiler_may_end_the_
     kernels(None)
     assert chunked._triton_rows(a_card(monkeypatch, 7), torch.bfloat16) is None
     assert not caplog.messages
+
+
+def test_old_cards_of_nvidia_have_no_bfloat16_of_their_own_whatever_torch_says_and_others_are_left_alone(monkeypatch):
+    assert has_bfloat16(torch.device("cpu"))
+    assert [has_bfloat16(a_card(monkeypatch, major)) for major in (7, 8, 9)] == [False, True, True]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert has_bfloat16(a_card(monkeypatch, 7))
+
+
+def test_what_computes_in_bfloat16_on_a_card_without_it_is_told_what_to_do(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(conditions, "has_bfloat16", lambda _: False)
+    HFScorer(llama, tokenizer)
+    narrow, emulated = copy.deepcopy(llama).bfloat16(), "it computes in bfloat16, which torch emulates on cpu, .*; "
+    for make in (HFScorer, HFSource, CausalLMStudent):
+        with pytest.warns(ModelWarning, match=emulated + r"load it as torch\.float32, which keeps its identity\."):
+            make(narrow, tokenizer)
+    with pytest.warns(ModelWarning, match=emulated + r"leave out `autocast`\."):
+        CausalLMStudent(llama, tokenizer, autocast=torch.bfloat16)
+    with pytest.raises(ModelError, match="load float32 weights, and leave out `autocast`"):
+        CausalLMStudent(copy.deepcopy(llama).half(), tokenizer)

@@ -12,6 +12,8 @@ import torch
 
 from lopd.engines.causal_lm import hidden_states, text_config, unwrap
 from lopd.errors import ModelError, ModelWarning
+from lopd.records.devices import has_bfloat16
+from lopd.records.warn import warn_user
 
 
 def check_causal_lm(model: Any) -> None:
@@ -72,10 +74,29 @@ def check_trained_dtype(model: Any, autocast: torch.dtype | None) -> None:
     # over a frozen base an autocast computes in its own dtype
     half = torch.float16 in {p.dtype for p in model.parameters() if p.requires_grad or autocast is None}
     if half or autocast not in (None, torch.bfloat16, torch.float32):
+        fast = has_bfloat16(next(model.parameters()).device)
         raise ModelError(
             f"Model {type(unwrap(model)).__name__}: {'its weights are torch.float16' if half else f'autocast is {autocast!r:.40}'}, expected "
-            "torch.float32 or torch.bfloat16, as float16 rounds gradients below 3e-8 to 0; load float32 weights, and pass "
-            "`autocast=torch.bfloat16` for speed."
+            "torch.float32 or torch.bfloat16, as float16 rounds gradients below 3e-8 to 0; load float32 weights, and "
+            f"{'pass `autocast=torch.bfloat16` for speed' if fast else 'leave out `autocast`'}."
+        )
+
+
+def warn_of_bfloat16(model: Any, autocast: torch.dtype | None) -> None:
+    """Warn where layers compute in bfloat16 on a card that has none of its own (`has_bfloat16`): there it is slow, and attention keeps all scores.
+
+    Warns:
+        ModelWarning: it names the card, and what to do.
+    """
+    device = next(model.parameters()).device
+    steps = ["leave out `autocast`"] if autocast == torch.bfloat16 else []
+    if torch.bfloat16 in {parameter.dtype for parameter in model.parameters()}:
+        steps.append("load it as torch.float32, which keeps its identity")
+    if steps and not has_bfloat16(device):
+        warn_user(
+            f"Model {type(unwrap(model)).__name__}: it computes in bfloat16, which torch emulates on {device}, slowly and with all scores of "
+            f"attention kept; {', and '.join(steps)}.",
+            ModelWarning,
         )
 
 

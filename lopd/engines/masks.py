@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lopd.records.devices import has_bfloat16
+
 _Function = Callable[..., Any]
 _here, _UNKNOWN = local(), object()
 
@@ -38,9 +40,10 @@ def _borders(look: _Function, position_ids_BS: Any) -> Any:
 
 
 def _in_groups(asks: _Function, mask: Any, key: Any, value: Any) -> bool:
-    """Return whether attention reads heads in groups.  On CUDA float32 does not: there torch has only a kernel for it that keeps all scores."""
-    wide = key.is_cuda and key.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
-    return not wide and asks(mask, key, value)
+    """Return whether attention reads heads in groups.  Not on CUDA in float32, or without FlashAttention: what is left for it keeps all scores."""
+    wide = key.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
+    kept = key.is_cuda and (wide or not has_bfloat16(key.device))
+    return not kept and asks(mask, key, value)
 
 
 def _stand_before(module: str, name: str, answer: _Function) -> None:

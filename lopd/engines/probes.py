@@ -25,7 +25,7 @@ from lopd.engines.causal_lm import (
     row_hidden_states,
     unwrap,
 )
-from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
+from lopd.engines.conditions import check_causal_lm, keep_caps, randomly, warn_of_bfloat16
 from lopd.engines.structure import is_exact, once
 from lopd.errors import LopdError, ModelError
 
@@ -43,7 +43,7 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     shares the batch, also beyond a window or a rope border.  A few short forwards, once for models of one structure.
 
     Warns:
-        ModelWarning: its attention was set to "eager", since it drops a cap on attention scores.
+        ModelWarning: its attention was set to "eager", since it drops a cap on attention scores; or its card has no bfloat16, in which it computes.
 
     Raises:
         ModelError: the model cannot be scored here; it names the cause and the next step.
@@ -93,6 +93,7 @@ def _prepare(model: Any, vocab_size: int, ability: str, autocast: torch.dtype | 
     with refusing(model, ability):
         check_causal_lm(model)
         keep_caps(model)
+        warn_of_bfloat16(model, autocast)
         lm_head(model, vocab_size)
     # FlashAttention takes 16 bits alone: where weights have more, all probes of a student are in its autocast
     if "flash" in attention_of(model) and next(model.parameters()).dtype == torch.float32:

@@ -46,8 +46,8 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Warns:
-        ModelWarning: torch.compile is around the model as a whole, where it does nothing; or the model also reads images, and the files of its
-            processor are not where it was loaded from.
+        ModelWarning: torch.compile is around the model as a whole, where it does nothing; the model also reads images, and the files of its
+            processor are not where it was loaded from; or what `lopd.engines.probes.check_training` warns of.
 
     Raises:
         ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here

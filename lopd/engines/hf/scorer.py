@@ -53,6 +53,9 @@ class HFScorer:
 
     A support has the candidates first, then the model's own, then the drawn ones, and the probability of all tokens but the first two.
 
+    Warns:
+        ModelWarning: see `lopd.engines.probes.check_scoring`.
+
     Raises:
         InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1; or `top_k`, `candidates` or both together are not 0 to V.
         ModelError: see `lopd.engines.probes.check_scoring`.

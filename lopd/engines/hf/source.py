@@ -47,7 +47,7 @@ class HFSource:
         rows_per_batch: responses that are sampled side by side; this bounds memory.
 
     Warns:
-        ModelWarning: no cache is right for the model, so sampling is slow.
+        ModelWarning: no cache is right for the model, so sampling is slow; or what `lopd.engines.probes.check_scoring` warns of.
 
     Raises:
         InvalidRecordError: `rows_per_batch` is less than 1, or `sampling.candidates` is more than the vocabulary has ids.
