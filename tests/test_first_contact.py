@@ -69,13 +69,23 @@ def test_a_missing_bucket_is_named_at_once(s3: S3Server, look: str) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("allowed", ["true", "1"])
-def test_what_the_environment_allows_holds_at_the_first_request_too(s3: S3Server, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+@pytest.mark.parametrize(("allowed", "options"), [("true", {}), ("1", {}), ("true", {"timeout": "60s", "client_retry_timeout": 1})])
+def test_what_the_environment_allows_holds_at_every_request(
+    s3: S3Server, kind: Any, allowed: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in s3.storage_options.items():
         monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", allowed if value == "true" else value)
     url = s3.new_url()
-    ZarrStore.create(url, tiny_manifest())
-    assert len(open_store(url)) == 0
+    kind.create(url, tiny_manifest(), storage_options=options).append([tiny_rollout("a")])
+    assert len(open_store(url, options)) == 1
+
+
+def test_every_client_option_of_the_environment_stays_beside_one_that_is_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_PROXY_EXCLUDES": "host", "AWS_HTTP1_ONLY": "true", "AZURE_TIMEOUT": "1s"}.items():
+        monkeypatch.setenv(name, value)
+    files = cloud.ObstoreFiles("s3://bucket/run", {"connect_timeout": "3s"}, answered=True)
+    assert files._store.client_options == {"proxy_excludes": "host", "http1_only": "true", "connect_timeout": "3s"}
 
 
 @pytest.mark.timeout(60)

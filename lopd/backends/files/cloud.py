@@ -26,7 +26,12 @@ from lopd.records.optional import need
 from lopd.records.paths import without_secrets
 from lopd.records.waiting import waiting
 
-_CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
+# What obstore takes apart from other options, with the prefix that it may have: all that LanceDB takes too.
+_CLIENT_OPTION = re.compile(
+    r"(?:aws_|azure_|google_)?(allow_(?:http|invalid_certificates)|(?:connect_|read_)?timeout|default_content_type|http[12]_only"
+    r"|http2_(?:keep_alive_(?:interval|timeout|while_idle)|max_frame_size)|pool_(?:idle_timeout|max_idle_per_host)"
+    r"|proxy_(?:url|ca_certificate|excludes)|randomize_addresses|user_agent)"
+)
 _RETRY_OPTIONS = ("client_max_retries", "client_retry_timeout")
 # Within them, and their sum, a first request fails; well below 20 s together.
 _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
@@ -73,8 +78,8 @@ def _number(shown: str, options: StorageOptions, name: str, default: float) -> f
 
 def _client_options_of_environment(url: str) -> dict[str, str]:
     prefix = next((prefix for scheme, prefix in _ENVIRONMENTS.items() if url.startswith(scheme)), "AWS_")
-    own = {name.upper().removeprefix(prefix).lower(): value for name, value in os.environ.items() if name.upper().startswith(prefix)}
-    return {name: own[name] for name in _CLIENT_OPTIONS if name in own}
+    own = ((_CLIENT_OPTION.fullmatch(name.lower()), value) for name, value in os.environ.items() if name.upper().startswith(prefix))
+    return {found[1]: value for found, value in own if found}
 
 
 @final
@@ -112,12 +117,11 @@ class ObstoreFiles:
         check_fork("obstore", f"Store {self.url}")
         url = bucket_url(self._given)
         _check_http(url, self.url, self.options)
-        options = {name: value for name, value in self.options.items() if name not in _RETRY_OPTIONS}
+        given = {name: value for name, value in self.options.items() if _CLIENT_OPTION.fullmatch(name)}
+        options = {name: value for name, value in self.options.items() if name not in {*given, *_RETRY_OPTIONS}}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
-        client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
-        if not self._answered:
-            # what is passed takes the place of all that the environment sets
-            client = _FIRST_TIMEOUTS | _client_options_of_environment(url) | client
+        # what is passed takes the place of all that the environment sets
+        client = ({} if self._answered else _FIRST_TIMEOUTS) | _client_options_of_environment(url) | given
         client = {name: str(value).lower() in _YES if name.startswith("allow_") else value for name, value in client.items()}
         try:
             # obstore decides which options there are.
