@@ -15,6 +15,7 @@ from fault_places import fill, place  # noqa: F401
 from fault_proxy import ALWAYS, FaultProxy
 
 from lopd.backends import retry
+from lopd.backends.files import cloud
 from lopd.backends.files.cloud import ObstoreFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.zarr.store import ZarrStore
@@ -319,3 +320,21 @@ def test_an_endpoint_of_s3_says_nothing_about_other_clouds(monkeypatch):
     with pytest.raises(StorePathError, match="expected https"):
         ObstoreFiles("s3://bucket/run", {})
     assert ObstoreFiles("s3://bucket/run", {"allow_http": "true"}).url == "s3://bucket/run"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_options_may_be_named_as_in_the_environment(kind: Any, proxy: FaultProxy) -> None:
+    options = {name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}": value for name, value in proxy.storage_options.items()}
+    options |= {"pool_idle_timeout": "10s", "Client_Max_Retries": 1}
+    store = kind.create(proxy.server.new_url(), tiny_manifest(), storage_options=options)
+    store.append([rollout(0)])
+    assert (len(store), store._files._max_retries) == (1, 1)
+
+
+def test_a_panic_of_the_package_below_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cloud, "_CLIENT_OPTION", re.compile("none"))
+    with pytest.raises(StorePathError, match=r"cannot be opened \(PanicException\), expected storage options"):
+        ObstoreFiles("s3://bucket/run", {"pool_idle_timeout": "10s"})
+    # Rust's panics are printed where they happen.
+    capfd.readouterr()

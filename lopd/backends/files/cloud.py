@@ -1,9 +1,9 @@
 """Files in a bucket: s3, gs, az and their kin, through obstore.
 
 `storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
-`aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
-within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
-Until the storage has answered once, requests are given up after some seconds.
+`aws_endpoint`, `allow_http`, ...; what is not given comes from the environment, whose names (`AWS_ALLOW_HTTP`) may be passed as well.
+Requests that fail are repeated with growing pauses, within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and
+`connect_timeout` limit one request ("30s").  Until the storage has answered once, requests are given up after some seconds.
 The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
@@ -57,10 +57,9 @@ def _check_http(url: str, shown: str, options: StorageOptions) -> None:
     """Refuse plain http that was not allowed: object_store would repeat for a minute what it never sends, and not report why."""
     if not url.startswith("s3"):
         return  # the endpoint in the environment is not that of other clouds
-    environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
-    given = {name.lower(): str(value) for place in (environment, options) for name, value in place.items()}
-    named = {name.lower() for name in options}
-    endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in named) if name in given), "")
+    environment = {name.lower(): value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
+    given = environment | {name: str(value) for name, value in options.items()}
+    endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in options) if name in given), "")
     allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
     if endpoint.startswith("http://") and not allowed:
         raise StorePathError(
@@ -74,6 +73,11 @@ def _number(shown: str, options: StorageOptions, name: str, default: float) -> f
         if 0 <= (number := float(options.get(name, default))) <= _LONGEST_S:
             return number
     raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
+
+
+def _name(option: str) -> str:
+    found = _CLIENT_OPTION.fullmatch(option.lower())
+    return found[1] if found else option.lower()
 
 
 def _client_options_of_environment(url: str) -> dict[str, str]:
@@ -95,7 +99,8 @@ class ObstoreFiles:
         # with the secrets that are in it
         self._given = url.rstrip("/")
         self.url = without_secrets(self._given)
-        self.options = dict(options)
+        # one form of each name: obstore ends in a panic where a client option has another, and LanceDB reads some in lower case alone
+        self.options = {_name(name): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
         self._max_retries = int(_number(self.url, self.options, "client_max_retries", 10))
@@ -128,8 +133,11 @@ class ObstoreFiles:
             make = partial(obstore.store.from_url, url, config=options, client_options=client or None)
             # A conditional put is repeated by `put_if_absent`, which knows what is in vain.
             self._store, self._once = make(retry_config=retry), make(retry_config=retry | {"max_retries": 0})
-        except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
+        except BaseException as error:
             refused = type(error).__name__
+            # a panic of its Rust code is not an `Exception`
+            if refused != "PanicException" and not isinstance(error, obstore.exceptions.BaseError | ValueError | TypeError):
+                raise
         else:
             return
         # Not in the block above, where Python would chain obstore's error: it has the URL in it, or the value of an option.
