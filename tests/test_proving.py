@@ -106,9 +106,30 @@ def test_what_a_killed_process_left_of_asking_hides_no_place(s3: S3Server) -> No
 
 
 @pytest.mark.s3
-def test_who_may_not_remove_may_write(s3: S3Server, proxy: FaultProxy) -> None:
+@pytest.mark.parametrize("kind", STORES)
+def test_who_may_not_remove_may_write(kind: Any, s3: S3Server, proxy: FaultProxy) -> None:
     proxy.refuse(1000, "POST|DELETE", status=403)
-    ZarrStore.create(s3.new_url(), tiny_manifest(), storage_options=proxy.storage_options)
+    url, rollouts = s3.new_url(), [*map(tiny_rollout, "ab")]
+    store = kind.create(url, tiny_manifest(), storage_options=proxy.storage_options)
+    for row in rollouts:
+        store.append([row])
+    store.append_scores("teacher", tiny_provenance("teacher"), [tiny_scores(row) for row in rollouts])
+    found = open_store(url, s3.storage_options)
+    assert found.scored("teacher").tolist() == [True, True]
+    assert [commit.rows for commit in found.history()] == [1, 1, 2]
+    assert list(found.verify()) == []
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_who_may_not_remove_what_others_wrote_into_a_folder_may_write(kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, **_: Any) -> None:
+        raise PermissionError(errno.EPERM, "refused", path)
+
+    store = kind.create(tmp_path / "run", tiny_manifest())
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for row in map(tiny_rollout, "ab"):
+        store.append([row])
+    assert len(open_store(tmp_path / "run")) == 2
 
 
 @pytest.mark.s3

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, final
 
@@ -69,9 +70,10 @@ class FsspecFiles:
         return True
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty file of this number, and remove the one before it."""
+        """Make an empty file of this number, and remove the one before it, if that is allowed."""
         self._call(self._fs.pipe_file, self._path(f"{folder}/{number:010d}"), b"")
-        self.remove([f"{folder}/{number - 1:010d}"] if number else [])
+        with suppress(OSError):
+            self.remove([f"{folder}/{number - 1:010d}"] if number else [])
 
     def settle(self, folder: str, /) -> None:
         """Do nothing: a file counts when it is closed."""

@@ -239,10 +239,10 @@ class ObstoreFiles:
         return isinstance(error.__cause__, self._final) or "501 Not Implemented" in str(error.__cause__)
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty object of this number, and remove the one before it."""
+        """Make an empty object of this number, and remove the one before it, if that is allowed."""
         self._put(f"{folder}/{number:010d}", np.zeros(0, np.uint8))
-        if number:
-            self.remove([f"{folder}/{number - 1:010d}"])
+        with suppress(OSError):
+            self.remove([f"{folder}/{number - 1:010d}"] if number else [])
 
     def settle(self, folder: str, /) -> None:
         """Do nothing: a put is durable when it is answered."""

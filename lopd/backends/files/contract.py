@@ -72,7 +72,10 @@ class Files(Protocol):
         ...
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty file named by this number, and remove the one before it; of a folder, only the first need survive a power cut."""
+        """Make an empty file named by this number, and remove the one before it, if that is allowed: the highest counts.
+
+        Of a folder, only the first need survive a power cut.
+        """
         ...
 
     def settle(self, folder: str, /) -> None:

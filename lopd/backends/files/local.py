@@ -152,14 +152,14 @@ class LocalFiles:
         return True
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty file of this number, and remove the one before it; only the first of a folder is flushed."""
+        """Make an empty file of this number, and remove the one before it, if that is allowed; only the first of a folder is flushed."""
         path = self.root / folder / f"{number:010d}"
         changed = [] if path.parent.is_dir() else [path.parent, path.parent.parent]
         path.parent.mkdir(exist_ok=True)
         path.touch()
         flush(*changed)
-        if number:
-            path.with_name(f"{number - 1:010d}").unlink(missing_ok=True)
+        with suppress(OSError):  # in a sticky folder it may be somebody else's
+            path.with_name(f"{number - 1:010d}").unlink()
 
     def settle(self, folder: str, /) -> None:
         """Flush a folder, and its entry in the one that it stands in, unless this object has done so before."""

@@ -15,6 +15,7 @@ An older store has folders of files without numbers instead.  They are read, and
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, final
 from uuid import uuid4
@@ -168,6 +169,8 @@ class Catalog:
         folder = f"{name}{HEAD}"
         with writing(self._owner, f"writing {folder}"):
             self._files.mark(folder, number)
+        # A writer may be allowed to create and not to remove; the highest counts.
+        with suppress(OSError):
             self._files.remove([f"{folder}/{old}" for old in self._files.names(folder) if old.isdecimal() and int(old) < number])
 
     def least(self, name: str) -> int:
