@@ -16,7 +16,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
 from lopd.engines.server import Servers
-from lopd.errors import LopdError, StoreReadError
+from lopd.errors import LopdError, StorePathError, StoreReadError
 from lopd.records import read_prompts
 from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.interop import export_parquet, import_parquet
@@ -240,3 +240,12 @@ def test_azure_is_reached_by_an_account_in_the_options(url: str) -> None:
     files: Any = open_files(url, {"azure_storage_account_name": "account"})
     assert files.url == url
     assert (files._store.config["account_name"], files._store.config["container_name"], files._store.prefix) == ("account", "box", "run")
+
+
+@pytest.mark.parametrize("rest", [f"?sig={WORD}", f"#{WORD}", f"#{WORD}/run.zarr", f"?{WORD}#/run"])
+@pytest.mark.parametrize("url", ["s3://box/run", "gs://box/run", "abfss://box@a/run", "https://a.blob.core.windows.net/box/run"])
+def test_what_a_bucket_would_not_see_of_a_url_is_refused_and_not_repeated(url: str, rest: str) -> None:
+    for make in (open_store, lambda url: LanceStore.create(url, tiny_manifest())):
+        with pytest.raises(StorePathError, match=rf"Store {url}: its URL has a `\?` or `#`, .*azure_storage_sas_token") as caught:
+            make(url + rest)
+        assert WORD not in str(caught.value)

@@ -94,11 +94,17 @@ class ObstoreFiles:
         """Keep the settings; a request is made later.
 
         Raises:
-            StorePathError: it refuses the options, or the endpoint is http and that was not allowed.
+            StorePathError: it refuses the options, the endpoint is http and that was not allowed, or the URL goes on with `?` or `#`.
         """
         # with the secrets that are in it
         self._given = url.rstrip("/")
         self.url = without_secrets(self._given)
+        if re.search("[?#]", self._given):
+            # obstore drops it, and two stores would be one
+            raise StorePathError(
+                f"Store {self.url}: its URL has a `?` or `#`, expected none in a bucket; choose another name, or pass a SAS token as the option "
+                "`azure_storage_sas_token`."
+            )
         # one form of each name: obstore ends in a panic where a client option has another, and LanceDB reads some in lower case alone
         self.options = {_name(name): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
