@@ -28,7 +28,7 @@ from attrs import define, frozen
 from s3_server import S3Server
 
 ALWAYS = 1 << 30
-_SLOW_DOWN = b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Slow down.</Message></Error>'
+_ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{}</Code><Message>It was planned.</Message></Error>'
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -88,9 +88,9 @@ class FaultProxy:
         host, port = self._listener.server_address[:2]
         return self.server.storage_options | {"aws_endpoint": f"http://{host!s}:{port}"}
 
-    def refuse(self, n: int = 1, method: str = "", path: str = "", status: int = 503) -> None:
+    def refuse(self, n: int = 1, method: str = "", path: str = "", status: int = 503, code: str = "SlowDown") -> None:
         """Answer the next `n` requests that match both expressions (found anywhere in them) with this status; the server hears nothing."""
-        self._plan(n, method, path, before=lambda handler: handler.answer(status))
+        self._plan(n, method, path, before=lambda handler: handler.answer(status, code))
 
     def refuse_after(self, n: int = 1, method: str = "", path: str = "", status: int = 503) -> None:
         """Do as `refuse`, but the server has done what was asked."""
@@ -278,9 +278,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.wfile.flush()
 
-    def answer(self, status: int) -> bool:
+    def answer(self, status: int, code: str = "SlowDown") -> bool:
         self.status, self.reason, self.answered = status, "Slow Down", [("Content-Type", "application/xml")]
-        self.body = b"" if self.command == "HEAD" else _SLOW_DOWN
+        self.body = b"" if self.command == "HEAD" else _ERROR.format(code).encode()
         self.length = str(len(self.body))
         self.send(self.body)
         return True

@@ -130,6 +130,10 @@ def test_a_storage_that_has_answered_is_given_time(s3: S3Server) -> None:
             "Error GET http://h:1/b?sig=SECRET - status code: 403 Forbidden: <?xml?><Code>InvalidAccessKeyId</Code>",
             "h:1 answers InvalidAccessKeyId",
         ),
+        (
+            "Error GET http://h:1/b?sig=SECRET - status code: 400 Bad Request: <?xml?><Code>ExpiredToken</Code>",
+            "h:1 answers that the credentials have expired (ExpiredToken), so set fresh ones",
+        ),
         ("Error GET http://h:1/b?sig=SECRET - status code: 503 Slow Down: <html>", "h:1 answers 503 Slow Down"),
         (
             "Error GET http://h:1/b?sig=SECRET in 155 ms - Received redirect without LOCATION, this normally indicates",

@@ -300,6 +300,34 @@ def test_a_key_that_is_refused_is_an_error_at_once_and_not_repeated(place: Place
     assert proxy.count() == 1
 
 
+@pytest.mark.s3
+def test_a_session_token_that_ends_is_named_at_once_and_what_is_said_of_the_commit_is_true(
+    place: Place, faulty: Place, proxy: FaultProxy
+) -> None:
+    fill(place)
+    store = faulty.open()
+    proxy.forget()
+    proxy.refuse(ALWAYS, "PUT", "/commits/", status=400, code="ExpiredToken")
+    with pytest.raises(StoreWriteError, match=r"credentials have expired \(ExpiredToken\).*nothing of this call was committed"):
+        store.append([rollout(4)])
+    assert proxy.count("PUT", "/commits/") == 1
+    proxy.refuse(ALWAYS, status=400, code="ExpiredToken")
+    for read in (store.refresh, lambda: store.read([0]), faulty.open):
+        with pytest.raises(StoreReadError, match="the credentials have expired"):
+            read()
+    proxy.heal()
+    check_rows(place.open(), range(4))
+
+
+@pytest.mark.s3
+def test_a_put_that_came_too_slowly_is_repeated_though_that_is_a_400_too(place: Place, faulty: Place, proxy: FaultProxy) -> None:
+    fill(place)
+    proxy.refuse(1, "PUT", "/commits/", status=400, code="RequestTimeout")
+    faulty.open().append([rollout(4)])
+    assert proxy.pending == 0
+    check_rows(place.open(), range(5))
+
+
 # The proxy itself
 
 

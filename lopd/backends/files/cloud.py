@@ -38,6 +38,8 @@ _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
 _LONGEST_S = 1e6
 _ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
+# A put that was answered so is not done, and another would be answered alike, as with a session token that has ended.
+_FINAL = re.compile(r"(?s)status code: (501|400(?!.*<Code>RequestTimeout<))")
 _METADATA_HOST = "169.254.169.254"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
@@ -189,10 +191,10 @@ class ObstoreFiles:
     def _read_span(self, path: str, start: int, end: int) -> bytes:
         try:
             return bytes(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)))
-        except FileNotFoundError:
-            raise
-        except OSError:
+        except OSError as error:
             # A server refuses a range that begins behind the end; that the object is too short is for the caller to report.
+            if isinstance(error, FileNotFoundError) or self._is_final(error):
+                raise
             if self._call(path, lambda: self._obstore.head(self._store, path))["size"] > start:
                 raise
             return b""
@@ -242,7 +244,7 @@ class ObstoreFiles:
         return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not self._is_final(error)
 
     def _is_final(self, error: OSError) -> bool:
-        return isinstance(error.__cause__, self._final) or "501 Not Implemented" in str(error.__cause__)
+        return isinstance(error.__cause__, self._final) or _FINAL.search(str(error.__cause__)) is not None
 
     def mark(self, folder: str, number: int, /) -> None:
         """Make an empty object of this number, and remove the one before it, if that is allowed."""
@@ -288,5 +290,7 @@ def _said(error: Exception) -> str:
         return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
     if re.search(r"redirect without LOCATION|the region \S+ is wrong", text):
         return f"{host[1]} answers that the bucket is in another region than AWS_REGION (or the option `aws_region`) names"
+    if code is not None and code[1] == "ExpiredToken":
+        return f"{host[1]} answers that the credentials have expired ({code[1]}), so set fresh ones and start again"
     answer = code or status
     return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"
