@@ -11,7 +11,7 @@ import pytest
 from attrs import evolve
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.errors import CorruptStoreError, InvalidRecordError, StoreNotFoundError, TokenizerMismatchError
+from lopd.errors import ConflictError, CorruptStoreError, InvalidRecordError, StoreNotFoundError, TokenizerMismatchError
 from lopd.records import Provenance, fingerprint_tokenizer
 from lopd.testing import tiny_manifest, tiny_provenance
 from lopd.tools.interop import import_authors_parquet
@@ -65,6 +65,15 @@ def test_the_authors_rows_become_rollouts_and_a_column_of_scores(
     # with a zero in the mask, the i-th score still belongs to the i-th token
     assert read[2].scores["teacher"].tolist() == (np.arange(-8, 0) / 8).tolist()
     assert (empty.columns["teacher"], empty.scored("behavior").any()) == (teacher, False)
+
+
+def test_mended_scores_of_the_authors_are_not_taken_for_those_that_are_there(
+    tokenizer: Any, teacher: Provenance, empty: MemoryStore, tmp_path: Path
+) -> None:
+    import_authors_parquet(write_authors(tmp_path / "opd.parquet", [authors_row()]), empty, tokenizer, teacher)
+    mended = write_authors(tmp_path / "mended.parquet", [authors_row(teacher_log_probs=[-0.5, -0.5, -0.25])])
+    with pytest.raises(ConflictError, match="is there with other logprobs/teacher"):
+        import_authors_parquet(mended, empty, tokenizer, teacher)
 
 
 def test_the_report_says_what_the_authors_rows_cannot_vouch_for(

@@ -220,6 +220,25 @@ def test_a_row_that_is_not_what_was_exported_is_refused(change: Any, message: st
         import_parquet(tmp_path / "run.parquet", MemoryStore(tiny_manifest()))
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("finish_reason", "length"),
+        ("behavior_logprobs", [-0.5] * 6),
+        ("logprobs/teacher", [-0.5] * 6),
+        ("top_k_ids/teacher", [1, 2, 1, 1] * 6),
+        ("logprobs/a.b-c", [-0.5] * 6),
+    ],
+)
+def test_values_that_were_edited_are_not_taken_for_those_that_are_there(
+    name: str, values: Any, memory: MemoryStore, tmp_path: Path
+) -> None:
+    rewritten(memory, tmp_path / "run.parquet", put(name, values))
+    message = rf"rollout 'p5/s0/g1' is there with.* {name}, and an import replaces nothing"
+    with pytest.raises(ConflictError, match=message), pytest.warns(UncheckedDataWarning):
+        import_parquet(tmp_path / "run.parquet", memory)
+
+
 def test_a_store_of_another_manifest_is_refused(memory: MemoryStore, tmp_path: Path) -> None:
     export_parquet(memory, tmp_path / "run.parquet")
     other = MemoryStore(tiny_manifest(301))

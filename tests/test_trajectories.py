@@ -340,6 +340,30 @@ def test_the_same_call_adds_nothing_and_other_turns_under_the_ids_are_refused(to
         again(turns="each")
 
 
+ROUNDED = {**VERL, "rollout_log_probs": [-0.3, -1.1, 0.0, 0.0, 0.0, -0.7, -2.3]}
+BARE = {key: value for key, value in VERL.items() if key != "rollout_log_probs"}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        (BARE, ROUNDED, "without behavior_logprobs"),
+        (ROUNDED, BARE, "with behavior_logprobs"),
+        (ROUNDED, {**ROUNDED, "rollout_log_probs": [*ROUNDED["rollout_log_probs"][1:], 0.0]}, "with other behavior_logprobs"),
+        (ROUNDED, {**ROUNDED, "finish_reason": "length"}, "with other finish_reason"),
+    ],
+)
+def test_mended_records_are_not_taken_for_those_that_are_there(first, then, said, tokenizer, tmp_path):
+    def again(*records):
+        maker = lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m, logprob_dtype="float16")  # noqa: E731
+        return imported(records, tokenizer, store=maker)
+
+    again(first)
+    with pytest.raises(ConflictError, match=f"is there {said}, and an import replaces nothing; import into a new store"):
+        again({**VERL, "prompts": [10, 12]}, then)
+    assert len(again(first)) == 1
+
+
 @pytest.mark.parametrize("kind", [MemoryStore, ZarrStore, LanceStore])
 def test_every_store_keeps_a_trajectory(kind, tokenizer, tmp_path):
     store = imported([VERL], tokenizer, store=kind if kind is MemoryStore else lambda m: kind.open_or_create(tmp_path / "t", m))

@@ -21,9 +21,9 @@ from attrs import evolve
 from xxhash import xxh3_128
 
 from lopd.backends import admission
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, ManifestMismatchError, UncheckedDataWarning
+from lopd.errors import ConflictError, CorruptStoreError, InvalidRecordError, LopdError, ManifestMismatchError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.protocols.reading import named, parts
+from lopd.protocols.reading import in_batches, named, parts
 from lopd.records.manifest import Provenance
 from lopd.records.optional import need
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
@@ -32,6 +32,7 @@ from lopd.tools.interop.description import CHECKSUM, TOP_K_FIELDS, Description
 
 # Arrays enter a checksum as the table holds them, in whatever type a store gives them.
 _TYPES = {"b": "|b1", "i": "<i4", "u": "<i4", "f": "<f4"}
+_FIELDS = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation", "sampler_logprobs")
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
@@ -83,6 +84,50 @@ def _value(row: ScoredRollout, name: str) -> Any:
     return getattr(row.top_k[column], kind.removeprefix("top_k_")).reshape(-1) if column in row.top_k else None
 
 
+def row_of(rollout: Rollout) -> dict[str, Any]:
+    """Return what a rollout has, by the names of columns."""
+    return {name: getattr(rollout, name) for name in _FIELDS}
+
+
+def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Provenance]) -> None:
+    """Refuse rows of an import that are in the store with other values, before it is written to.
+
+    An append keeps what came first and says nothing, since a repeated request may round otherwise.  An import reads a file again: it was mended.
+
+    Args:
+        store: they are about to be appended to it.
+        rows: values by the names of columns.
+        columns: provenance of the score columns in them.
+
+    Raises:
+        ConflictError: a value is another, beyond what a store of float16 rounds, or is in one of the two alone; or a column is another model's.
+    """
+    for column, provenance in columns.items():
+        admission.check_provenance(named(store), column, store.columns.get(column), provenance)
+    found = store.find([row["rollout_id"] for row in rows])
+    there = np.flatnonzero(found >= 0)
+    scored = {column: store.scored(column) for column in columns if there.size}
+    for part in in_batches(there):
+        for column in ("", *columns):
+            both = [i for i in part if not column or (rows[i][f"logprobs/{column}"] is not None and scored[column][found[i]])]
+            asked, top_k = [column] * bool(column), [column] * bool(column and columns[column].top_k)
+            for i, record in zip(both, store.read(found[both].tolist(), asked, top_k), strict=True):
+                for name, given in rows[i].items():
+                    if name.partition("/")[2] == column and not _same(given, kept := _value(record, name)):
+                        how = "without" if kept is None else "with" if given is None else "with other"
+                        raise ConflictError(
+                            f"{named(store)}: rollout {rows[i]['rollout_id']!r} is there {how} {name}, and an import replaces nothing; import into "
+                            "a new store."
+                        )
+
+
+def _same(given: Any, kept: Any) -> bool:
+    if not isinstance(given, np.ndarray) or not isinstance(kept, np.ndarray):
+        return type(given) is type(kept) and bool(given == kept)
+    rounded = given.dtype.kind == "f" and given.shape == kept.shape
+    return np.array_equal(given, kept) or (rounded and np.allclose(kept, given, rtol=2.0**-11, atol=2.0**-25))
+
+
 def _check_text(rollout_id: str) -> None:
     try:
         rollout_id.encode()
@@ -106,7 +151,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling.
         CorruptStoreError: a row does not match its checksum or its hash, rows are missing, or a table does not match the description.
-        ConflictError: other content is under an id, another model under a column, or another policy under a round, of the store.
+        ConflictError: other content or values are under an id, another model under a column, or another policy under a round, of the store.
     """
     difference = store.manifest.difference(description.manifest)
     if difference is not None:
@@ -129,6 +174,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     for table in chain(() if first is None else (first,), incoming):
         rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
         seen += len(rows)
+        refuse_other(store, [row for row, _ in rows], description.columns)
         store.append([rollout for _, rollout in rows])
         for name, provenance in description.columns.items():
             scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in rows if row[f"logprobs/{name}"] is not None]
@@ -188,8 +234,8 @@ def _rows(table: Any, schema: Any, owner: str, first: int) -> Iterator[dict[str,
 
 
 def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
-    names = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation")
-    rollout = Rollout(**{name: row[name] for name in names}, sampler_logprobs=row.get("sampler_logprobs"))
+    values: dict[str, Any] = {name: row.get(name) for name in _FIELDS}
+    rollout = Rollout(**values)
     if rollout.content_hash != row["content_hash"]:
         raise CorruptStoreError(
             f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected the "

@@ -20,6 +20,7 @@ from lopd.records.contents import name_of
 from lopd.records.identity import fingerprint_tokenizer
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import FinishReason, Rollout, Scores, rollout_id
+from lopd.tools.interop.arrow_table import refuse_other, row_of
 from lopd.tools.interop.parquet import open_parquet, read_batches
 
 _ARRAYS = ("response_tokens", "loss_mask", "teacher_log_probs")
@@ -91,7 +92,7 @@ def import_authors_parquet(
         StoreNotFoundError: the file is not there.
         StoreReadError: the storage fails, also midway.
         CorruptStoreError: it is damaged, or has other fields.
-        ConflictError: other content is under an id, or another model under the column, of the store.
+        ConflictError: other content or values are under an id, or another model under the column, of the store.
     """
     ours = store.manifest.tokenizer
     check_vocabulary("Tokenizer", fingerprint_tokenizer(tokenizer), "the store's", ours)
@@ -113,6 +114,8 @@ def import_authors_parquet(
             tokens += rollout.response_ids.size
             masked += int((~rollout.loss_mask).sum())
             reasons[rollout.finish_reason] += 1
+        rows = [{**row_of(rollout), f"logprobs/{column}": score.logprobs} for rollout, score in zip(rollouts, scores, strict=True)]
+        refuse_other(store, rows, {column: teacher})
         store.append(rollouts)
         store.append_scores(column, teacher, scores)
     said = "what the caller said" if finish_reason else f"inferred from the length, {store.manifest.sampling.max_new_tokens} tokens or less"

@@ -12,6 +12,7 @@ from lopd.records.contents import several
 from lopd.records.files import named_file, read_records
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Rollout
+from lopd.tools.interop.arrow_table import refuse_other, row_of
 
 _ROWS_PER_COMMIT = 1024
 #: Makes the store of an import.
@@ -52,11 +53,12 @@ def fill(store: StoreMaker, manifest: Manifest, rollouts: Sequence[Rollout]) -> 
     Raises:
         InvalidRecordError: a token id is outside the vocabulary.
         ManifestMismatchError: the store is of another writer or tokenizer.
-        ConflictError: it has another rollout under an id.
+        ConflictError: it has another rollout under an id, or the same with other log-probs or another end.
     """
     vocab_size, generations = manifest.tokenizer.vocab_size, {manifest.generation}
     admission.new_rollouts("Import", rollouts, vocab_size=vocab_size, generations=generations, known={})
     made = store(manifest)
+    refuse_other(made, [row_of(rollout) for rollout in rollouts], {})
     for first in range(0, len(rollouts), _ROWS_PER_COMMIT):
         made.append(rollouts[first : first + _ROWS_PER_COMMIT])
     return made

@@ -49,7 +49,7 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         CorruptStoreError: it has no description of lopd, a row does not match its checksum, or rows are missing though none were selected.
         ManifestMismatchError: the store has another manifest.
-        ConflictError: other content is under an id, another model under a column, or another policy under a round, of the store.
+        ConflictError: other content or values are under an id, another model under a column, or another policy under a round, of the store.
     """
     check_at_least("Import", "rows_per_commit", rows_per_commit, 1)
     description, owner = _describe(dataset)

@@ -80,8 +80,9 @@ def import_parquet(
 ) -> None:
     """Append what `export_parquet` wrote; run it again to resume.
 
-    Verifies the checksum of every page and every row, and that no row is missing.  Where one is damaged, those before it may be in the store.
-    Warns of a file without checksums, as lopd 0.2 and other programs write them; it has the same columns and description, without `checksum`.
+    Verifies the checksum of every page and every row, and that no row is missing.  Where one is damaged or refused, those before it may be in
+    the store.  Warns of a file without checksums, as lopd 0.2 and other programs write them; it has the same columns and description, without
+    `checksum`.
 
     Args:
         path: local, or any URL that fsspec opens.
@@ -96,7 +97,7 @@ def import_parquet(
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         ManifestMismatchError: the store has another manifest.
-        ConflictError: other content is under an id, another model under a column, or another policy under a round, of the store.
+        ConflictError: other content or values are under an id, another model under a column, or another policy under a round, of the store.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     with open_parquet(path, storage_options) as (file, owner):

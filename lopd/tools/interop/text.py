@@ -79,7 +79,7 @@ def import_text(
         EngineError: the teacher was not found.
         ModelError: the teacher cannot be identified.
         ManifestMismatchError: the store is of another writer or tokenizer.
-        ConflictError: the store has another text under an id.
+        ConflictError: the store has another text under an id, or another end of one.
     """
     of = fingerprint_tokenizer(tokenizer)
     if too_long not in ("refuse", "drop", "cut"):

@@ -66,7 +66,7 @@ def import_trajectories(
         EngineError: there is no such policy.
         ModelError: the policy cannot be identified.
         ManifestMismatchError: the store is of another policy, sampling or tokenizer.
-        ConflictError: the store has another rollout under an id.
+        ConflictError: the store has another rollout under an id, or the same with other log-probs, without them, or with another end.
     """
     of = fingerprint_tokenizer(tokenizer)
     check_kind("Trajectories: sampling", sampling, SamplingParams, "make it: `SamplingParams(...)`")
