@@ -39,6 +39,14 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.engines.server import Servers
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
 from lopd.records import Lineage
+from lopd.tools.interop import (
+    TorchDataset,
+    export_parquet,
+    from_hf_dataset,
+    import_authors_parquet,
+    import_parquet,
+    to_hf_dataset,
+)
 
 WRAP, OPEN = r"wrap it: `lopd.CausalLMStudent\(model, tokenizer\)`", r"open it: `lopd.open_store\(path\)`"
 
@@ -107,6 +115,22 @@ DATA = {
     "a round swapped": (lambda source, scorer, store, prompts: sample_round(scorer, source, prompts, store), "Source: it is a HFScorer"),
     "audit of a path": (lambda source, scorer, store, prompts: audit("x", ["teacher"]), "Store: it is a str"),
     "residual of a path": (lambda source, scorer, store, prompts: residualise("x"), "Store: it is a str"),
+    "export of a path": (lambda source, scorer, store, prompts: export_parquet("run.zarr", "run.parquet"), f"Store: it is a str.*{OPEN}"),
+    "dataset of a path": (lambda source, scorer, store, prompts: to_hf_dataset("run.zarr"), f"Store: it is a str.*{OPEN}"),
+    "rows of torch of a path": (lambda source, scorer, store, prompts: TorchDataset("run.zarr"), f"Store: it is a str.*{OPEN}"),
+    "import into a maker": (
+        lambda source, scorer, store, prompts: import_parquet("run.parquet", lambda manifest: store),
+        f"Store: it is a function.*{OPEN}",
+    ),
+    "dataset into a path": (lambda source, scorer, store, prompts: from_hf_dataset(None, "run.zarr"), f"Store: it is a str.*{OPEN}"),
+    "the paper's into a path": (
+        lambda source, scorer, store, prompts: import_authors_parquet("opd.parquet", "run.zarr", None, scorer.provenance),
+        f"Store: it is a str.*{OPEN}",
+    ),
+    "the paper's of a folder": (
+        lambda source, scorer, store, prompts: import_authors_parquet("opd.parquet", store, None, "teacher"),
+        "Teacher: it is a str.*`scorer.provenance`",
+    ),
     "student swapped": (lambda source, scorer, store, prompts: CausalLMStudent(source.tokenizer, source.model), "Tokenizer: it is a Llama"),
     "scorer of a folder": (
         lambda source, scorer, store, prompts: HFScorer("folder", source.tokenizer),

@@ -15,7 +15,9 @@ from lopd.backends.files import StorageOptions, StorePath
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import LogprobStore
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named
+from lopd.records.checks import check_kind
 from lopd.records.contents import name_of
 from lopd.records.identity import fingerprint_tokenizer
 from lopd.records.manifest import Provenance
@@ -87,6 +89,7 @@ def import_authors_parquet(
         Counts, and what the file cannot prove; show it to those who train on the store.
 
     Raises:
+        ArgumentError: the store or the teacher is something else.
         TokenizerMismatchError: tokenizer, manifest and teacher do not share one vocabulary; nothing is imported.
         InvalidRecordError: a row has lengths that disagree, or something that is not a log-prob; it names the row.
         StoreNotFoundError: the file is not there.
@@ -94,6 +97,8 @@ def import_authors_parquet(
         CorruptStoreError: it is damaged, or has other fields.
         ConflictError: other content or values are under an id, or another model under the column, of the store.
     """
+    check_noun(store, LogprobStore)
+    check_kind("Teacher", teacher, Provenance, "pass a `lopd.records.Provenance`, such as `scorer.provenance`")
     ours = store.manifest.tokenizer
     check_vocabulary("Tokenizer", fingerprint_tokenizer(tokenizer), "the store's", ours)
     check_vocabulary(f"Teacher {teacher.model}", teacher, "the store's", ours)

@@ -7,6 +7,7 @@ from attrs import evolve
 from lopd.backends import sealing
 from lopd.errors import ArgumentError
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -22,9 +23,11 @@ def to_hf_dataset(reader: LogprobReader) -> Any:
     `datasets.load_dataset("parquet", ...)`.
 
     Raises:
+        ArgumentError: the store is something else.
         InvalidRecordError: a rollout id is not text that Arrow can hold.
         MissingDependencyError: datasets is not installed.
     """
+    check_noun(reader, LogprobReader)
     datasets, pa = need("datasets", "Hugging Face datasets"), need("pyarrow", "Hugging Face datasets")
     description = Description.of(reader)
     table = pa.concat_tables([description.schema().empty_table(), *tables(reader, description, 1024)])
@@ -45,12 +48,13 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
         rows_per_commit: rollouts appended together; bounds memory.
 
     Raises:
-        ArgumentError: it is not a `datasets.Dataset`.
+        ArgumentError: it is not a `datasets.Dataset`, or the store is something else.
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         CorruptStoreError: it has no description of lopd, a row does not match its checksum, or rows are missing though none were selected.
         ManifestMismatchError: the store has another manifest.
         ConflictError: other content or values are under an id, another model under a column, or another policy under a round, of the store.
     """
+    check_noun(store, LogprobStore)
     check_at_least("Import", "rows_per_commit", rows_per_commit, 1)
     description, owner = _describe(dataset)
     # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint

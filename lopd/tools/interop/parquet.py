@@ -17,6 +17,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -43,6 +44,7 @@ def export_parquet(
         storage_options: options of fsspec.
 
     Raises:
+        ArgumentError: the store is something else.
         StoreExistsError: a file is there.
         StoreWriteError: the write failed; what was written of the file is removed.
         StoreReadError: the storage does not report whether a file is there.
@@ -50,6 +52,7 @@ def export_parquet(
         InvalidRecordError: a rollout id is not text that parquet can hold, or `rows_per_group` is less than 1.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
+    check_noun(reader, LogprobReader)
     pq, place = need("pyarrow.parquet", "Parquet"), _Place.of(path, storage_options)
     if place.ask(place.system.exists, place.name):
         raise StoreExistsError(f"{place.owner}: it is there already, expected nothing; remove it, or choose another name.")
@@ -91,6 +94,7 @@ def import_parquet(
         storage_options: options of fsspec.
 
     Raises:
+        ArgumentError: the store is something else.
         StoreNotFoundError: the file is not there.
         StorePathError: it is a pipe or a device.
         StoreReadError: the storage fails, also midway.
@@ -100,6 +104,7 @@ def import_parquet(
         ConflictError: other content or values are under an id, another model under a column, or another policy under a round, of the store.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
+    check_noun(store, LogprobStore)
     with open_parquet(path, storage_options) as (file, owner):
         store_tables(store, _describe(file, owner), read_batches(file, rows_per_commit, owner), owner, whole=True)
 

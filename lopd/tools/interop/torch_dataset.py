@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from lopd.backends.admission import check_rows
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, named, way_to
 from lopd.records.checks import several
 from lopd.records.rollouts import ScoredRollout
@@ -50,7 +51,7 @@ class TorchDataset(Dataset[ScoredRollout]):
         rows: row numbers of the store, ascending and each once; all of them if None.
 
     Raises:
-        ArgumentError: `columns` or `top_k` is one text in place of several.
+        ArgumentError: the reader is something else than a store, or `columns` or `top_k` is one text in place of several.
         MissingScoresError: a column is not there, not complete in these rows, or keeps no top-k support.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, or they are not whole numbers; a mask of rows is not.
@@ -62,6 +63,7 @@ class TorchDataset(Dataset[ScoredRollout]):
     rows: NDArray[np.int64] | None = None
 
     def __attrs_post_init__(self) -> None:
+        check_noun(self.reader, LogprobReader)
         if self.rows is not None:
             object.__setattr__(self, "rows", chosen(self.reader, self.rows))
         rows = np.arange(len(self.reader)) if self.rows is None else self.rows
