@@ -153,13 +153,21 @@ def test_rows_that_are_missing_are_noticed(tmp_path: Path) -> None:
     export_parquet(store, tmp_path / "run.parquet")
     table = pq.read_table(tmp_path / "run.parquet")
     pq.write_table(table.slice(0, 20), tmp_path / "run.parquet")
-    with pytest.raises(CorruptStoreError, match="it has 20 rows, expected the 30 that were exported"):
-        from_parquet(tmp_path / "run.parquet")
+    empty = MemoryStore(tiny_manifest())
+    with pytest.raises(CorruptStoreError, match=r"it has 20 rows, expected the 30 that were exported; .* filtered .*`batches\(rows="):
+        import_parquet(tmp_path / "run.parquet", empty)
+    assert (len(empty), [*empty.generations]) == (0, [0])
     dataset = to_hf_dataset(store)
     cut = datasets.Dataset(dataset.data.slice(0, 20), info=dataset.info, fingerprint=dataset._fingerprint)
     with pytest.raises(CorruptStoreError, match="it has 20 rows, expected the 30 that were exported"):
         from_dataset(cut)
     assert len(from_dataset(dataset.select(range(20)))) == 20
+
+
+def test_exports_that_were_joined_are_sent_one_by_one(memory: MemoryStore) -> None:
+    joined = datasets.concatenate_datasets([to_hf_dataset(memory), to_hf_dataset(fill(MemoryStore(tiny_manifest()), 9))])
+    with pytest.raises(CorruptStoreError, match=r"description cannot be read .*; several exports were joined: import one after the other"):
+        hf_dataset_manifest(joined)
 
 
 def old(tmp_path: Path) -> tuple[MemoryStore, Path, Any]:
@@ -216,6 +224,8 @@ def test_other_programs_read_an_export(tmp_path: Path) -> None:
     rows = pq.read_table(path, page_checksum_verification=True).to_pylist()
     again = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=tmp_path / "cache")
     assert again.to_list() == rows == to_hf_dataset(store).to_list()
+    with pytest.raises(CorruptStoreError, match=r"its description is lost, as `load_dataset`, pandas .* with `import_parquet`"):
+        from_dataset(again)
     pandas = pytest.importorskip("pandas").read_parquet(path)
     for name in ("response_ids", "logprobs/teacher", "top_k_ids/teacher"):
         assert pandas[name][4].tolist() == rows[4][name]

@@ -138,7 +138,7 @@ def _check_text(rollout_id: str) -> None:
         ) from error
 
 
-def store_tables(store: LogprobStore, description: Description, incoming: Iterator[Any], owner: str, *, whole: bool) -> None:
+def store_tables(store: LogprobStore, description: Description, incoming: Iterator[Any], owner: str, *, rows: int | None) -> None:
     """Append all rows of these tables, and their scores, table by table; what is there already is skipped.
 
     Args:
@@ -146,7 +146,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         description: what the tables hold.
         incoming: the tables.
         owner: how messages name them.
-        whole: no row that was exported may be missing.
+        rows: how many there are; None for a selection of those that were exported.
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling.
@@ -158,8 +158,6 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         raise ManifestMismatchError(f"{named(store)}: {difference}, the manifest of {owner}; create the store with that manifest.")
     for number, policy in description.generations.items():  # all of them, before one is begun
         admission.check_generation(named(store), number, store.generations.get(number), policy)
-    for number, policy in description.generations.items():
-        store.begin_generation(number, policy)
     first, expected = next(incoming, None), description.rows
     if first is not None and {*first.column_names} == {*description.schema().names} - {CHECKSUM}:
         # Somebody has taken it out, to edit values.
@@ -170,22 +168,33 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
             UncheckedDataWarning,
             stacklevel=3,
         )
+    if rows is not None:
+        _check_rows(owner, rows, expected)
+    for number, policy in description.generations.items():
+        store.begin_generation(number, policy)
     schema, seen = description.schema(), 0
     for table in chain(() if first is None else (first,), incoming):
-        rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
-        seen += len(rows)
-        refuse_other(store, [row for row, _ in rows], description.columns)
-        store.append([rollout for _, rollout in rows])
+        pairs = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
+        seen += len(pairs)
+        refuse_other(store, [row for row, _ in pairs], description.columns)
+        store.append([rollout for _, rollout in pairs])
         for name, provenance in description.columns.items():
-            scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in rows if row[f"logprobs/{name}"] is not None]
+            scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in pairs if row[f"logprobs/{name}"] is not None]
             store.append_scores(name, provenance, scores)
-    if whole and expected not in (None, seen):
-        raise CorruptStoreError(f"{owner}: it has {seen} rows, expected the {expected} that were exported; restore it from a backup.")
+    _check_rows(owner, seen, rows)
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
         kept = {rollout_id: reason for (rollout_id, reason), found in zip(reasons.items(), there.tolist(), strict=True) if found}
         store.quarantine(name, description.columns[name], kept)
+
+
+def _check_rows(owner: str, rows: int, expected: int | None) -> None:
+    if expected not in (None, rows):
+        raise CorruptStoreError(
+            f"{owner}: it has {rows} rows, expected the {expected} that were exported; restore it from a backup, or where it was filtered import the "
+            "whole of it and choose rows with `batches(rows=...)`."
+        )
 
 
 @contextmanager

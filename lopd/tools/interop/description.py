@@ -1,6 +1,6 @@
 """What all rows of an exported table have in common, as JSON that notices damage to itself."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from attrs import asdict, evolve, field, frozen
@@ -83,14 +83,24 @@ class Description:
         return sealing.seal(document).decode()
 
     @classmethod
-    def from_json(cls, text: str | bytes | None, owner: str) -> "Description":
+    def from_json(cls, text: str | bytes | None, owner: str, names: Collection[str]) -> "Description":
         """Return the inverse of `to_json`; also reads what lopd 0.2 wrote, which has no checksum.
+
+        Args:
+            text: what stands in the place of a description.
+            owner: how messages name the export.
+            names: its columns.
 
         Raises:
             CorruptStoreError: there is not a description, it is damaged, or has another schema version.
         """
         text = text if isinstance(text, bytes) else str(text or "")
         if text.lstrip()[:1] not in ("{", b"{"):
+            if "content_hash" in names:
+                raise CorruptStoreError(
+                    f"{owner}: it has the columns of an export, and its description is lost, as `load_dataset`, pandas and a push lose it; import "
+                    "the file that `export_parquet` wrote with `import_parquet`."
+                )
             raise CorruptStoreError(
                 f"{owner}: it has no description of a store, so lopd did not export it; export the store with `export_parquet` or "
                 "`to_hf_dataset`, and read texts with `import_text`."
@@ -100,7 +110,9 @@ class Description:
             data = text if isinstance(text, bytes) else text.encode()
             document = sealing.unseal(data) or parse(data)
         except ValueError as error:
-            raise CorruptStoreError(f"{owner} cannot be read ({error}); export it again.") from error
+            joined = "}\n\n{" in str(text)  # as `concatenate_datasets` joins them
+            remedy = "several exports were joined: import one after the other into one store" if joined else "export it again"
+            raise CorruptStoreError(f"{owner} cannot be read ({error}); {remedy}.") from error
         if isinstance(document, dict):
             if "checksum" in document:
                 raise CorruptStoreError(f"{owner} does not match its checksum; restore it from a backup.")

@@ -19,8 +19,8 @@ def to_hf_dataset(reader: LogprobReader) -> Any:
     """Return all rollouts with all their scores as a `datasets.Dataset` in memory, with the columns of `lopd.tools.interop.arrow_table`.
 
     The manifest and the provenance of the columns are in `dataset.info.description`, which `save_to_disk` keeps.  Rows and description have
-    checksums, which `from_hf_dataset` verifies.  For a store larger than memory, use `export_parquet` and
-    `datasets.load_dataset("parquet", ...)`.
+    checksums, which `from_hf_dataset` verifies.  For a store larger than memory, use `export_parquet`:
+    `datasets.load_dataset("parquet", ...)` reads the file, without the description, and `import_parquet` brings the store back.
 
     Raises:
         ArgumentError: the store is something else.
@@ -58,8 +58,8 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
     check_at_least("Import", "rows_per_commit", rows_per_commit, 1)
     description, owner = _describe(dataset)
     # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint
-    whole = dataset._fingerprint == description.fingerprint
-    store_tables(store, description, sound(dataset.with_format("arrow").iter(rows_per_commit), owner), owner, whole=whole)
+    rows = len(dataset) if dataset._fingerprint == description.fingerprint else None
+    store_tables(store, description, sound(dataset.with_format("arrow").iter(rows_per_commit), owner), owner, rows=rows)
 
 
 def hf_dataset_manifest(dataset: Any) -> Manifest:
@@ -77,4 +77,4 @@ def _describe(dataset: Any) -> tuple[Description, str]:
     if not isinstance(dataset, need("datasets", "Hugging Face datasets").Dataset):
         raise ArgumentError(f"Dataset: it is {a_kind(dataset)}, expected a `datasets.Dataset`; pass one split of it.")
     owner = " ".join(["Dataset", *(str(file["filename"]) for file in dataset.cache_files[:1])])
-    return Description.from_json(dataset.info.description, owner), owner
+    return Description.from_json(dataset.info.description, owner, dataset.column_names), owner

@@ -106,7 +106,7 @@ def import_parquet(
     """
     check_noun(store, LogprobStore)
     with open_parquet(path, storage_options) as (file, owner):
-        store_tables(store, _describe(file, owner), read_batches(file, rows_per_commit, owner), owner, whole=True)
+        store_tables(store, _describe(file, owner), read_batches(file, rows_per_commit, owner), owner, rows=file.metadata.num_rows)
 
 
 def parquet_manifest(path: StorePath, *, storage_options: StorageOptions | None = None) -> Manifest:
@@ -122,7 +122,7 @@ def parquet_manifest(path: StorePath, *, storage_options: StorageOptions | None 
 
 
 def _describe(file: Any, owner: str) -> Description:
-    return Description.from_json((file.schema_arrow.metadata or {}).get(_KEY), owner)
+    return Description.from_json((file.schema_arrow.metadata or {}).get(_KEY), owner, file.schema_arrow.names)
 
 
 @contextmanager
