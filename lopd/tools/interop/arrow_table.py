@@ -158,8 +158,14 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         raise ManifestMismatchError(f"{named(store)}: {difference}, the manifest of {owner}; create the store with that manifest.")
     for number, policy in description.generations.items():  # all of them, before one is begun
         admission.check_generation(named(store), number, store.generations.get(number), policy)
-    first, expected = next(incoming, None), description.rows
-    if first is not None and {*first.column_names} == {*description.schema().names} - {CHECKSUM}:
+    first, expected, needed = next(incoming, None), description.rows, description.schema().names
+    names = needed if first is None else first.column_names
+    if unknown := [name for name in names if name not in needed and name.startswith(("logprobs/", "top_k_"))]:
+        raise CorruptStoreError(
+            f"{owner}: its description does not say whose scores the columns {unknown} are; drop them, and add such scores to the store with "
+            "`Scores.of` and `store.append_scores`."
+        )
+    if {*needed} - {*names} == {CHECKSUM}:
         # Somebody has taken it out, to edit values.
         description = evolve(description, rows=None)
     if description.rows is None:
