@@ -57,6 +57,17 @@ class MortalEngine:
         return self.inner.score(rollouts)
 
 
+class Id(str):
+    """A rollout of which there is an id alone."""
+
+    __slots__ = ()
+    rollout_id = property(str)
+
+
+def ids(*names):
+    return [Id(name) for name in names]
+
+
 class UnpicklableError(Exception):
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")

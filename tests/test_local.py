@@ -58,14 +58,20 @@ def test_each_process_has_its_environment_and_ends_its_engine(tmp_path):
     with closing(LocalScorer(Small, environments=environments)) as scorer:
         assert scorer.provenance == "small"
         assert set(scorer.score(["meet", "meet"])) == {"0", "1"}
-        with pytest.raises(EngineError, match="UnpicklableError \\(this and that\\); see the worker's output"):
-            scorer.score(["raise"])
     assert sorted(path.name for path in tmp_path.glob("?")) == ["0", "1"]
     with (
         closing(LocalScorer(Odd, environments=environments)) as scorer,
         pytest.raises(EngineError, match=r"LocalScorer: a worker's engine is [01], expected [01] as another's is"),
     ):
         scorer.provenance  # noqa: B018
+
+
+def test_an_error_that_cannot_be_pickled_comes_in_words(tmp_path):
+    with (
+        closing(LocalScorer(Small, workers=1, attempts=1, environments=[{"FAREWELL": str(tmp_path / "end")}])) as scorer,
+        pytest.raises(EngineError, match=r"UnpicklableError \(this and that\); see the worker's output"),
+    ):
+        scorer.score(["raise"])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 A batch is dealt to the workers in equal parts.  Give batches that are as many times what one engine holds at once as there are workers, and
 `batches_at_once=2`: workers then go on with the next batch while the slowest finishes this one, and no further, so results do not pile up.
 
-A worker that dies is replaced, and its part goes to the next that is free; rollouts do not depend on who makes them, so the store is the same.
+A worker that dies, or whose engine fails, is replaced, and its part goes to the next that is free; rollouts do not depend on who makes them, so
+the store is the same.
 """
 
 from abc import ABC, abstractmethod
@@ -147,8 +148,10 @@ class _Worker:
                     f"see {self.process.log}, and give fewer at a time if memory was short."
                 ),
             ) from died
-        except BaseException:
+        except BaseException as error:
             self.idle = True  # it has answered, with an error
+            if isinstance(error, EngineError):  # of the engine, and not of what it was asked
+                raise Down(f"its engine failed ({error})", error) from error.__cause__
             raise
         self.idle = True
         return request.read(answer)
@@ -249,8 +252,8 @@ class HostedSource(Hosted[RolloutSource]):
         """Return `samples_per_prompt` rollouts for each prompt, in their order; may be called from several threads.
 
         Raises:
-            EngineError: no worker is left, or `attempts` of them died over the same prompts.
-            LopdError: whatever an engine raised first.
+            EngineError: no worker is left, or `attempts` of them died or failed over the same prompts.
+            LopdError: whatever else an engine raised first.
         """
         return self._spread(prompts, self.manifest.sampling.samples_per_prompt)
 
@@ -275,7 +278,7 @@ class HostedScorer(Hosted[TeacherScorer]):
         """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given; may be called from several threads.
 
         Raises:
-            EngineError: no worker is left, or `attempts` of them died over the same rollouts.
-            LopdError: whatever an engine raised first.
+            EngineError: no worker is left, or `attempts` of them died or failed over the same rollouts.
+            LopdError: whatever else an engine raised first.
         """
         return self._spread(rollouts, 1)

@@ -221,12 +221,13 @@ class Pool:
 
     def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
         """Ask whichever worker is free; ask another if that one fails.  That a worker is busy is not a failure until patience is over."""
-        failed, began = 0, monotonic()
+        failed, began, missed = 0, monotonic(), list[_Place]()
         for attempt in count():
-            place = self._take(call)
+            place = self._take(call, missed)
             try:
                 results = place.worker.work(request)
             except Down as down:
+                missed.append(place)
                 failed += not (down.busy and monotonic() - began < self._patience_s)
                 if failed == self._attempts:
                     self._release(place, down)
@@ -241,18 +242,21 @@ class Pool:
                 return results
         raise AssertionError
 
-    def _take(self, call: _Call[Any]) -> _Place:
-        """Return the least busy worker, as soon as one is up and has room."""
+    def _take(self, call: _Call[Any], missed: Sequence[_Place]) -> _Place:
+        """Return the least busy worker, as soon as one is up and has room; one of `missed` only while no other is up."""
         with self._changed:
-            self._changed.wait_for(lambda: call.over or self.over or bool(self._free()))
+            self._changed.wait_for(lambda: call.over or self.over or bool(self._free(missed)))
             if call.over or self.over:
                 raise InterruptedError  # the results are not waited for any more
-            place = min(self._free(), key=lambda place: place.busy)
+            place = min(self._free(missed), key=lambda place: place.busy)
             place.busy += 1
             return place
 
-    def _free(self) -> list[_Place]:
-        return [place for place in self._places if place.up and place.busy < self._slots]
+    def _free(self, missed: Sequence[_Place]) -> list[_Place]:
+        up = [place for place in self._places if place.up]
+        # one that fails soon is free before the others are
+        others = [place for place in up if place not in missed]
+        return [place for place in others or up if place.busy < self._slots]
 
     def _release(self, place: _Place, down: Down | None = None) -> bool:
         """Say that a request is over; a worker that failed is started again.  Return whether any is up."""

@@ -61,7 +61,7 @@ class LocalSource(HostedSource, _Local[RolloutSource]):
         make: gives the source of one worker, in the worker's process; it is pickled, and imported there.
         workers: how many; each has an engine.
         environments: variables of each worker's environment, for example its CUDA_VISIBLE_DEVICES; all else is as here.  None or one per worker.
-        attempts: how many workers may die over the same prompts before the call fails.
+        attempts: how many workers may die or fail over the same prompts before the call fails.
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:
