@@ -10,7 +10,7 @@ from attrs import define
 from mortal import ids
 
 from lopd.engines import pool
-from lopd.engines.hosted import Host, HostedScorer
+from lopd.engines.hosted import DiedError, Host, HostedScorer
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 
 NAMES = ids("a", "b", "c", "d")
@@ -86,3 +86,16 @@ def test_what_every_engine_raises_comes_as_it_is_and_what_is_wrong_with_the_requ
     assert caught.value is error
     assert str(caught.value.__cause__) == "the cause"
     assert asked == [4] * times
+
+
+def test_what_kills_every_worker_is_named_and_what_kills_by_its_number_is_made_in_halves(caplog):
+    def score(rollouts):
+        if "fatal" in rollouts or len(rollouts) > 1:
+            raise DiedError("exit code -9")
+        return list(rollouts)
+
+    with closing(HereScorer(lambda _: Engine(score), attempts=2)) as scorer:
+        assert scorer.score(NAMES) == NAMES
+        assert "HereScorer: 2 workers died over the same 2 rollouts; see its output, and leave that out, or give each" in caplog.text
+        with pytest.raises(EngineError, match=r"HereScorer: 2 workers died over rollout 'fatal'; see its output, and leave that out"):
+            scorer.score(ids("a", "b", "c", "fatal", "d"))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 from attrs import evolve
-from mortal import Forking, Mortal, Odd, Small, make_but_the_second, make_nothing, make_slowly
+from mortal import Forking, Mortal, Odd, Small, ids, make_but_the_second, make_nothing, make_slowly
 from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
 from lopd import MemoryStore, collect_rollouts, score_rollouts
@@ -31,25 +31,28 @@ def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fi
 def test_items_that_kill_every_process_end_the_call_and_a_process_that_cannot_be_replaced_too(tmp_path):
     plan = Mortal(Small, "fatal", 99, tmp_path)
     with closing(LocalScorer(plan, workers=1, attempts=2, environments=[{"FAREWELL": str(tmp_path / "end")}])) as scorer:
-        with pytest.raises(EngineError, match=r"LocalScorer: 2 workers died over the same 3 items; see "):
-            scorer.score(["a", "fatal", "b"])
-        assert len(scorer.score(["a", "b"])) == 2, "another process has taken its place"
+        with pytest.raises(EngineError, match=r"LocalScorer: 2 workers died over rollout 'fatal'; see its output above"):
+            scorer.score(ids("a", "fatal"))
+        assert len(scorer.score(ids("a", "b"))) == 2, "another process has taken its place"
     with closing(LocalScorer(evolve(plan, once=True), workers=1)) as scorer:
         with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers died and none could be started again") as caught:
-            scorer.score(["a", "fatal", "b"])
+            scorer.score(ids("a", "fatal", "b"))
         assert "does not start" in str(caught.value.__cause__)
 
 
 def test_a_process_that_died_is_noticed_although_one_that_it_started_lives():
-    with closing(LocalScorer(Forking, workers=1, attempts=1)) as scorer, pytest.raises(EngineError, match="1 workers died over the same 1"):
-        scorer.score(["a"])
+    with (
+        closing(LocalScorer(Forking, workers=1, attempts=1)) as scorer,
+        pytest.raises(EngineError, match="1 workers died over rollout 'a'"),
+    ):
+        scorer.score(ids("a"))
 
 
 def test_a_call_after_all_workers_were_lost_starts_them_again(tmp_path):
     with closing(LocalScorer(partial(make_but_the_second, tmp_path), workers=1, attempts=2)) as scorer:
         with pytest.raises(EngineError, match="none could be started again"):
-            scorer.score(["die"])
-        assert scorer.score(["a", "b"]) == ["a", "b"]
+            scorer.score(ids("die"))
+        assert scorer.score(ids("a", "b")) == ["a", "b"]
         assert scorer.score([]) == []
 
 
@@ -57,7 +60,7 @@ def test_each_process_has_its_environment_and_ends_its_engine(tmp_path):
     environments = [{"CUDA_VISIBLE_DEVICES": str(i), "FAREWELL": str(tmp_path / str(i))} for i in range(2)]
     with closing(LocalScorer(Small, environments=environments)) as scorer:
         assert scorer.provenance == "small"
-        assert set(scorer.score(["meet", "meet"])) == {"0", "1"}
+        assert set(scorer.score(ids("meet", "meet"))) == {"0", "1"}
     assert sorted(path.name for path in tmp_path.glob("?")) == ["0", "1"]
     with (
         closing(LocalScorer(Odd, environments=environments)) as scorer,
@@ -71,7 +74,7 @@ def test_an_error_that_cannot_be_pickled_comes_in_words(tmp_path):
         closing(LocalScorer(Small, workers=1, attempts=1, environments=[{"FAREWELL": str(tmp_path / "end")}])) as scorer,
         pytest.raises(EngineError, match=r"UnpicklableError \(this and that\); see the worker's output"),
     ):
-        scorer.score(["raise"])
+        scorer.score(ids("raise"))
 
 
 @pytest.mark.parametrize(

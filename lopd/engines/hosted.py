@@ -144,8 +144,8 @@ class _Worker:
             raise Down(
                 f"it died ({died})",
                 EngineError(
-                    f"{self.engines._name}: {self.engines.attempts} workers died over the same {len(request.body)} items; "
-                    f"see {self.process.log}, and give fewer at a time if memory was short."
+                    f"{self.engines._name}: {self.engines.attempts} workers died over {request.owner}; see {self.process.log}, and leave that "
+                    "out, or give each worker more memory."
                 ),
             ) from died
         except BaseException as error:
@@ -164,9 +164,10 @@ class _Worker:
 class Hosted(ABC, Generic[Engine]):
     """What a source and a scorer in several processes have in common; `make`, `workers`, `attempts` and `patience_s` are documented there."""
 
-    #: Names of the engine's property that identifies it, and of its method.
+    #: Names of the engine's property that identifies it, of its method, and of an item.
     _identity: ClassVar[str]
     _method: ClassVar[str]
+    _item: ClassVar[str]
 
     make: Callable[[], Engine]
     workers: int = 2
@@ -223,7 +224,10 @@ class Hosted(ABC, Generic[Engine]):
                 )
             return results
 
-        return Request(self._name, items, read)
+        middle = len(items) // 2
+        parts = [self._request(half, results_per_item) for half in (items[:middle], items[middle:])] if middle else []
+        owner = f"the same {len(items)} {self._item}s" if middle else f"{self._item} {getattr(items[0], self._item + '_id')!r}"
+        return Request(owner, items, read, parts, lambda error: isinstance(error.__cause__, DiedError))
 
     def close(self) -> None:
         """End the workers; a later call starts them again."""
@@ -236,7 +240,7 @@ class Hosted(ABC, Generic[Engine]):
 class HostedSource(Hosted[RolloutSource]):
     """A RolloutSource in several processes."""
 
-    _identity, _method = "manifest", "sample"
+    _identity, _method, _item = "manifest", "sample", "prompt"
 
     @property
     def manifest(self) -> Manifest:
@@ -252,7 +256,7 @@ class HostedSource(Hosted[RolloutSource]):
         """Return `samples_per_prompt` rollouts for each prompt, in their order; may be called from several threads.
 
         Raises:
-            EngineError: no worker is left, or `attempts` of them died or failed over the same prompts.
+            EngineError: no worker is left, or `attempts` of them failed over the same prompts, or died over one, which it names.
             LopdError: whatever else an engine raised first.
         """
         return self._spread(prompts, self.manifest.sampling.samples_per_prompt)
@@ -262,7 +266,7 @@ class HostedSource(Hosted[RolloutSource]):
 class HostedScorer(Hosted[TeacherScorer]):
     """A TeacherScorer in several processes."""
 
-    _identity, _method = "provenance", "score"
+    _identity, _method, _item = "provenance", "score", "rollout"
 
     @property
     def provenance(self) -> Provenance:
@@ -278,7 +282,7 @@ class HostedScorer(Hosted[TeacherScorer]):
         """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given; may be called from several threads.
 
         Raises:
-            EngineError: no worker is left, or `attempts` of them died or failed over the same rollouts.
+            EngineError: no worker is left, or `attempts` of them failed over the same rollouts, or died over one, which it names.
             LopdError: whatever else an engine raised first.
         """
         return self._spread(rollouts, 1)

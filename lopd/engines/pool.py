@@ -211,13 +211,14 @@ class Pool:
                 self._changed.notify_all()
 
     def _results(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
-        """Return all results together or, if there is something wrong with one of them, one by one."""
+        """Return all results together or, if there is something wrong with one of them, those of each part."""
         try:
             return self._persist(call, request)
-        except LopdError:
-            if not request.parts:
+        except LopdError as error:
+            if not request.parts or not request.divides(error):
                 raise
-        return [result for part in request.parts for result in self._persist(call, part)]
+            _LOG.warning("%s  It is tried in parts.", printable(str(error)))
+        return [result for part in request.parts for result in self._results(call, part)]
 
     def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
         """Ask whichever worker is free; ask another if that one fails.  That a worker is busy is not a failure until patience is over."""

@@ -6,7 +6,7 @@ from typing import Any, Generic, Protocol, TypeVar, final
 
 from attrs import frozen
 
-from lopd.errors import EngineError
+from lopd.errors import EngineError, LopdError
 
 T = TypeVar("T")
 
@@ -40,13 +40,15 @@ class Request(Generic[T]):
         owner: how an error names it.
         body: what the worker is given.
         read: makes results of the worker's answer; its errors end the call.
-        parts: the same, one by one, to be asked for if they cannot be had together: an error then names the one at fault.
+        parts: the same, one by one or in halves of halves, to be asked for if they cannot be had together: an error then names the one at fault.
+        divides: whether this error is a reason to ask for them.
     """
 
     owner: str
     body: Any
     read: Callable[[Any], Sequence[T]]
     parts: "Sequence[Request[T]]" = ()
+    divides: Callable[[LopdError], bool] = lambda _: True
 
 
 class Worker(Protocol):

@@ -61,7 +61,8 @@ class LocalSource(HostedSource, _Local[RolloutSource]):
         make: gives the source of one worker, in the worker's process; it is pickled, and imported there.
         workers: how many; each has an engine.
         environments: variables of each worker's environment, for example its CUDA_VISIBLE_DEVICES; all else is as here.  None or one per worker.
-        attempts: how many workers may die or fail over the same prompts before the call fails.
+        attempts: how many workers may fail over the same prompts before the call does; those over which so many died are tried in halves first, so
+            that the error names the one that kills.
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:

@@ -41,7 +41,8 @@ class RaySource(HostedSource, _OnRay[RolloutSource]):
         make: gives the source of one worker, in the worker's process; Ray sends it there, with what it refers to.
         workers: how many; each has an engine.
         options: Ray's options of each worker's actor, for example {"num_gpus": 1}: a worker that asks for no GPU does not see any.
-        attempts: how many workers may die or fail over the same prompts before the call fails.
+        attempts: how many workers may fail over the same prompts before the call does; those over which so many died are tried in halves first, so
+            that the error names the one that kills.
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:
