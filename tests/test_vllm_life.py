@@ -190,6 +190,19 @@ def test_a_vllm_that_does_not_start_ends_the_call_unless_one_has_died_in_it(fake
     assert len(fake.started) == 4
 
 
+def test_a_setting_that_vllm_refuses_when_it_starts_is_told_in_its_words(fake, folder, rollouts):
+    reason = "Tensor parallel size (2) cannot be larger than the number of available GPUs (1)."
+    refused = ValueError(f"1 validation error for ParallelConfig\n  Value error, {reason} [type=value_error, input_value=ArgsKwargs(())]")
+    fake.unborn = [refused]
+    scorer = scorer_of(folder, restarts=2)
+    with pytest.raises(EngineError, match=r"did not start \(ValueError \(1 vali.*GPUs \(1\)\..*`tensor_parallel_size` of .*`num_gpus`"):
+        scorer.score(rollouts)
+    assert len(fake.started) == 1
+    scorer.score(rollouts)
+    fake.faults, fake.unborn = [RuntimeError("died")], [ValueError("its memory is not free yet")]
+    assert len(scorer.score(rollouts)) == len(rollouts), "one that has run is started again"
+
+
 class VLLMClientError(Exception):
     pass
 

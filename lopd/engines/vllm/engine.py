@@ -121,20 +121,22 @@ class VLLMEngine:
             try:
                 return self._generate(prompts, params)
             except Exception as error:
-                lived = lived or self._llm is not None
+                alive = self._llm is not None
+                lived = lived or alive
                 self.close()
                 if isinstance(error, LopdError):
                     raise
                 if ran_out_of_memory(error) and self._halve():
                     continue
                 deaths += 1
-                if was_refused(error):
+                if alive and was_refused(error):
                     raise EngineError(f"{self._name}: it refused {words_of(error)}; ask otherwise.") from error
                 if not lived:
                     raise EngineError(
                         f"{self._name}: it did not start ({words_of(error)}), see its log; close other engines of this program (`source.close()`), "
-                        "or pass a smaller `max_model_len` or `tokens_per_batch`, or another `gpu_memory_utilization`; if the log has 'forked "
-                        "subprocess', set VLLM_WORKER_MULTIPROC_METHOD=spawn."
+                        "or pass a smaller `max_model_len` or `tokens_per_batch`, another `gpu_memory_utilization`, or a `tensor_parallel_size` of "
+                        "at most the GPUs that it sees (`num_gpus` of a Ray worker); if the log has 'forked subprocess', set "
+                        "VLLM_WORKER_MULTIPROC_METHOD=spawn."
                     ) from error
                 if deaths > self.settings.restarts:
                     raise EngineError(

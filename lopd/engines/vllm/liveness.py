@@ -57,10 +57,10 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def was_refused(error: BaseException) -> bool:
-    """Return whether vLLM would refuse it again; its own class for that is looked up by name, since not every version has it."""
+    """Return whether a vLLM that runs would refuse it again; its own class for that is looked up by name, since not every version has it."""
     return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
 
 
 def words_of(error: BaseException) -> str:
-    """Return its kind and first line, for a message of ours."""
-    return f"{type(error).__name__} ({(str(error).strip() or 'no message').splitlines()[0][:200]})"
+    """Return its kind and the beginning of its words, for a message of ours: pydantic has the reason in the second line."""
+    return f"{type(error).__name__} ({' '.join(str(error).split())[:300] or 'no message'})"
