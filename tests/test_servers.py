@@ -18,7 +18,7 @@ from vllm_stub import answer, changed, cut, late
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines import pool
-from lopd.engines.server import answers
+from lopd.engines.server import answers, servers
 from lopd.engines.server.access import Key
 from lopd.errors import EngineError, LopdError, MissingDependencyError
 
@@ -191,6 +191,19 @@ def test_a_server_that_dies_leaves_its_requests_to_the_other_and_the_log_says_so
         killer.join()
     assert f"Server {dying.url} is left alone for now: {dying.url}/v1/completions fails with" in caplog.text
     assert stub.url not in caplog.text
+
+
+def test_each_connection_asks_whether_its_machine_is_still_there(stub, monkeypatch):
+    asks, stop = [], servers._Endpoint.stop
+
+    def look(endpoint):
+        asks.extend(connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for connection in endpoint._sockets)
+        stop(endpoint)
+
+    monkeypatch.setattr(servers._Endpoint, "stop", look)
+    assert len(scorer_of(stub).score(make_rollouts()[:1])) == 1
+    assert asks
+    assert all(asks)
 
 
 def test_a_server_that_comes_back_is_used_again(start):

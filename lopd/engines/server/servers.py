@@ -41,6 +41,8 @@ _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
+# two minutes after a machine vanished without a word its connections fail; on macOS TCP_KEEPALIVE is what TCP_KEEPIDLE is elsewhere
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPALIVE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
 
 
 def _speech(speaks: Speech) -> Speech:
@@ -262,10 +264,14 @@ class _Endpoint:
             raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
     def _remember(self, event: str, info: Mapping[str, Any]) -> None:
-        """Keep the socket of a new connection: to close a client does not wake those who read from it."""
+        """Keep the socket of a new connection, for to close a client does not wake those who read from it, and let it ask whether its peer lives."""
         if event in _CONNECTED:
             connection = info["return_value"].get_extra_info("socket")
             self._sockets.add(connection)
+            with suppress(OSError):  # it is closed already
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name in filter(partial(hasattr, socket), _KEEPALIVE):
+                    connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), _KEEPALIVE[name])
             if self._stopped.is_set():
                 _shut(connection)
 
