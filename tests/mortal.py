@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from time import sleep
 from typing import Any
 
@@ -81,6 +82,10 @@ class Small:
     def score(self, rollouts):
         if "raise" in rollouts:
             raise UnpicklableError("this", "that")
+        if "raise and hold" in rollouts:
+            error = UnpicklableError("this", "that")
+            error.held = Lock()
+            raise error
         if "meet" in rollouts:
             here = Path(os.environ["FAREWELL"]).with_suffix(".here")
             here.touch()

@@ -6,12 +6,13 @@ import time
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from attrs import frozen
 from conftest import CONTEXT, TOKENIZER_ID
-from mortal import Mortal
+from mortal import Mortal, Small, ids
 from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
@@ -22,7 +23,10 @@ from lopd.testing import ScorerConformance, tiny_rollout
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
+from ray.exceptions import ObjectStoreFullError  # noqa: E402
+
 from lopd.engines.on_ray import RayScorer, RaySource  # noqa: E402
+from lopd.engines.on_ray.nouns import _Actor  # noqa: E402
 
 # Ray leaves pipes of its own to the end of the process
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -166,6 +170,29 @@ def test_what_workers_cannot_import_is_named(folders):
             ),
         ):
             source.manifest  # noqa: B018
+
+
+def test_errors_that_cannot_be_pickled_and_those_of_ray_come_in_words():
+    with closing(RayScorer(Small, workers=1, attempts=1)) as scorer:
+        for name in ("raise", "raise and hold"):
+            with pytest.raises(EngineError, match=r"^Engine: \w+ \(.*UnpicklableError: this and that\); see Ray's logs"):
+                scorer.score(ids(name))
+
+    def full(*_):
+        raise ObjectStoreFullError("Failed to put an object.")
+
+    actor = _Actor(Small, {})
+    actor._actor = SimpleNamespace(work=SimpleNamespace(remote=full))
+    with pytest.raises(EngineError, match=r"^Engine: ObjectStoreFullError \(The local object store is full .*\); see Ray's logs"):
+        actor.work("score", [])
+
+
+def test_what_cannot_be_sent_to_a_worker_is_refused():
+    lock = threading.Lock()
+    with pytest.raises(
+        InvalidRecordError, match=r"RayScorer: make cannot be sent to another process \(cannot pickle .*lock.*\); make within it"
+    ):
+        RayScorer(lambda: lock)
 
 
 @pytest.mark.parametrize(("argument", "value"), [("workers", 0), ("attempts", 0), ("patience_s", 0.0)])

@@ -17,7 +17,7 @@ from attrs import define, field
 from lopd.engines.inputs import in_order
 from lopd.engines.pool import Pool
 from lopd.engines.workers import Down, Request
-from lopd.errors import ArgumentError, EngineError
+from lopd.errors import ArgumentError, EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records.checks import a_kind, check_number, own_numbers
 from lopd.records.manifest import Manifest, Provenance
@@ -181,6 +181,12 @@ class Hosted(ABC, Generic[Engine]):
             )
         own_numbers(self, self._name, workers=1, attempts=1)
         check_number(self._name, "patience_s", self.patience_s, self.patience_s > 0, "more than 0")
+
+    def _check_make(self, dumps: Callable[[Any], bytes], remedy: str) -> None:
+        try:
+            dumps(self.make)
+        except Exception as error:  # whatever the parts of `make` raise
+            raise InvalidRecordError(f"{self._name}: make cannot be sent to another process ({error}); {remedy}.") from error
 
     @property
     def _name(self) -> str:

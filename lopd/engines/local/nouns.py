@@ -25,7 +25,7 @@ from typing import Any, final
 from attrs import define
 
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
-from lopd.errors import EngineError, InvalidRecordError
+from lopd.errors import EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records.checks import check_number
 
@@ -41,12 +41,7 @@ class _Local(Hosted[Engine]):
         super().__attrs_post_init__()
         given, wanted = len(self.environments), self.workers
         check_number(self._name, "number of environments", given, given in (0, wanted), f"0 or {wanted}, one per worker")
-        try:
-            pickle.dumps(self.make)
-        except Exception as error:  # whatever the parts of `make` raise
-            raise InvalidRecordError(
-                f"{self._name}: make cannot be sent to another process ({error}); pass a function of a module, or a functools.partial of one."
-            ) from error
+        self._check_make(pickle.dumps, "pass a function of a module, or a functools.partial of one")
 
     def _process(self, place: int) -> "_Child":
         return _Child(self.make, self.environments[place] if self.environments else {})

@@ -7,26 +7,32 @@ The verbs stay what they are: one process commits, in order, so any store will d
 `ray.init` is yours; without it Ray starts on this machine alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, final
 
 from attrs import define, field
 
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
-from lopd.errors import InvalidRecordError, MissingDependencyError
+from lopd.errors import EngineError, InvalidRecordError, MissingDependencyError
 from lopd.protocols import RolloutSource, TeacherScorer
 
 try:
     import ray
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 except ImportError as error:
     raise MissingDependencyError(f"Ray workers: {error.name} is not installed; pip install 'lopd[ray]'.") from error
+
+_DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 @define(eq=False, slots=False)
 class _OnRay(Hosted[Engine]):
     options: Mapping[str, Any] = field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        self._check_make(ray.cloudpickle.dumps, "make within it what cannot be pickled")
 
     def _process(self, place: int) -> "_Actor":  # noqa: ARG002
         return _Actor(self.make, self.options)
@@ -46,7 +52,7 @@ class RaySource(HostedSource, _OnRay[RolloutSource]):
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:
-        InvalidRecordError: a number makes no sense.
+        InvalidRecordError: a number makes no sense, or `make` cannot be pickled.
     """
 
 
@@ -60,7 +66,7 @@ class RayScorer(HostedScorer, _OnRay[TeacherScorer]):
         workers, options, attempts, patience_s: as those of `RaySource`.
 
     Raises:
-        InvalidRecordError: a number makes no sense.
+        InvalidRecordError: a number makes no sense, or `make` cannot be pickled.
     """
 
 
@@ -85,15 +91,17 @@ class _Actor:
 
     def start(self, identity: str, patience_s: float) -> Any:
         self.stop(idle=False)  # it may be that only its network is down
-        self._actor = actor = self._new.remote(self._make)
-        started = actor.start.remote(identity)
-        if not ray.wait([started], timeout=patience_s)[0]:
-            raise LateError(f"the cluster has {ray.available_resources()} left to give: ask for fewer workers or other `options`")
-        return _result(started)
+        with _understood():
+            self._actor = actor = self._new.remote(self._make)
+            started = actor.start.remote(identity)
+            if not ray.wait([started], timeout=patience_s)[0]:
+                raise LateError(f"the cluster has {ray.available_resources()} left to give: ask for fewer workers or other `options`")
+            return ray.get(started)
 
     def work(self, method: str, items: Sequence[Any]) -> list[Any]:
         actor: Any = self._actor
-        results: list[Any] = _result(actor.work.remote(method, items))
+        with _understood():
+            results: list[Any] = ray.get(actor.work.remote(method, items))
         return results
 
     def stop(self, *, idle: bool) -> None:
@@ -105,11 +113,17 @@ class _Actor:
                 ray.kill(actor)
 
 
-def _result(reference: Any) -> Any:
-    """Return what an actor gave, or the error that it met, as its engine raised it."""
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Raise what an engine raised as it is, the death of an actor as that, and whatever else Ray raises in words of ours."""
     try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise error.cause from error
+        yield
     except RayError as error:
-        raise DiedError(str(error).strip().splitlines()[-1].strip()) from error
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if not isinstance(cause, RayError):
+            raise cause from error
+        # of an error that cannot be pickled Ray gives a text, which ends with the error
+        words = str(cause).strip().rpartition("\n")[2].strip()
+        if isinstance(cause, _DEATHS):
+            raise DiedError(words) from error
+        raise EngineError(f"Engine: {type(cause).__name__} ({words}); see {_Actor.log}.") from error
