@@ -10,6 +10,7 @@ import transformers
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders
 
 from lopd.engines.inputs import stop_ids
 from lopd.errors import EngineError, LopdError, ModelError
@@ -23,6 +24,8 @@ _PATIENCE_S = 10.0
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _ADAPTERS = "adapter_config.json"
 _CONFIGS, _TOKENIZERS = ("config.json", _ADAPTERS), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+#: Where tokenizers split texts in different ways.  It begins with a space, which some classes may be asked to add.
+_PROBE = " It's 12345 + 6,\n\n\tcafé (don't)\n"
 
 
 def check_described(folder: str | Path) -> None:
@@ -125,7 +128,7 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     with looking_for(name) as found:
         try:
-            return transformers.AutoTokenizer.from_pretrained(str(found))
+            return _as_stored(transformers.AutoTokenizer.from_pretrained(str(found)), found)
         except Exception as error:  # tokenizers raises `Exception` itself
             _refuse_gated(name, error)
             lacks = found.is_dir() and not any((found / file).exists() for file in _TOKENIZERS)
@@ -135,6 +138,23 @@ def load_tokenizer(name: str | Path) -> Any:
             raise EngineError(
                 f"Model {str(name)!r}: its tokenizer cannot be loaded ({reason}), expected its files beside the weights; {remedy}."
             ) from error
+
+
+def _as_stored(loaded: Any, found: Path) -> Any:
+    """Return the tokenizer as tokenizer.json has it, where that is byte-level.
+
+    Many classes of transformers take its vocabulary alone, and split texts as they do for their own family: under that of Llama other tokens than
+    Llama's lose spaces, and under that of GPT-2 they part numbers otherwise.  What is not byte-level has settings beside the file that count.
+    """
+    file = found / _TOKENIZERS[0] if found.is_dir() else try_to_load_from_cache(str(found), _TOKENIZERS[0])
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None or not isinstance(file, str | Path) or not Path(file).exists():
+        return loaded
+    stored = Tokenizer.from_file(str(file))
+    if not isinstance(stored.decoder, decoders.ByteLevel):
+        return loaded
+    theirs, ours = (one.encode(_PROBE, add_special_tokens=False).ids for one in (stored, backend))
+    return loaded if theirs == ours else transformers.PreTrainedTokenizerFast.from_pretrained(str(found))
 
 
 def find_model(name: str | Path) -> Path:

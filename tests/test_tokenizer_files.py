@@ -1,0 +1,51 @@
+"""A byte-level tokenizer splits texts as its tokenizer.json does, whatever class of transformers its configuration names."""
+
+import json
+from pathlib import Path
+
+import pytest
+import transformers
+from huggingface_hub import constants
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lopd.engines.finding import load_tokenizer
+from lopd.records import make_prompts
+
+BYTES, DIGITS = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(individual_digits=True)
+TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+def save(folder: Path, kind: str, *parts: pre_tokenizers.PreTokenizer, **settings: object) -> Path:
+    """Save a tokenizer of bytes, and of one pair of digits, as models of the Llama family have it."""
+    folder.mkdir(parents=True)
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*parts]), decoders.ByteLevel() if parts else decoders.Fuse()
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": None, "chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **named, **settings}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["folder", "hub name"])
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_prompts_are_split_as_the_file_has_it(kind: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of Llama would drop spaces and the newline behind `<think>`, and that of GPT-2 would read two digits as one token."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "models--someone--distilled"
+    folder = save(model / "snapshots" / ("a" * 40), kind, DIGITS, BYTES)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("a" * 40)
+    tokenizer = load_tokenizer("someone/distilled" if named else folder)
+    (prompt,) = make_prompts(["what is 12?"], tokenizer)
+    assert tokenizer.decode(prompt.token_ids.tolist()) == "<s>what is 12?<think>\n"
+    assert tokenizer.convert_tokens_to_ids("12") not in prompt.token_ids
+
+
+def test_what_a_class_is_told_to_add_is_kept(tmp_path: Path) -> None:
+    spaced = load_tokenizer(save(tmp_path / "spaced", "GPT2Tokenizer", BYTES, add_prefix_space=True))
+    assert spaced.convert_ids_to_tokens(spaced.encode("a", add_special_tokens=False)) == ["Ġ", "a"]
+    assert type(load_tokenizer(save(tmp_path / "pieces", "LlamaTokenizer"))) is transformers.LlamaTokenizer, "it is not byte-level"
