@@ -329,10 +329,12 @@ def trained(monkeypatch):
 
 
 def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys, trained):
+    """The template of the prompts is theirs too: without it no prompt would be known again."""
     lines = [{"prompt": f"what is {a} + 1?", "response": str(a + 1)} for a in range(8)]
+    prompts = written(here, "\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines), "prompts.jsonl")
     changes = {
         "out": str(tmp_path / "run"),
-        "prompts": [line["prompt"] for line in lines],
+        "prompts": {"file": prompts, "template": "Q: {prompt}"},
         "text": {"file": written(here, "\n".join(map(json.dumps, lines)), "all.jsonl"), "written_by": "teacher"},
         "evaluation": {"held_out": 3},
         "sampling__samples_per_prompt": 1,

@@ -65,7 +65,7 @@ def in_template(template: str, content: str | Messages, where: str) -> str | Mes
     if template == "{prompt}":
         return content
     if not isinstance(content, str):
-        raise PromptError(f"{where}: it is a list of messages, expected text for `template`; leave the template out.")
+        raise PromptError(f"{where}: it is a list of messages, expected text for `template`; set that to '{{prompt}}', which adds nothing.")
     return template.replace("{prompt}", content)
 
 

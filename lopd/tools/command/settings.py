@@ -98,6 +98,8 @@ class Text:
     written_by: str
     field: str = "prompt"
     response: str = "response"
+    #: None takes that of the prompts: a text that answers one that is held out is known by its tokens.
+    template: str | None = None
 
 
 @frozen

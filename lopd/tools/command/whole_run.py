@@ -151,6 +151,7 @@ class _Seeded:
         if self.s.text is None:
             return self._sample(self.s.teacher, "text")
         writer, teacher, tokenizer = self.s.text.written_by, self.s.teacher, self.s.student.tokenizer()
+        of_prompts = "{prompt}" if isinstance(self.s.prompts, list) else self.s.prompts.template
         store = lopd.import_text(
             self.s.text.file,
             tokenizer,
@@ -158,6 +159,7 @@ class _Seeded:
             teacher=None if writer == "unknown" else teacher.identity() if writer == "teacher" else writer,
             field=self.s.text.field,
             response=self.s.text.response,
+            template=of_prompts if self.s.text.template is None else self.s.text.template,
             store=partial(lopd.ZarrStore.open_or_create, self._url("text")),
         )
         return {**counted_in(store), "rollouts": len(store)}
