@@ -10,6 +10,7 @@ from attrs import evolve
 
 from lopd import Lineage, ZarrStore
 from lopd.engines.hf import load_model
+from lopd.errors import TokenizerMismatchError
 from lopd.records import Prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -62,6 +63,13 @@ def start(monkeypatch, folder, card, *flags, **given):
     tests = ["--test", str(folder / "sums.jsonl"), str(folder / "more.jsonl")]
     monkeypatch.setattr(sys, "argv", ["one_gpu", card, *words, *tests, *flags])
     one_gpu.main()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_it_writes_anything(monkeypatch, folder, swapped_tokenizer):
+    swapped_tokenizer.save_pretrained(folder / "teacher")
+    with pytest.raises(TokenizerMismatchError, match=r"Teacher '.*/teacher': the hash of its vocabulary is .* expected the student's"):
+        start(monkeypatch, folder, "24gb")
+    assert not (folder / "run").exists()
 
 
 RANDOM = pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")

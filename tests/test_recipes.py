@@ -9,7 +9,7 @@ import pytest
 from attrs import evolve
 
 from lopd import ZarrStore
-from lopd.errors import PromptError
+from lopd.errors import PromptError, TokenizerMismatchError
 from lopd.records import Lineage, Prompt, Rollout
 from lopd.tools.plan import rates_like
 
@@ -96,6 +96,13 @@ def test_math_then_code_from_the_base_model_to_the_evaluated_student(monkeypatch
     assert all(m["drift"] is not None for m in phase(folder / "code", "opd")["history"])
     assert not (folder / "code" / "sft").exists()
     assert Lineage.read(folder / "code" / "opd").sft_teacher.same_weights(lineage.sft_teacher)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_before_it_writes_anything(monkeypatch, folder, swapped_tokenizer):
+    swapped_tokenizer.save_pretrained(folder / "teacher")
+    with pytest.raises(TokenizerMismatchError, match=r"Teacher '.*/teacher': the hash of its vocabulary is .* expected the student's"):
+        start(monkeypatch, folder, "qwen3-4b-math")
+    assert not (folder / "run").exists()
 
 
 def test_an_estimate_alone_starts_nothing(monkeypatch, folder):

@@ -45,7 +45,7 @@ from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, teacher_dtype
 from recipes.compare import Arm, grade, report
-from recipes.run import Engine, add_fields, given, opd_sampling, sample, score, sft_sampling, test_sampling
+from recipes.run import Engine, add_fields, check_vocabularies, given, opd_sampling, sample, score, sft_sampling, test_sampling
 from recipes.train import make_optimizer, phase_of, run_phase
 
 _FIELDS = [f for f in attrs.fields(OneGpu) if not f.name.endswith("gpus")]
@@ -61,6 +61,7 @@ def main() -> None:
     check_fit(plan, room_of(recipe))
     if options.only_estimate:
         return
+    check_vocabularies(recipe)
     sft_prompts = problems_of(options.sft_prompts, recipe, recipe.prompt_tokens)[: recipe.sft_texts] if recipe.sft_steps else []
     prompts = problems_of(options.prompts, recipe, recipe.prompt_tokens)[: recipe.rollouts]
     check_prompts(recipe, sft_prompts, prompts, tests)

@@ -31,7 +31,8 @@ from attrs import asdict, evolve
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.records import Prompt, read_prompts
+from lopd.guards import check_vocabulary
+from lopd.records import Prompt, fingerprint_tokenizer, read_prompts
 from lopd.tools.console import RichProgress
 from lopd.tools.phases import Run, console, counted_in, digest
 from lopd.tools.plan import trained_gb
@@ -49,6 +50,7 @@ def main() -> None:
     check_memory(recipe)
     if options.only_estimate:
         return
+    check_vocabularies(recipe)
     run = Run(options.out)
     files = {name: getattr(options, name) for name in ("sft_prompts", "prompts", "test")}
     run.claim({**asdict(recipe), "engine": options.engine}, {name: digest(path) for name, path in files.items() if path})
@@ -101,6 +103,12 @@ def add_fields(parser: argparse.ArgumentParser, fields: Iterable[Any]) -> None:
 def given(options: argparse.Namespace, fields: Iterable[Any]) -> dict[str, Any]:
     """Return the fields that the command line has."""
     return {f.name: value for f in fields if (value := getattr(options, f.name)) is not None}
+
+
+def check_vocabularies(recipe: Recipe) -> None:
+    """Refuse a teacher of another vocabulary before its text is paid for: it is given the student's ids, and engines compare sizes alone."""
+    theirs, ours = (fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(model)) for model in (recipe.teacher, recipe.student))
+    check_vocabulary(f"Teacher {recipe.teacher!r}", theirs, "the student's", ours)
 
 
 def check_memory(recipe: Recipe) -> None:
