@@ -1,6 +1,7 @@
 """A first contact that fails is reported soon, in one sentence with what to do; a long wait reports what it waits for."""
 
 import copy
+import json
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -322,3 +323,20 @@ def test_a_gated_model_is_said_to_be_one_with_what_opens_it(monkeypatch: pytest.
     for look in (finding.load_tokenizer, finding.local_folder):
         with pytest.raises(EngineError, match=says):
             look("org/model")
+
+
+@pytest.mark.parametrize("mapped", ["config.json", "tokenizer_config.json"])
+def test_a_model_with_code_of_its_own_is_said_to_be_one_and_nothing_is_asked(
+    mapped: str, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal transformers would wait for an answer."""
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it was asked"))
+    tokenizer.save_pretrained(tmp_path)
+    codes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    for file in {"config.json", mapped}:
+        written = json.loads(path.read_text()) if (path := tmp_path / file).exists() else {"model_type": "own"}
+        path.write_text(json.dumps({**written, "tokenizer_class": "OwnTokenizer", "auto_map": codes} if file == mapped else written))
+    says = r"cannot be loaded \(The repository .* contains custom code .*; load it and its tokenizer with transformers \(`trust"
+    for look in (load_model, finding.load_tokenizer if mapped == "tokenizer_config.json" else finding.described):
+        with pytest.raises(EngineError, match=says):
+            look(tmp_path)

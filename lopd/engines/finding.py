@@ -63,7 +63,7 @@ def described(name: str | Path) -> Any:
         EngineError: there is no such folder or model, it has no configuration, or that cannot be read.
     """
     with looking_for(name) as found:
-        return transformers.AutoConfig.from_pretrained(str(found))
+        return transformers.AutoConfig.from_pretrained(str(found), trust_remote_code=False)
 
 
 def described_text(folder: Path) -> Any:
@@ -128,11 +128,11 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     with looking_for(name) as found:
         try:
-            return _as_stored(transformers.AutoTokenizer.from_pretrained(str(found)), found)
+            return _as_stored(transformers.AutoTokenizer.from_pretrained(str(found), trust_remote_code=False), found)
         except Exception as error:  # tokenizers raises `Exception` itself
             _refuse_gated(name, error)
             lacks = found.is_dir() and not any((found / file).exists() for file in _TOKENIZERS)
-            reason, remedy = _first_line(error), "look at its files and config.json, and save it again"
+            reason, remedy = _first_line(error), _own_code(error) or "look at its files and config.json, and save it again"
             if lacks:
                 reason, remedy = f"the folder has neither {' nor '.join(_TOKENIZERS)}", "save it there: `tokenizer.save_pretrained(folder)`"
             raise EngineError(
@@ -198,7 +198,7 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
         if isinstance(error, SafetensorError):
             remedy = "its weights are not all there, so save or download them again (`git lfs pull` in a clone)"
-        raise _not_loaded(name, _first_line(error), remedy) from error
+        raise _not_loaded(name, _first_line(error), _own_code(error) or remedy) from error
 
 
 def _reach_hub(name: str) -> None:
@@ -241,8 +241,14 @@ def _nowhere() -> str:
     return f"there is no such folder, seen from {Path.cwd()}"
 
 
+def _own_code(error: Exception) -> str:
+    """Return what to do about a model that brings code of its own, which lopd does not run; "" for any other error."""
+    remedy = "load it and its tokenizer with transformers (`trust_remote_code=True`), and pass both to `HFScorer`, `HFSource` or `CausalLMStudent`"
+    return remedy if "trust_remote_code" in str(error) else ""
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(" .:")
 
 
 def _not_loaded(name: str | Path, reason: str, remedy: str) -> EngineError:

@@ -135,7 +135,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
     check_described(folder)
     with looking_for(folder):
         if (folder / "adapter_config.json").exists():
-            adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False)
             keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
         else:
@@ -152,7 +152,7 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
         ModelError: there are no safetensors files, and the configuration does not state it.
     """
     with looking_for(folder) as found:
-        configured = getattr(transformers.AutoConfig.from_pretrained(found), "dtype", None)
+        configured = getattr(transformers.AutoConfig.from_pretrained(found, trust_remote_code=False), "dtype", None)
         if isinstance(configured, torch.dtype):
             return configured
         first, path = min(stored_places(found).items())

@@ -82,7 +82,7 @@ class StoredModel:
     _last: tuple[_Source | None, Mapping[str, Tensor]] = field(init=False, default=(None, {}))
 
     def __attrs_post_init__(self) -> None:
-        config = transformers.AutoConfig.from_pretrained(self.folder)
+        config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None):
             raise ModelError(
                 f"Model {self.folder}: its weights are quantised, expected plain ones, since scales decide what a quantised weight is; {_REMEDY}."

@@ -161,7 +161,7 @@ def _check_device(folder: str | Path, device: str) -> None:
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
     """Return (model, what its files lacked)."""
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
