@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+import torch
 from hub_stub import hub  # noqa: F401
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
@@ -340,3 +341,20 @@ def test_a_model_with_code_of_its_own_is_said_to_be_one_and_nothing_is_asked(
     for look in (load_model, finding.load_tokenizer if mapped == "tokenizer_config.json" else finding.described):
         with pytest.raises(EngineError, match=says):
             look(tmp_path)
+
+
+def test_what_a_quantiser_asks_for_is_one_sentence_and_memory_is_torchs_own_error(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(finding.transformers.AutoModelForCausalLM, "from_pretrained", refuse)
+    error: Exception = RuntimeError("GPU is required to quantize or run quantize model.")
+    with pytest.raises(EngineError, match=r"cannot be loaded \(GPU is required .* model\), .*; see that what it asks for is there"):
+        load_model(tmp_path)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(tmp_path)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -191,13 +192,15 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         _reach_hub(str(name))
     try:
         yield found
-    except LopdError:
+    except (LopdError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         _refuse_gated(name, error)
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
         if isinstance(error, SafetensorError):
             remedy = "its weights are not all there, so save or download them again (`git lfs pull` in a clone)"
+        if isinstance(error, ImportError | RuntimeError):
+            remedy = "see that what it asks for is there: quantised weights may need a GPU, or packages"
         raise _not_loaded(name, _first_line(error), _own_code(error) or remedy) from error
 
 

@@ -50,7 +50,8 @@ def load_model(
             takes 16 bits alone: where float32 weights are given it, such a student can use the model, and a source or a scorer refuses it.
 
     Raises:
-        EngineError: there is no such model, device or dtype, the attention cannot be used, or autocast is another dtype than bfloat16.
+        EngineError: there is no such model, device or dtype, its weights need what is not here, the attention cannot be used, or autocast is another
+            dtype than bfloat16.
         ModelError: its files lack weights, which transformers would make up.
     """
     _check_device(folder, device)
