@@ -5,10 +5,12 @@ import gc
 import os
 import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
+from lopd.records import flush as flush_module
 from lopd.records.flush import flush
 
 
@@ -112,3 +114,29 @@ def test_what_is_refused_is_said_after_the_others_are_flushed(paths: list[Path],
     with pytest.raises(OSError, match="Input/output error"):
         flush(*paths)
     assert len(found) == len(paths)
+
+
+def test_nothing_is_flushed_after_an_interrupt(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, done = list[int](), list[int]()
+
+    def fsync(descriptor: int) -> None:
+        begun.append(descriptor)
+        time.sleep(0.01)
+        done.append(descriptor)
+
+    real, waits = flush_module.wait, list[int]()
+
+    def wait(tasks: list[Future[None]]) -> object:
+        waits.append(len(tasks))
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(tasks)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(flush_module, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        flush(*paths)
+    seen = len(done)
+    assert (len(begun), waits) == (seen, [len(paths)] * 2), "those that began are waited for"
+    time.sleep(0.05)
+    assert len(done) == seen < len(paths), "and no other begins"

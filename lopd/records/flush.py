@@ -4,9 +4,9 @@ import errno
 import fcntl
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from functools import lru_cache
+from functools import cache
 
 _AT_ONCE = 8
 # Few of those that a process may have open.
@@ -36,10 +36,7 @@ def _flush(paths: Sequence[str | os.PathLike[str] | int], missing_ok: bool) -> N
                 opened.callback(os.close, descriptors[-1])
         try:
             if len(descriptors) > 1:
-                flushing = [_threads(os.getpid()).submit(_sync, descriptor) for descriptor in descriptors]
-                wait(flushing)  # all of them, whatever becomes of one: they are closed after this
-                for one in flushing:
-                    one.result()
+                _side_by_side(descriptors)
                 return
         except RuntimeError:
             pass  # a process that is about to end starts no threads
@@ -47,10 +44,27 @@ def _flush(paths: Sequence[str | os.PathLike[str] | int], missing_ok: bool) -> N
             _sync(descriptor)
 
 
-@lru_cache(maxsize=1)
-def _threads(process: int) -> ThreadPoolExecutor:  # noqa: ARG001 (a forked process has none of its parent's)
+def _side_by_side(descriptors: Sequence[int]) -> None:
+    flushing = list[Future[None]]()
+    try:
+        for descriptor in descriptors:
+            flushing.append(_threads().submit(_sync, descriptor))
+        wait(flushing)
+    finally:  # an interrupt too: the caller closes them after this, and their numbers become other files
+        for one in flushing:
+            one.cancel()
+        wait(flushing)
+    for one in flushing:
+        one.result()
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
     """Return threads that flush, the same for a whole process: to start eight takes as long as to write a small segment."""
     return ThreadPoolExecutor(_AT_ONCE, "lopd-flush")
+
+
+os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked process has none of its parent's threads
 
 
 def _sync(descriptor: int) -> None:
