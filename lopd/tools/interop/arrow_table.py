@@ -32,6 +32,9 @@ from lopd.tools.interop.description import CHECKSUM, TOP_K_FIELDS, Description
 
 # Arrays enter a checksum as the table holds them, in whatever type a store gives them.
 _TYPES = {"b": "|b1", "i": "<i4", "u": "<i4", "f": "<f4"}
+# One read of a bucket costs as much as many rows; those that are compared are in memory already.
+_AT_ONCE = 1024
+_SCORES = ("logprobs/", *(f"top_k_{field}/" for field in TOP_K_FIELDS))
 _FIELDS = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation", "sampler_logprobs")
 
 
@@ -107,13 +110,16 @@ def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], column
     found = store.find([row["rollout_id"] for row in rows])
     there = np.flatnonzero(found >= 0)
     scored = {column: store.scored(column) for column in columns if there.size}
-    for part in in_batches(there):
-        for column in ("", *columns):
-            both = [i for i in part if not column or (rows[i][f"logprobs/{column}"] is not None and scored[column][found[i]])]
-            asked, top_k = [column] * bool(column), [column] * bool(column and columns[column].top_k)
-            for i, record in zip(both, store.read(found[both].tolist(), asked, top_k), strict=True):
+    for part in in_batches(there, _AT_ONCE):
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for i in part:
+            both = tuple(name for name in columns if rows[i][f"logprobs/{name}"] is not None and scored[name][found[i]])
+            groups.setdefault(both, []).append(i)
+        for both, places in groups.items():
+            read = store.read(found[places].tolist(), both, [name for name in both if columns[name].top_k])
+            for i, record in zip(places, read, strict=True):
                 for name, given in rows[i].items():
-                    if name.partition("/")[2] == column and not _same(given, kept := _value(record, name)):
+                    if name.partition("/")[2] in ("", *both) and not _same(given, kept := _value(record, name)):
                         how = "without" if kept is None else "with" if given is None else "with other"
                         raise ConflictError(
                             f"{named(store)}: rollout {rows[i]['rollout_id']!r} is there {how} {name}, and an import replaces nothing; import into "
@@ -160,7 +166,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         admission.check_generation(named(store), number, store.generations.get(number), policy)
     first, expected, needed = next(incoming, None), description.rows, description.schema().names
     names = needed if first is None else first.column_names
-    if unknown := [name for name in names if name not in needed and name.startswith(("logprobs/", "top_k_"))]:
+    if unknown := [name for name in names if name not in needed and name.startswith(_SCORES)]:
         raise CorruptStoreError(
             f"{owner}: its description does not say whose scores the columns {unknown} are; drop them, and add such scores to the store with "
             "`Scores.of` and `store.append_scores`."

@@ -22,7 +22,7 @@ from lopd.records.contents import name_of
 from lopd.records.identity import fingerprint_tokenizer
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import FinishReason, Rollout, Scores, rollout_id
-from lopd.tools.interop.arrow_table import refuse_other, row_of
+from lopd.tools.interop.arrow_table import refuse_other
 from lopd.tools.interop.parquet import open_parquet, read_batches
 
 _ARRAYS = ("response_tokens", "loss_mask", "teacher_log_probs")
@@ -119,7 +119,8 @@ def import_authors_parquet(
             tokens += rollout.response_ids.size
             masked += int((~rollout.loss_mask).sum())
             reasons[rollout.finish_reason] += 1
-        rows = [{**row_of(rollout), f"logprobs/{column}": score.logprobs} for rollout, score in zip(rollouts, scores, strict=True)]
+        # what the file states: the ids are compared by every append
+        rows = [{"rollout_id": score.rollout_id, f"logprobs/{column}": score.logprobs} for score in scores]
         refuse_other(store, rows, {column: teacher})
         store.append(rollouts)
         store.append_scores(column, teacher, scores)
