@@ -35,7 +35,7 @@ def test_items_that_kill_every_process_end_the_call_and_a_process_that_cannot_be
             scorer.score(ids("a", "fatal"))
         assert len(scorer.score(ids("a", "b"))) == 2, "another process has taken its place"
     with closing(LocalScorer(evolve(plan, once=True), workers=1)) as scorer:
-        with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers died and none could be started again") as caught:
+        with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers failed, and none could be started again") as caught:
             scorer.score(ids("a", "fatal", "b"))
         assert "does not start" in str(caught.value.__cause__)
 

@@ -143,7 +143,7 @@ def test_a_worker_that_cannot_be_replaced_leaves_the_work_to_the_others_and_the_
     (deaths.parent / "gone").mkdir()
     with closing(RaySource(Moody(folders["policy"], deaths, "fail"), workers=1)) as source:
         assert len(source.sample(PROMPTS[:2])) == 4
-        with pytest.raises(EngineError, match=r"all 1 workers died and none could be started again") as caught:
+        with pytest.raises(EngineError, match=r"all 1 workers failed, and none could be started again") as caught:
             source.sample(PROMPTS)
         assert "does not start" in str(caught.value.__cause__)
 

@@ -109,7 +109,7 @@ class _Worker:
             raise Down(
                 f"it cannot be replaced ({error})",
                 EngineError(
-                    f"{self.engines._name}: all {self.engines.workers} workers died and none could be started again; "
+                    f"{self.engines._name}: all {self.engines.workers} workers failed, and none could be started again ({error}); "
                     f"see {self.process.log}, and call again to resume."
                 ),
             ) from error

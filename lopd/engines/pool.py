@@ -224,7 +224,8 @@ class Pool:
         """Ask whichever worker is free; ask another if that one fails.  That a worker is busy is not a failure until patience is over."""
         failed, began, missed = 0, monotonic(), list[_Place]()
         for attempt in count():
-            place = self._take(call, missed)
+            # the last try is of a worker that has not failed: one that fails soon is free before the others are
+            place = self._take(call, missed if failed == self._attempts - 1 else ())
             try:
                 results = place.worker.work(request)
             except Down as down:
@@ -255,7 +256,6 @@ class Pool:
 
     def _free(self, missed: Sequence[_Place]) -> list[_Place]:
         up = [place for place in self._places if place.up]
-        # one that fails soon is free before the others are
         others = [place for place in up if place not in missed]
         return [place for place in others or up if place.busy < self._slots]
 
