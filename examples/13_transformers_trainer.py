@@ -47,8 +47,9 @@ def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch:
 
 def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
     """Make a Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments, without those of `INSTEAD`."""
-    for name in options.keys() & INSTEAD.keys():
-        raise ArgumentError(f"Trainer: its option {name} is not for a student; leave it out, and {INSTEAD[name]}.")
+    for name, value in options.items():
+        if name in INSTEAD and value not in ("no", False, None):
+            raise ArgumentError(f"Trainer: its option {name} is not for a student; leave it out, and {INSTEAD[name]}.")
     fixed = {
         "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
