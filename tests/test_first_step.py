@@ -22,6 +22,7 @@ from lopd import (
     batches,
     by_rollout,
     by_token,
+    label_rollouts,
     opd_steps,
     score_rollouts,
     watch_drift,
@@ -260,6 +261,25 @@ def test_a_student_that_is_not_the_policy_is_said_without_a_ref_column_too(llama
         first(other)
     assert [warning.filename for warning in caught if warning.category is DriftWarning] == [__file__]
     first(other, teacher=None)  # SFT is on what another model wrote
+
+
+def test_a_student_that_is_not_the_policy_is_said_where_rewards_alone_teach_it(llama, scored, make_model):
+    store = MemoryStore(scored.manifest)
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None)
+    rewards = FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))
+
+    def train(student, loss=rewards, label="label"):
+        steps = batches(store, rollouts_per_step=14, teacher=None, label=label, ref="behavior", weighting=by_token)[:2]
+        metrics = opd_steps(student, steps, loss, torch.optim.AdamW(student.parameters(), lr=1e-3))
+        assert [m.drift for m in metrics] == [None, None]
+
+    train(student_in(llama))
+    other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
+    with pytest.warns(DriftWarning, match="it is not the policy that sampled") as caught:
+        train(other)
+    assert [warning.filename for warning in caught] == [__file__]
+    train(other, SFTLoss(), label=None)  # SFT is on what another model wrote
 
 
 @pytest.mark.parametrize("what", ["a Tensor", "a loss without a gradient"])

@@ -138,7 +138,10 @@ def _train(
             del output
         norm = whole(clip_grad_norm_(_updated(optimizer, trained.values()), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
-        grad_norm, sums, known = _fetch(norm, step.batches, said)
+        # rewards alone have no teacher: in its place the first step has the policy, from which it judges how far the student is
+        alone = all(batch.teacher_logprobs is None and batch.label_values is not None for batch in step.batches)
+        compared = [evolve(b, teacher_logprobs=_policy_of(b)) for b in step.batches] if alone and place_of_step == 0 else step.batches
+        grad_norm, sums, known = _fetch(norm, compared, said)
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
@@ -168,7 +171,7 @@ def _train(
             grad_norm=grad_norm,
             rollouts=int(rollouts),
             read_tokens=int(read_tokens),
-            drift=None if any(batch.ref_logprobs is None for batch in step.batches) else drift,
+            drift=None if alone or any(batch.ref_logprobs is None for batch in step.batches) else drift,
             response_tokens=int(response_tokens),
             seconds=perf_counter() - started,
             mean_label=labels / labelled if labelled else None,
