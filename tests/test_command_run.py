@@ -362,6 +362,7 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
     ("code", "says"),
     [
         ("def right(prompt, rollout):\n    return rollout.response_ids", r"it raised AttributeError\(.*; it takes a prompt and the text"),
+        ("import sys\ndef right(prompt, text):\n    sys.exit(0)", r"it raised SystemExit\(0\) for prompt"),
         ("def right(prompt, text):\n    return 3", "it gave 3 for prompt .*; it takes .* and gives a number from 0 to 1"),
         ("def right(prompt, text):\n    return float('nan')", "it gave nan for prompt"),
         ("def right(prompt, text)\n    return 1", r"there is no such function \(SyntaxError\("),
@@ -371,8 +372,7 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
 )
 def test_a_verifier_that_fails_is_said_before_anything_is_done(code, says, here, tmp_path, capsys):
     (here / "broken.py").write_text(code)
-    changes = {"out": str(tmp_path / "run"), "evaluation": {"held_out": 2, "verifier": "broken.py:right"}}
-    assert main(["run", written(here, example(**changes))]) == 2
+    assert main(["run", written(here, example(out=str(tmp_path / "run"), evaluation={"held_out": 2, "verifier": "broken.py:right"}))]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(f"broken.py:right(: |, and ){says}", said), said
     assert not (tmp_path / "run").exists()

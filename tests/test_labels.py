@@ -1,6 +1,7 @@
 """Labels: a verifier's values of rollouts fill a column of any store, are never taken for log-probs, and train offline as they should."""
 
 import struct
+import sys
 from functools import partial
 from hashlib import blake2b
 from types import SimpleNamespace
@@ -125,8 +126,12 @@ class Judge:
         return self.say(prompt, rollout)
 
 
-class Ended(BaseException):
-    """What ends the process, as Ctrl-C does."""
+class Late(BaseException):
+    """What some timeouts are: not an Exception."""
+
+
+def late():
+    raise Late("5 s")
 
 
 def test_labels_are_written_resumed_and_read_in_any_store(opened):
@@ -134,10 +139,10 @@ def test_labels_are_written_resumed_and_read_in_any_store(opened):
 
     def ended(_, rollout):
         if number(_, rollout) == 4:
-            raise Ended
+            raise KeyboardInterrupt
         return number(_, rollout)
 
-    with pytest.raises(Ended):
+    with pytest.raises(KeyboardInterrupt):
         label_rollouts(store, ended, PROMPTS, name="number", rollouts_per_batch=2)
     store = opened.again(store)
     done = int(store.scored("label").sum())
@@ -231,6 +236,8 @@ def test_the_label_of_a_rollout_is_the_mean_over_its_tokens_that_count_and_is_ex
     ("answer", "reason"),
     [
         (lambda: {}["lost"], "the verifier raised KeyError: 'lost'"),
+        (late, "the verifier raised Late: 5 s"),
+        (lambda: sys.exit(0), "the verifier raised SystemExit: 0"),
         (lambda: None, "the verifier gave None, expected a finite number"),
         (lambda: "right", "the verifier gave 'right', expected a finite number"),
         (lambda: float("nan"), "the verifier gave nan, expected a finite number"),

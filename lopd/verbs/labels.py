@@ -37,8 +37,9 @@ def label_rollouts(
 ) -> ScoringReport:
     """Label every rollout of these prompts that has no label in this column yet, shortest first, and commit batch by batch.
 
-    A rollout on which the verifier fails does not stop the others: whatever it raises, and an answer that is not a finite number, puts the
-    rollout into quarantine when all are done.  `batches(label=column)` leaves it out.
+    A rollout on which the verifier fails does not stop the others: whatever it raises except KeyboardInterrupt, and an answer that is not a finite
+    number, puts the rollout into quarantine when all are done.  `batches(label=column)` leaves it out.  That is so of SystemExit too, which a program
+    that is judged may raise; a handler of SIGTERM that shall end the call raises KeyboardInterrupt.
 
     Args:
         store: with rollouts in it.
@@ -117,7 +118,9 @@ def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Ro
         )
     try:
         answer: NDArray[Any] = np.asarray(verifier(prompt, rollout))
-    except Exception as error:  # whatever a caller's own function may raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # some timeouts, and `sys.exit` of a program, are not an Exception
         raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {error!s:.200}") from error
     with np.errstate(over="ignore"):
         values = answer.astype(np.float32) if answer.dtype.kind in "biuf" else np.array(np.nan)

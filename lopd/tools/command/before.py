@@ -185,7 +185,9 @@ def read_verifier(place: str) -> Callable[[Prompt, str], float]:
         try:
             score = float(function(prompt, text))
             said = f"it gave {score:g}"
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # some timeouts, and `sys.exit` of a program, are not an Exception
             said, cause = f"it raised {error!r:.200}", error
         if not 0 <= score <= 1:
             raise InvalidRecordError(
