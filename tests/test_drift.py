@@ -310,7 +310,7 @@ def test_a_drift_that_is_no_number_is_beyond_every_limit():
 
 
 def test_a_watch_with_nothing_to_watch_says_so():
-    with pytest.raises(InvalidRecordError, match=r"Step 3: its drift is None.*`ref=`"):
+    with pytest.raises(InvalidRecordError, match=r"Step 3: its drift is None.* pass a teacher and `ref=` .* or leave `watch_drift` out"):
         next(watch_drift([evolve(metrics_of(1.0, 3), drift=None)]))
     with pytest.raises(InvalidRecordError, match="steps is 0"):
         DriftLimits(steps=0)

@@ -4,10 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_runs import scored, small, teacher_model  # noqa: F401
 
+from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts
+from lopd.losses.variants import add_labels
 from lopd.records import Lineage, StepMetrics
 from lopd.tools import phases
-from lopd.tools.phases import Run, resumably
+from lopd.tools.phases import Run, resumably, train_phase
 
 
 def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
@@ -40,3 +43,12 @@ def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s,
     monkeypatch.setattr(phases, "save_checkpoint", save)
     assert len(resumably(tmp_path, None, None, Lineage(), train, total=100)) == 100
     assert made == saved
+
+
+def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, scored):
+    store = MemoryStore(scored.manifest)
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None)
+    steps = batches(store, rollouts_per_step=14, teacher=None, label="label", ref="behavior", weighting=by_token)[:1]
+    loss = FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))
+    assert len(train_phase(tmp_path, *small, steps, loss, rate=lambda _: 1e-3)["history"]) == 1

@@ -92,7 +92,8 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
         check_kind("Metrics", m, StepMetrics, "pass what `opd_steps` gives")
         if m.drift is None:
             raise InvalidRecordError(
-                f"Step {m.step}: its drift is None, expected a measured one; pass `ref=` to `batches` and a loss that gives its log-probs."
+                f"Step {m.step}: its drift is None, expected a measured one; pass a teacher and `ref=` to `batches`, and a loss that gives its "
+                "log-probs, or leave `watch_drift` out: without a teacher there is no drift."
             )
         recent.append(m.drift)
         for name, sentence in limits.exceeded(recent).items():

@@ -187,7 +187,7 @@ def train_phase(
         checkpoints: folder of the checkpoints.
         student: that is trained.
         optimizer: over its parameters.
-        steps: a slice of `batches`; drift is watched where they have a reference.
+        steps: a slice of `batches`; drift is watched where they have a teacher and a reference.
         loss: the loss of every step.
         rate: number of a step -> its learning rate.
     """
@@ -204,7 +204,7 @@ def train_phase(
 
     def begin(done: int) -> Iterator[StepMetrics]:
         trained = opd_steps(student, paced(done), loss, optimizer)
-        return trained if steps.columns.ref is None else watch_drift(trained)
+        return watch_drift(trained) if steps.columns.teachers and steps.columns.ref else trained
 
     history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
     still = [metrics.step for metrics in history if metrics.grad_norm < _STILL]
