@@ -4,6 +4,7 @@ import struct
 import sys
 from functools import partial
 from hashlib import blake2b
+from threading import Barrier
 from types import SimpleNamespace
 
 import numpy as np
@@ -260,6 +261,11 @@ def test_a_verifier_that_fails_on_one_rollout_does_not_stop_the_rest(store, answ
     with pytest.warns(QuarantineWarning, match=r"1 of 8 rollouts could not be scored into column 'label' and are left out.*row 5"):
         assert batches(store, ref="behavior", label="label").rows.tolist() == [0, 1, 2, 3, 4, 6, 7]
     assert label_rollouts(store, Judge(say=lambda *_: 1.0), PROMPTS, retry_quarantined=True).rollouts == 1
+
+
+def test_as_many_rollouts_are_judged_at_once_as_batches_were_asked_for(store):
+    together = Barrier(4, timeout=30)
+    assert label_rollouts(store, lambda *_: together.wait() >= 0, PROMPTS, batches_at_once=4).rollouts == 8
 
 
 def test_a_verifier_that_fails_on_most_stops_the_run_and_nothing_is_put_in_quarantine(store):

@@ -1,6 +1,7 @@
 """VERB `label_rollouts`: a store's rollouts -> a column of a verifier's values.  Run it again to resume."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def label_rollouts(
         name: the verifier's name in the column's provenance; None takes that of the function or the class.  Another name is another verifier, so
             put a version into it if you have several.
         rows: label these only; None for all.
-        rollouts_per_batch: committed together.
+        rollouts_per_batch: committed together; fewer where else there would not be `batches_at_once` batches.
         batches_at_once: batches that are labelled at the same time, in threads; more than 1 for a verifier that waits, for a server or a program.
         recheck: so many rollouts that have a label are judged again first, also where none is left to label; 0 for a verifier that is random.
         max_refused: stop when one call meets more, for then it is not the rollouts.
@@ -99,7 +100,9 @@ def label_rollouts(
                     break
         return made, refused
 
-    batches = ([record.rollout for record in store.read(part)] for part in in_batches(work.rows, filling.rollouts_per_batch))
+    # a batch is judged by one thread, and none shall be without
+    size = max(1, min(filling.rollouts_per_batch, ceil(len(work.rows) / filling.batches_at_once)))
+    batches = ([record.rollout for record in store.read(part)] for part in in_batches(work.rows, size))
     asked = bounded(f"Verifier {name}", judge, batches, at_once=filling.batches_at_once, most=filling.max_refused)
     return filling.fill(f"labelling {column}", provenance, work, asked)
 
