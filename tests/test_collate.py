@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from attrs import evolve, fields
@@ -178,6 +179,12 @@ def test_rollouts_share_the_weight_alike_unless_told_otherwise() -> None:
 @weightings
 def test_a_rollout_in_which_no_token_counts_weighs_nothing(weighting: Weighting) -> None:
     assert collate([scored(make_rollout("a", [1, 2], [3, 4], [False, False]), {})], weighting).weight.tolist() == [0, 0, 0]
+
+
+def test_a_weighting_that_weighs_a_masked_token_is_refused_and_the_rollout_named() -> None:
+    record = scored(make_rollout("agent", [1], [2, 3, 4], [True, False, True]), {})
+    with pytest.raises(InvalidRecordError, match=r"'agent': its weights .* and 0 where the loss mask is False"):
+        collate([record], lambda mask: np.full(len(mask), 1 / len(mask), np.float32))
 
 
 def test_a_step_says_counts_and_not_thousands_of_numbers() -> None:

@@ -52,7 +52,7 @@ def collate(
 
     Args:
         rows: what a store read, or records.
-        weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
+        weighting: `by_rollout`, `by_token`, or your own function of the loss mask, 0 where that is False.
         teacher: which score column becomes `teacher_logprobs`.
         ref: which score column becomes `ref_logprobs`.  Where rollouts have `sampler_logprobs`, these come along; a rollout without them
             has its `ref_logprobs` there.
@@ -63,7 +63,7 @@ def collate(
 
     Raises:
         InvalidRecordError: there are no rollouts, their K differ, `ref` keeps other drawn tokens than `top_k`, or the weighting gave something
-            that is not a weight.
+            that is not a weight, or weighs a token whose loss mask is False.
         MissingScoresError: a column was not read; it names the rollout.
     """
     named = {"teacher_logprobs": teacher, "ref_logprobs": ref, "label_values": label, "label_means": label_mean}
@@ -139,7 +139,7 @@ def _weights(rows: Rows, i: int, weighting: Weighting, mask_T: BoolArray) -> Flo
         raise InvalidRecordError(
             f"Rollout {rows.rollout_ids[i]!r}: its weights are {given!r:.40}, expected an array of numbers; fix the weighting function."
         ) from error
-    if weight_T.shape != mask_T.shape:
+    if weight_T.shape != mask_T.shape or weight_T[~mask_T].any():
         raise _wrong_weights(rows, i, weight_T)
     return weight_T
 
@@ -147,7 +147,8 @@ def _weights(rows: Rows, i: int, weighting: Weighting, mask_T: BoolArray) -> Flo
 def _wrong_weights(rows: Rows, i: int, weight_T: NDArray[Any]) -> InvalidRecordError:
     return InvalidRecordError(
         f"Rollout {rows.rollout_ids[i]!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
-        f"{weight_T.max(initial=0)}], expected shape {(int(rows.response_lengths[i]),)}, finite and at least 0; fix the weighting function."
+        f"{weight_T.max(initial=0)}], expected shape {(int(rows.response_lengths[i]),)}, finite and at least 0, and 0 where the loss mask is "
+        "False; fix the weighting function."
     )
 
 
