@@ -282,16 +282,39 @@ def test_a_student_that_is_not_the_policy_is_said_where_rewards_alone_teach_it(l
     train(other, SFTLoss(), label=None)  # SFT is on what another model wrote
 
 
-@pytest.mark.parametrize("what", ["a Tensor", "a loss without a gradient"])
-def test_a_loss_that_gives_something_else_is_refused(what, small, scored):
+WRONG_OUTPUTS = {
+    "a tensor": (lambda each, zero, m: zero, "it gave a Tensor, expected a LossOutput"),
+    "no gradient": (lambda each, zero, m: LossOutput(zero, zero, zero), r"its loss_sum is a tensor of shape \(\) without a gradient"),
+    "not summed": (
+        lambda each, zero, m: LossOutput(each, zero, zero),
+        r"its loss_sum is a tensor of shape \(\d+,\) with a gradient, expected a tensor of shape \(\) with",
+    ),
+    "a sum with its gradient": (
+        lambda each, zero, m: LossOutput(each.sum(), each.sum(), zero),
+        r"its reverse_kl_sum is .* \(\) with a gradient",
+    ),
+    "a number": (lambda each, zero, m: LossOutput(each.sum(), zero, 0.0), "its clipped_sum is a float, expected a tensor"),
+    "nothing": (lambda each, zero, m: LossOutput(each.sum(), None, zero), "its reverse_kl_sum is None, expected a tensor"),
+    "log-probs with their gradient": (
+        lambda each, zero, m: LossOutput(each.sum(), zero, zero, logprobs=each[:m]),
+        r"its logprobs is .* with a gradient, expected .* without a gradient; .* detach all but loss_sum",
+    ),
+    "log-probs of prompts too": (
+        lambda each, zero, m: LossOutput(each.sum(), zero, zero, logprobs=each.detach()),
+        r"its logprobs is a tensor of shape \(\d+,\) without .*; give sums, and log-probs of `batch.counted`",
+    ),
+}
+
+
+@pytest.mark.parametrize(("give", "message"), WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
+def test_a_loss_that_gives_something_else_is_refused(give, message, small, scored):
     def loss(hidden_ND, head, batch):
-        value = hidden_ND.sum()
-        return value if what == "a Tensor" else LossOutput(value.detach(), value.detach(), value.detach())
+        return give(hidden_ND.sum(-1), hidden_ND.sum().detach(), len(batch.counted))
 
     student, optimizer = small
     before = [parameter.detach().clone() for parameter in student.parameters()]
-    with pytest.raises(InvalidRecordError, match=rf"Loss function: it gave {what}, expected a LossOutput"):
-        list(opd_steps(student, batches(scored, teacher=None)[:1], loss, optimizer))
+    with pytest.raises(InvalidRecordError, match=f"Loss function: {message}"):
+        list(opd_steps(student, batches(scored, ref="behavior")[:1], loss, optimizer))
     assert all(np.array_equal(a, b.detach()) for a, b in zip(before, student.parameters(), strict=True))
 
 

@@ -79,7 +79,7 @@ def opd_steps(
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
-            steps, or `max_grad_norm` makes no sense.
+            steps, the loss gave another thing than the `LossOutput` of a batch, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them.
     """
     ranks = Ranks.current()
@@ -131,7 +131,7 @@ def _train(
             # a product in an autocast that the caller is in would round gradients; a student has its own
             with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
                 output = student(batch, loss)
-                _check_output(loss, output)
+                _check_output(loss, output, batch)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
             said.append(evolve(output, loss_sum=output.loss_sum.detach()))
@@ -194,10 +194,22 @@ def _check_shares(ranks: Ranks, step: Step) -> None:
             )
 
 
-def _check_output(loss: OPDLoss, output: object) -> None:
-    if not isinstance(output, LossOutput) or not output.loss_sum.requires_grad:
-        what = "a loss without a gradient" if isinstance(output, LossOutput) else a_kind(output)
-        raise InvalidRecordError(f"Loss {type(loss).__name__}: it gave {what}, expected a LossOutput whose loss_sum can be differentiated.")
+def _check_output(loss: OPDLoss, output: object, batch: Batch) -> None:
+    """Refuse what cannot be made a step of, before its backward, by types and shapes alone: a GPU would be waited for with any value."""
+    owner = f"Loss {type(loss).__name__}"
+    if not isinstance(output, LossOutput):
+        raise InvalidRecordError(f"{owner}: it gave {a_kind(output)}, expected a LossOutput; give its sums over the batch.")
+
+    def described(shape: tuple[int, ...], gradient: bool) -> str:
+        return f"a tensor of shape {tuple(shape)} {'with' if gradient else 'without'} a gradient"
+
+    for name, shape in (("loss_sum", ()), ("reverse_kl_sum", ()), ("clipped_sum", ()), ("logprobs", (len(batch.counted),))):
+        value, wanted = getattr(output, name), described(shape, name == "loss_sum")
+        got = described(value.shape, value.requires_grad) if isinstance(value, Tensor) else a_kind(value)
+        if got != wanted and not (name == "logprobs" and value is None):
+            raise InvalidRecordError(
+                f"{owner}: its {name} is {got}, expected {wanted}; give sums, and log-probs of `batch.counted`, and detach all but loss_sum."
+            )
 
 
 def _updated(optimizer: Optimizer, trained: Iterable[Tensor]) -> list[Tensor]:
@@ -226,7 +238,9 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
         for batch, output in zip(batches, said, strict=True)
         if output.logprobs is not None and batch.teacher_logprobs is not None and _policy_of(batch) is not None
     ]
-    sums = [torch.stack([output.loss_sum, output.reverse_kl_sum, output.clipped_sum]) for output in said]
+    reported = ((output.loss_sum, output.reverse_kl_sum, output.clipped_sum) for output in said)
+    # a loss may have made one of them on the CPU
+    sums = [torch.stack([value.to(values[0].device) for value in values]) for values in reported]
     parts = [norm.detach().reshape(1), *sums, *(logprobs_M for _, logprobs_M in measured)]
     on_host = torch.cat([part.to(norm.device) for part in parts]).cpu().double()
     first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
