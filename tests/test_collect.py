@@ -84,6 +84,17 @@ def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(
     assert bar.told[-1] == ("end",)
 
 
+def test_a_progress_that_is_empty_before_it_begins_is_told_all_the_same(source, prompts, make_store):
+    class Listed(Bar):
+        def __len__(self):
+            return len(self.told)
+
+    bar = Listed()
+    collect_rollouts(source, prompts, make_store(source.manifest), progress=bar)
+    assert bar.told[0][0] == "begin"
+    assert bar.told[-1] == ("end",)
+
+
 @pytest.mark.parametrize("what", ["policy", "sampling", "sft_teacher", "tokenizer"])
 def test_a_store_of_another_run_is_refused_before_anything_is_sampled(what, source, prompts, swapped_tokenizer, make_store):
     other = {

@@ -24,6 +24,7 @@ from lopd import (
     collect_rollouts,
     evaluate,
     evaluate_reverse_kl,
+    label_rollouts,
     load_checkpoint,
     opd_steps,
     refresh_every,
@@ -39,6 +40,7 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.engines.server import Servers
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
 from lopd.records import Lineage
+from lopd.tools.doctor import check_store
 from lopd.tools.interop import (
     TorchDataset,
     export_parquet,
@@ -148,6 +150,16 @@ DATA = {
         lambda source, scorer, store, prompts: HFSource(source.model, source.tokenizer, {"max_new_tokens": 4}),
         r"HFSource: sampling: it is a dict.*`SamplingParams\(",
     ),
+    "a switch for the progress of collecting": (
+        lambda source, scorer, store, prompts: collect_rollouts(source, prompts, store, progress=False),
+        r"Progress: it is a bool, which has no `advance`; pass None for .*quiet=True",
+    ),
+    "of scoring": (lambda source, scorer, store, prompts: score_rollouts(store, scorer, progress=True), "Progress: it is a bool"),
+    "of labels": (
+        lambda source, scorer, store, prompts: label_rollouts(store, lambda p, r: 1.0, None, progress="bar"),
+        "Progress: it is a str",
+    ),
+    "of verifying": (lambda source, scorer, store, prompts: next(check_store(store, progress=True)), "Progress: it is a bool"),
     "source swapped": (lambda source, scorer, store, prompts: HFSource(source.tokenizer, source.model, PARAMS), "Tokenizer: it is a Llama"),
 }
 

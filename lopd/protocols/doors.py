@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError
-from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, RolloutSource, Student, TeacherScorer
+from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, RolloutSource, Student, TeacherScorer
 from lopd.records.checks import a_kind, check_kind, check_list
 from lopd.records.ranks import inner
 from lopd.records.rollouts import Prompt
@@ -25,6 +25,7 @@ _NOUNS: dict[type, tuple[str, str]] = {
     LogprobStore: ("Store", "open it: `lopd.open_store(path)`"),
     OPDLoss: ("Loss", "make one: `lopd.FusedOPDLoss()`"),
     Optimizer: ("Optimizer", "make one: `torch.optim.AdamW(student.parameters())`"),
+    Progress: ("Progress", "pass None for a bar or lines, or `RichProgress(Console(quiet=True))` for nothing"),
     RolloutSource: ("Source", "make one: `HFSource(model, tokenizer, SamplingParams())`"),
     Student: ("Student", "wrap it: `lopd.CausalLMStudent(model, tokenizer)`"),
     TeacherScorer: ("Scorer", "make one: `HFScorer(model, tokenizer)`"),

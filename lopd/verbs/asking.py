@@ -50,7 +50,7 @@ def shown(
     progress: Progress | None, what: str, total: int, done: int, tokens: int | None, *, counted: Counted = "read tokens"
 ) -> Iterator[Callable[[int, int, int], None]]:
     """Begin a progress, `Showing` for None, and end it with the block; gives what to call as `Progress.advance`."""
-    progress = progress or Showing()
+    progress = Showing() if progress is None else progress
     progress.begin(what, total, done, tokens, counted)
     try:
         yield progress.advance

@@ -73,7 +73,7 @@ def collect_rollouts(
         RefusedPromptsWarning: some prompts were refused.
 
     Raises:
-        ArgumentError: source, prompts or store are something else.
+        ArgumentError: source, prompts, store or progress are something else.
         ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
@@ -84,6 +84,8 @@ def collect_rollouts(
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
+    if progress is not None:
+        check_noun(progress, Progress)
     prompts_per_batch = check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
     batches_at_once = check_at_least("Collection", "batches_at_once", batches_at_once, 1)
     max_refused = check_at_least("Collection", "max_refused", max_refused, 0)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named
 from lopd.records.checks import own_numbers
 from lopd.records.manifest import Provenance
@@ -66,6 +67,7 @@ class Filling:
     """A column that is being filled, and at what pace; see `lopd.score_rollouts` for the numbers.
 
     Raises:
+        ArgumentError: the progress is something else.
         InvalidRecordError: a number makes no sense.
     """
 
@@ -78,6 +80,8 @@ class Filling:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Scoring", rollouts_per_batch=1, batches_at_once=1, max_refused=0)
+        if self.progress is not None:
+            check_noun(self.progress, Progress)
 
     def left(self, wanted: NDArray[np.int64], retry: bool) -> Work:
         """Return what is left to do of these rows; `retry` those in quarantine too.

@@ -65,7 +65,7 @@ def label_rollouts(
         QuarantineWarning: some rollouts are without labels in quarantine.
 
     Raises:
-        ArgumentError: the store or the prompts are something else, or the verifier does not take a prompt and a rollout.
+        ArgumentError: store, prompts or progress are something else, or the verifier does not take a prompt and a rollout.
         ConflictError: the column belongs to another verifier, or to a model; nothing is labelled.
         ScorerError: the verifier gives another label than the column has; nothing is labelled.
         EngineError: it failed on more than `max_refused` rollouts, or on more than have labels; none of them is put in quarantine.

@@ -53,7 +53,7 @@ def score_rollouts(
         QuarantineWarning: some rollouts are without scores in quarantine.
 
     Raises:
-        ArgumentError: store or scorer are something else.
+        ArgumentError: store, scorer or progress are something else.
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.

@@ -7,6 +7,7 @@ from attrs import evolve
 from lopd.backends import admission
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
 from lopd.protocols import DurableStore, LogprobReader, Progress
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import Part, named, parts
 from lopd.records.rollouts import ScoredRollout, Scores
 
@@ -22,8 +23,11 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
         progress: see `lopd.tools.console.RichProgress`.
 
     Raises:
+        ArgumentError: the progress is something else.
         StoreReadError: the storage refused a read, which does not mean that the store is damaged.
     """
+    if progress is not None:
+        check_noun(progress, Progress)
     seen: set[str] = set()
     for problem in _problems(store, rows_per_read, progress):
         # one damaged file is met by every row in it
@@ -39,15 +43,15 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
     except CorruptStoreError as error:
         yield str(error)
         return
-    if progress:
+    if progress is not None:
         progress.begin("verifying", len(store), 0, int(tokens.sum()), "read tokens")
     try:
         for part in whole:
             yield from _check_part(store, part)
-            if progress:
+            if progress is not None:
                 progress.advance(len(part.rows), int(tokens[part.rows.start : part.rows.stop].sum()), 0)
     finally:
-        if progress:
+        if progress is not None:
             progress.end()
 
 
