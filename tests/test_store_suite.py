@@ -1,6 +1,7 @@
 """The suite of stores against stores that are wrong on purpose."""
 
 from collections.abc import Mapping, Sequence
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -126,6 +127,16 @@ class BeginsARoundTwice(MemoryStore):
             self._generations[generation] = policy
 
 
+class BelongsToItsThread(MemoryStore):
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
+        self._thread = get_ident()
+
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+        assert get_ident() == self._thread, "a sqlite3.Connection refuses it too"
+        return super().read(indices, columns, top_k)
+
+
 LARGE_IDS = "test_ids_that_need_more_than_16_bits_come_back_as_they_went_in"
 EMPTY_CALL = "test_a_call_without_scores_commits_nothing_and_is_still_refused_if_the_column_is_of_another_model"
 WRONG_STORES: dict[type[MemoryStore], str] = {
@@ -147,6 +158,7 @@ WRONG_STORES: dict[type[MemoryStore], str] = {
     ReadsInRowOrder: "test_read_gives_the_order_asked_and_an_index_may_repeat",
     LosesReasons: "test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored",
     BeginsARoundTwice: "test_a_round_of_sampling_is_begun_with_its_policy_and_then_takes_rollouts",
+    BelongsToItsThread: "test_another_thread_may_read_it",
 }
 
 

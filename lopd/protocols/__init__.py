@@ -82,6 +82,8 @@ class LogprobReader(Protocol):
 
     The columns `behavior` and `behavior/sampler` are virtual: they read the rollouts' own `behavior_logprobs` and `sampler_logprobs`.
     `columns` does not list them, and they cannot be written to.
+
+    It may be asked from another thread than the one that made it, one call at a time: where a process uses a GPU, `batches` reads ahead in threads.
     """
 
     @property
@@ -144,6 +146,7 @@ class LogprobWriter(Protocol):
 
         Raises:
             ConflictError: another policy sampled in this round.
+            InvalidRecordError: it is not the number of a round, an int of at least 0 and below 2**50.
             StoreWriteError: the write failed; nothing was committed.
         """
         ...

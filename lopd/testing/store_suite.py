@@ -1,6 +1,7 @@
-"""What a suite of stores needs of the store that is tested, and the clauses on what cannot be scored, and on what is not a log-prob."""
+"""What a suite of stores needs of the store that is tested, and the clauses on threads, and on what cannot be scored or is not a log-prob."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ class StoreSuite:
         store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
         store.append(items)
         return store, items
+
+    def test_another_thread_may_read_it(self) -> None:
+        store, items = self.filled()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(assert_holds, store, items).result()
+        assert_holds(store, items)
 
     def test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored(self) -> None:
         store, items = self.filled()
