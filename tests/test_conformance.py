@@ -212,6 +212,10 @@ CANDIDATE_MISTAKES: dict[str, tuple[Change, str]] = {
         lambda s, p, rs: resampled(s, p, seed=s.sampling.candidates + s.sampling.drawn),
         "test_keeping_candidates_changes_no_token_and_the_same_call_keeps_the_same",
     ),
+    "candidates without log-probs": (
+        lambda s, p, rs: [r if r.candidates is None else evolve(r, behavior_logprobs=None) for r in rs],
+        "test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing",
+    ),
     "the sampled token is put in by force": (rekept(forced_in), MOST_LIKELY),
     "log-probs of candidates at the temperature of sampling": (
         rekept(lambda s, r, rows: support_of(tempered(rows, s.sampling.temperature), r.candidates.ids, r.candidates.drawn)),

@@ -221,8 +221,9 @@ class SourceConformance:
         source.sample(self.prompts())
         assert (self.work() or 0) > before, "`work` does not count"
 
-    def test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing(self) -> None:
-        source = self.make(_SAMPLING, 0)
+    @pytest.mark.parametrize(("candidates", "drawn"), [(0, 0), (2, 0), (0, 2)])
+    def test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing(self, candidates: int, drawn: int) -> None:
+        source = self._keeping(evolve(_SAMPLING, candidates=candidates, drawn=drawn))
         store = MemoryStore(source.manifest)
         collect_rollouts(source, self.prompts(), store)
         before = store.read(range(len(store)))
