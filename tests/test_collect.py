@@ -160,6 +160,22 @@ class Forgetful:
         return self.inner.score(rollouts)[:-1]
 
 
+class Yielding(Forgetful):
+    """A source that gives the rollouts of each prompt as soon as it has them."""
+
+    def sample(self, prompts):
+        for prompt in prompts:
+            yield from self.inner.sample([prompt])
+
+
+def test_what_a_source_gave_before_it_refused_a_prompt_does_not_count_twice(source, prompts, contents):
+    whole, store = MemoryStore(source.manifest), MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, whole)
+    with pytest.warns(RefusedPromptsWarning, match="'endless'"):
+        collect_rollouts(Yielding(source), [*prompts[:3], Prompt("endless", [5] * 5000), *prompts[3:]], store)
+    assert contents(store) == contents(whole)
+
+
 def test_a_source_that_loses_a_rollout_is_found_out(source, prompts):
     with pytest.raises(SourceError, match="every sample of every prompt"):
         collect_rollouts(Forgetful(source), prompts, MemoryStore(source.manifest))

@@ -5,10 +5,11 @@ import pytest
 from attrs import evolve
 from small_runs import Stopping, exact_reverse_kl, source, teacher_model  # noqa: F401
 
-from lopd import evaluate, evaluate_reverse_kl
+from lopd import MemoryStore, collect_rollouts, evaluate, evaluate_reverse_kl, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError, ScorerError, SourceError, TokenizerMismatchError
 from lopd.records import Manifest, ModelId, Rollout, SamplingParams, fingerprint_tokenizer, rollout_id
+from lopd.verbs import Preflight
 
 
 class Fixed:
@@ -80,6 +81,45 @@ def test_what_was_not_asked_for_is_not_judged(source, teacher_model, tokenizer, 
         evaluate_reverse_kl(wrong, teacher, prompts)
     with pytest.raises(ScorerError, match="fix the scorer"):
         evaluate_reverse_kl(source, Wrong(teacher, change), prompts)
+
+
+def with_prompts_swapped(rollouts):
+    first, *rest, last = rollouts
+    return [evolve(first, prompt_ids=last.prompt_ids), *rest, evolve(last, prompt_ids=first.prompt_ids)]
+
+
+@pytest.mark.parametrize("change", [with_prompts_swapped, lambda found: [evolve(r, generation=1) for r in found]])
+def test_other_prompts_and_another_round_under_right_ids_are_refused(change, source, prompts):
+    wrong, store = Wrong(source, change), MemoryStore(source.manifest)
+    what = rf"^Rollout '{prompts[0].prompt_id}/s0/g0': .* generation 0 and the {prompts[0].token_ids.size} tokens of prompt"
+    with pytest.raises(SourceError, match=what):
+        evaluate(wrong, prompts, lambda *_: 1.0)
+    with pytest.raises(SourceError, match=what):
+        collect_rollouts(wrong, prompts, store)
+    assert len(store) == 0
+
+
+def too_few(scores):
+    return [evolve(score, logprobs=score.logprobs[:-1]) for score in scores]
+
+
+@pytest.mark.parametrize("change", [too_few, lambda found: [evolve(s, content_hash=bytes(16)) for s in found]])
+def test_scores_that_are_too_few_or_of_other_tokens_are_refused(change, source, teacher_model, tokenizer, prompts):
+    teacher, store = HFScorer(teacher_model, tokenizer), MemoryStore(source.manifest)
+    wrong, what = Wrong(teacher, change), r"^Rollout '.*': the scorer gave \d+ log-probs of .*`Scores\.of"
+    with pytest.raises(ScorerError, match=what):
+        evaluate_reverse_kl(source, wrong, prompts)
+    collect_rollouts(source, prompts, store)
+    for scorer, preflight in ((wrong, Preflight()), (wrong, None), (teacher, Preflight(truth=wrong))):
+        with pytest.raises(ScorerError, match=what):
+            score_rollouts(store, scorer, preflight=preflight)
+    assert not store.scored("teacher").any()
+
+
+def test_sources_and_scorers_may_give_generators(source, teacher_model, tokenizer, prompts):
+    teacher = HFScorer(teacher_model, tokenizer)
+    assert evaluate(Wrong(source, iter), prompts, lambda *_: 1.0).avg_at_n.mean == 1
+    assert evaluate_reverse_kl(Wrong(source, iter), Wrong(teacher, iter), prompts) == evaluate_reverse_kl(source, teacher, prompts)
 
 
 def test_evaluation_asks_for_n_fresh_samples_of_each_prompt_of_a_real_model(source, prompts):

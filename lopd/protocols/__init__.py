@@ -37,11 +37,11 @@ class RolloutSource(Protocol):
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """Return `samples_per_prompt` rollouts for each prompt, in the order of the prompts.
 
-        Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
-        collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
-        `sampler_logprobs` if the engine can report them; elsewhere None.  Where it has `candidates` or `drawn`, rollouts have
-        `behavior_logprobs` and `candidates`: first the policy's most likely tokens at temperature 1, whatever was sampled, then drawn ones.  A source
-        that cannot keep them raises InvalidRecordError when it is made.
+        Ids are `rollout_id(prompt, sample, generation)`, and each rollout has the very tokens of its prompt, and the generation.  The same call on
+        the same prompts gives the same rollouts, so an interrupted collection can be repeated.  No prompts give no rollouts.  Where
+        `manifest.sampling` is not `neutral`, rollouts have `sampler_logprobs` if the engine can report them; elsewhere None.  Where it has
+        `candidates` or `drawn`, rollouts have `behavior_logprobs` and `candidates`: first the policy's most likely tokens at temperature 1, whatever
+        was sampled, then drawn ones.  A source that cannot keep them raises InvalidRecordError when it is made.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.

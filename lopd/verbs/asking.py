@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import numpy as np
+
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError, SourceError
 from lopd.protocols import Counted, Progress, TeacherScorer
 from lopd.records.manifest import Manifest
@@ -81,7 +83,8 @@ def isolate(
     while waiting:
         part = waiting.pop()
         try:
-            results += call(part)
+            # a list first: a generator may give some before it refuses, and those are asked for again
+            results += list(call(part))
         except (ContextOverflowError, InvalidRecordError) as error:
             middle = len(part) // 2
             if middle:
@@ -104,10 +107,10 @@ def check_rollouts(manifest: Manifest, prompts: Sequence[Prompt], rollouts: Sequ
     """Refuse other rollouts than every sample of these prompts, in order.
 
     Raises:
-        SourceError: one is another, or is missing.
+        SourceError: one is another or missing, or has the tokens of another prompt, or another round.
     """
-    samples = range(manifest.sampling.samples_per_prompt)
-    wanted = [rollout_id(prompt.prompt_id, sample, manifest.generation) for prompt in prompts for sample in samples]
+    samples, generation = range(manifest.sampling.samples_per_prompt), manifest.generation
+    wanted = [rollout_id(prompt.prompt_id, sample, generation) for prompt in prompts for sample in samples]
     got = [r.rollout_id for r in rollouts]
     if got != wanted:
         place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
@@ -115,6 +118,13 @@ def check_rollouts(manifest: Manifest, prompts: Sequence[Prompt], rollouts: Sequ
             f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
             f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
         )
+    for prompt, rollout in zip((prompt for prompt in prompts for _ in samples), rollouts, strict=True):
+        if rollout.generation != generation or not np.array_equal(rollout.prompt_ids, prompt.token_ids):
+            raise SourceError(
+                f"Rollout {rollout.rollout_id!r}: it has generation {rollout.generation} and a prompt of {rollout.prompt_ids.size} tokens, expected "
+                f"generation {generation} and the {prompt.token_ids.size} tokens of prompt {prompt.prompt_id!r}; make it with `prompt.token_ids` and "
+                "`generation=`."
+            )
 
 
 def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) -> tuple[list[Scores], dict[str, str]]:
@@ -132,11 +142,18 @@ def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused:
     """Return why rollouts are refused, by id.
 
     Raises:
-        ScorerError: the scores are not those of the other rollouts, in order.
+        ScorerError: the scores are not those of the other rollouts, in order, or not one for each of their tokens.
     """
     reasons = {rollout.rollout_id: reason for rollout, reason in refused}
-    wanted, got = [r.rollout_id for r in rollouts if r.rollout_id not in reasons], [s.rollout_id for s in scores]
+    accepted = [rollout for rollout in rollouts if rollout.rollout_id not in reasons]
+    wanted, got = [r.rollout_id for r in accepted], [s.rollout_id for s in scores]
     if wanted != got:
         lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
         raise ScorerError(f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts; fix the scorer.")
+    for rollout, score in zip(accepted, scores, strict=True):
+        if (score.content_hash, score.logprobs.size) != (rollout.content_hash, rollout.response_ids.size):
+            raise ScorerError(
+                f"Rollout {rollout.rollout_id!r}: the scorer gave {score.logprobs.size} log-probs of hash {score.content_hash.hex()[:8]}, "
+                f"expected {rollout.response_ids.size} of {rollout.content_hash.hex()[:8]}; make them with `Scores.of(rollout, ...)`."
+            )
     return reasons

@@ -78,7 +78,7 @@ def collect_rollouts(
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
-        SourceError: the source gave other rollouts than it was asked for.
+        SourceError: the source gave other rollouts than it was asked for, or of other prompts or another round; none of that batch is committed.
         EngineError: more than `max_refused` prompts were refused, or all.
         StoreWriteError: the store cannot be written to; before the first batch nothing is sampled.
     """

@@ -44,7 +44,7 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
     Raises:
         ArgumentError: the source is something else, or the verifier does not take a prompt and a rollout; nothing is sampled.
         InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
-        SourceError: the source gave other rollouts than it was asked for.
+        SourceError: the source gave other rollouts than it was asked for, or of other prompts.
 
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
@@ -59,7 +59,7 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
 
 
 def _sample(source: RolloutSource, prompts: Sequence[Prompt]) -> Sequence[Rollout]:
-    rollouts = source.sample(prompts)
+    rollouts = list(source.sample(prompts))
     check_rollouts(source.manifest, prompts, rollouts)
     return rollouts
 
@@ -81,8 +81,8 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
-        SourceError: the source gave other rollouts than it was asked for.
-        ScorerError: the teacher gave other scores than those of the rollouts, in order.
+        SourceError: the source gave other rollouts than it was asked for, or of other prompts.
+        ScorerError: the teacher gave other scores than those of the rollouts, in order, or not one for each of their tokens.
     """
     check_noun(source, RolloutSource)
     check_noun(teacher, TeacherScorer)
@@ -97,7 +97,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
     if len(student) < len(rollouts):
         raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
-    scores = teacher.score(rollouts)
+    scores = list(teacher.score(rollouts))
     check_scores(rollouts, scores, ())
     teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, scores, strict=True)]
     sums = estimates.sampled_reverse_kl(student, teachers)

@@ -56,7 +56,7 @@ def score_rollouts(
         ArgumentError: store, scorer or progress are something else.
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model; nothing is scored.
-        ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
+        ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts or tokens than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
         StoreWriteError: the store cannot be written to; before the first batch nothing is scored.
         NoSuchRowError: a row is not in the store.
