@@ -210,6 +210,16 @@ def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(sourc
         collect_rollouts(source, [Prompt(prompts[0].prompt_id, [7])], stale)
 
 
+def test_a_round_that_another_process_has_begun_meanwhile_is_not_sampled_by_another_policy(source, prompts, tmp_path):
+    stale = ZarrStore.create(tmp_path / "run", source.manifest)
+    first, second = (evolve(source, generation=1, identity=ModelId("student", name, "float32")) for name in ("step-10", "step-11"))
+    collect_rollouts(first, prompts[:2], ZarrStore.open(tmp_path / "run"))
+    asked = Stopping(second, 99)
+    with pytest.raises(ManifestMismatchError, match=r"policy.*give the round of another policy a number of its own \(`generation`\)"):
+        collect_rollouts(asked, prompts, stale)
+    assert asked.asked == []
+
+
 def test_a_resumed_collection_reads_one_row_of_each_prompt_that_is_there_once(source, prompts, make_store, monkeypatch):
     store = make_store(source.manifest)
     collect_rollouts(source, prompts[:5], store)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
+from small_runs import Interrupted, Stopping
 
 from lopd import (
     MemoryStore,
@@ -230,6 +231,18 @@ def test_a_part_of_a_round_that_another_policy_sampled_is_scored_and_said(new_ru
     assert run.store.scored("teacher").all()
     with pytest.raises(ConflictError, match=r"round 0 has 0 of these rollouts, expected 3; .* give the round a number of its own"):
         sample_round(resumed, run.teacher, run.prompts[2:3], run.store)
+
+
+@pytest.mark.parametrize("lasts", [False, True])
+def test_a_round_that_was_killed_before_its_first_rollouts_is_sampled_whole_by_another_policy(lasts, new_run, tmp_path):
+    run = new_run(store=(lambda manifest: ZarrStore.create(tmp_path / "rounds.zarr", manifest)) if lasts else None)
+    source = run.source(1)
+    with pytest.raises(Interrupted):
+        sample_round(Stopping(source, 0), run.teacher, run.prompts, run.store)
+    resumed = evolve(source, identity=evolve(source.manifest.policy, revision="weights:recomputed/0"))
+    rows = sample_round(resumed, run.teacher, run.prompts, run.store)
+    assert rows.tolist() == list(range(3 * len(run.prompts)))
+    assert run.store.generations[1] == resumed.manifest.policy
 
 
 def test_a_round_scores_no_more_than_its_own_rollouts(new_run):

@@ -61,7 +61,7 @@ def collect_rollouts(
     Args:
         source: the reference policy.
         prompts: with unique ids.
-        store: made with `source.manifest`; a source of another generation begins that round in it.
+        store: made with `source.manifest`; the first rollouts of another generation begin that round in it.
         prompts_per_batch: sampled together and committed together.
         batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
@@ -74,7 +74,7 @@ def collect_rollouts(
 
     Raises:
         ArgumentError: source, prompts, store or progress are something else.
-        ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
+        ConflictError: the store has other tokens under the id of a prompt, and nothing is sampled; or another policy began the round meanwhile.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
@@ -91,12 +91,12 @@ def collect_rollouts(
     max_refused = check_at_least("Collection", "max_refused", max_refused, 0)
     check_prompt_list(prompts, unique=True)
     manifest = source.manifest
-    _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
     names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
     compared = np.full(len(prompts), -1)
 
     def find_missing() -> NDArray[np.bool_]:
+        _check_same_run(store, manifest)
         rows = store.find(names).reshape(len(prompts), len(samples))
         last = rows.max(axis=1)
         _check_same_prompts(store, prompts, np.where(last == compared, -1, last))
@@ -118,6 +118,9 @@ def collect_rollouts(
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
             candidates = _candidates(manifest, rollouts)
+            if rollouts and manifest.generation not in store.generations:
+                # not before: a call that is killed while it samples would keep the round from every other policy
+                store.begin_generation(manifest.generation, manifest.policy)
             store.append(rollouts)
             if candidates:
                 commit_scores(store, policy_column(manifest.generation), _provenance(manifest), candidates)
@@ -181,17 +184,16 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
             )
 
 
-def _begin(store: LogprobStore, manifest: Manifest) -> None:
-    """Begin the source's round, unless the store is in it; all else must agree with the store's manifest."""
+def _check_same_run(store: LogprobStore, manifest: Manifest) -> None:
+    """Refuse a source that differs from the store's manifest in more than its round, or from the policy with which that was begun."""
     generation = manifest.generation
     policy = store.generations.get(generation, manifest.policy)
     difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
     if difference is not None:
         raise ManifestMismatchError(
-            f"{named(store)}: {difference}; create another store, or sample with the policy and settings of this one."
+            f"{named(store)}: {difference}; create another store, sample with the policy and settings of this one, or give the round of another "
+            "policy a number of its own (`generation`)."
         )
-    if generation not in store.generations:
-        store.begin_generation(generation, policy)
 
 
 def _warn_of_cut(manifest: Manifest, cut: Sequence[Rollout], count: int) -> None:
