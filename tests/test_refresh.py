@@ -1,7 +1,7 @@
 """Rounds: Lightning and online OPD are their two ends, what is between samples when it should, and a killed run resumes in its round."""
 
 import copy
-from itertools import islice
+from itertools import count, islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -121,6 +121,14 @@ def test_a_round_that_ends_by_itself_is_refused_and_not_sampled_again(refresh, e
     ):
         list(refresh(4 if ends == 2 else 3, make_round))
     assert len(rounds) == ends + 1
+
+
+@pytest.mark.parametrize("refresh", [refresh_every, lambda steps, *rest, **stop: refresh_when(stale_after(steps - 1), *rest, **stop)])
+def test_a_round_that_counts_its_steps_from_0_is_refused_at_its_first(refresh):
+    steps = refresh(3, lambda generation, start: (SimpleNamespace(step=step) for step in count()), stop=6)
+    assert [metrics.step for metrics in islice(steps, 3)] == [0, 1, 2]
+    with pytest.raises(InvalidRecordError, match=r"round 1 gave step 0, expected step 3; give a round `batches\(\.\.\.\)\[start:\]`"):
+        next(steps)
 
 
 def test_a_round_ends_with_the_first_step_that_finds_it_stale(new_run):

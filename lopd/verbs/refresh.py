@@ -34,6 +34,8 @@ from lopd.verbs.collect import collect_rollouts
 from lopd.verbs.preflight import Preflight
 from lopd.verbs.scoring import score_rollouts
 
+_REMEDY = "give a round `batches(...)[start:]`, and the number of the last step to `stop=`."
+
 
 class Round(Protocol):
     """Samples with the student as it is, and trains on that."""
@@ -53,7 +55,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
         stop: one past the last step, and no round begins there; None never ends.
 
     Raises:
-        InvalidRecordError: `steps` is less than 1, or `start` than 0; or a round ended by itself.
+        InvalidRecordError: `steps` is less than 1, or `start` than 0; or a round ended by itself, or its steps have other numbers.
     """
     check_call("Refresh: make_round", make_round, "generation,first")
     steps = check_at_least("Refresh", "steps", steps, 1)
@@ -65,6 +67,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
             return
         ended = first
         for metrics in islice(make_round(generation, first), end - first):
+            _check_step(generation, metrics, ended)
             yield metrics
             ended += 1
         _check_whole(generation, ended, end)
@@ -83,7 +86,7 @@ def refresh_when(
         generation: the round of `start`: that of the step before, or the next one if that step was stale.
 
     Raises:
-        InvalidRecordError: `start` or `generation` is less than 0; or a round ended by itself.
+        InvalidRecordError: `start` or `generation` is less than 0; or a round ended by itself, or its steps have other numbers.
     """
     check_call("Refresh: stale", stale, "metrics")
     check_call("Refresh: make_round", make_round, "generation,first")
@@ -93,20 +96,27 @@ def refresh_when(
         if stop is not None and start >= stop:
             return
         for metrics in make_round(current, start):
-            start = metrics.step + 1
+            _check_step(current, metrics, start)
             yield metrics
+            start += 1
             if stale(metrics) or start == stop:
                 break
         else:
             _check_whole(current, start, None)
 
 
+def _check_step(generation: int, metrics: StepMetrics, wanted: int) -> None:
+    """Refuse a round that counts its steps in another way, from 0 for example: checkpoints and `stop` go by these numbers."""
+    if metrics.step != wanted:
+        raise InvalidRecordError(f"Refresh: round {generation} gave step {metrics.step}, expected step {wanted}; {_REMEDY}")
+
+
 def _check_whole(generation: int, ended: int, wanted: int | None) -> None:
     """Refuse a round that ended by itself: the next ones would be sampled for nothing, or their steps be other ones."""
     if ended != wanted:
         raise InvalidRecordError(
-            f"Refresh: round {generation} ended before step {ended}, expected steps {'without end' if wanted is None else f'up to {wanted}'}; give "
-            "a round `batches(...)[start:]`, and the number of the last step to `stop=`."
+            f"Refresh: round {generation} ended before step {ended}, expected steps {'without end' if wanted is None else f'up to {wanted}'}; "
+            f"{_REMEDY}"
         )
 
 
