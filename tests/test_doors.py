@@ -139,6 +139,7 @@ DATA = {
         r"Model: it is str.*load_model",
     ),
     "rows of a path": (lambda source, scorer, store, prompts: rows_of("x", prompts), f"Store: it is a str.*{OPEN}"),
+    "rows of a round": (lambda source, scorer, store, prompts: rows_of(store, prompts, 1), r"Rounds: it was given an int \(1\).*`\[1\]`"),
     "advantages of a path": (lambda source, scorer, store, prompts: stored_advantages("x"), f"Store: it is a str.*{OPEN}"),
     "drift of steps": (lambda source, scorer, store, prompts: next(watch_drift([3])), "Metrics: it is an int"),
     "drift of a number": (lambda source, scorer, store, prompts: next(watch_drift(3)), "Metrics: it is an int"),

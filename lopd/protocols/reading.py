@@ -147,12 +147,16 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         generations: only of these rounds; None for all.
 
     Raises:
-        ArgumentError: the store or the prompts are something else.
+        ArgumentError: the store, the prompts or the rounds are something else.
     """
     check_noun(reader, LogprobReader)
     if wrong := [prompt for prompt in prompts if not isinstance(prompt, Prompt)]:
         raise ArgumentError(
             f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
+        )
+    if generations is not None and not isinstance(generations, Iterable):
+        raise ArgumentError(
+            f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
         )
     found = [np.empty(0, np.int64)]
     for generation in reader.generations if generations is None else generations:
