@@ -3,6 +3,7 @@
 import copy
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from conftest import TOKENIZER_ID
 from flash_stub import take_flash, take_flex
 from test_no_waiting import a_batch, asked
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import sdpa_attention
 from transformers.integrations.flash_attention import get_target_dtype
 
@@ -143,13 +144,13 @@ def on_a_gpu(monkeypatch, flash):
 
     def put(model, name):
         model.config._attn_implementation_internal = name
-        return name
 
     monkeypatch.setattr(loading, "_on_cuda", lambda model: True)
     monkeypatch.setattr(loading, "_FLASH", {"flash_attention_3": lambda: False, "flash_attention_2": lambda: True})
-    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", lambda *_, **__: None)
+    for name in loading._FLASH:
+        monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, name, lambda *_, **__: None)
     monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
-    monkeypatch.setattr(loading, "_attention_set", put)
+    monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", put)
 
 
 def loaded(folder, caplog, **options):
@@ -200,6 +201,23 @@ def test_flash_attention_that_is_wrong_or_raises_is_not_taken(folder, monkeypatc
     taken, line = loaded(folder, caplog, dtype=torch.bfloat16)
     assert (taken, "cannot be used, or gives other hidden states" in line) == ("sdpa", True)
     assert flash is wrong or any("head dimension" in line for line in caplog.messages)
+
+
+def ending(*_, **__):
+    """End the process, as FlashAttention-3 does on a card for which it has no kernel: not by an `Exception`."""
+    raise SystemExit(1)
+
+
+@pytest.mark.parametrize(("major", "flash_3", "taken"), [(9, flash_stub.flash, 3), (12, ending, 2)])
+def test_flash_attention_3_is_not_tried_on_a_card_on_which_it_ends_the_process(folder, monkeypatch, caplog, major, flash_3, taken):
+    on_a_gpu(monkeypatch, flash_stub.flash)
+    monkeypatch.setitem(loading._FLASH, "flash_attention_3", lambda: True)
+    monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_3", flash_3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
+    assert loaded(folder, caplog, dtype=torch.bfloat16)[0] == f"flash_attention_{taken}"
+    refused = pytest.raises(EngineError, match=r"'flash_attention_3' cannot be used \(it has no kernel for this card")
+    with nullcontext() if taken == 3 else refused:
+        load_model(folder, attention="flash_attention_3")
 
 
 def saved(tokenizer, folder, kind, sharper=1, **special):

@@ -23,7 +23,7 @@ from lopd.engines.structure import uses_tf32
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses import chunked
 from lopd.losses.rows import TorchRows
-from lopd.records.devices import has_bfloat16
+from lopd.records.devices import has_bfloat16, has_flash_3
 from lopd.records.flush import flush
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
@@ -182,6 +182,12 @@ def test_old_cards_of_nvidia_have_no_bfloat16_of_their_own_whatever_torch_says_a
     assert [has_bfloat16(a_card(monkeypatch, major)) for major in (7, 8, 9)] == [False, True, True]
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert has_bfloat16(a_card(monkeypatch, 7))
+
+
+def test_flash_attention_3_is_for_two_generations_of_nvidias_cards(monkeypatch):
+    assert [has_flash_3(a_card(monkeypatch, major)) for major in (7, 8, 9, 10, 12)] == [False, True, True, False, False]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not has_flash_3(a_card(monkeypatch, 9))
 
 
 def test_what_computes_in_bfloat16_on_a_card_without_it_is_told_what_to_do(llama, tokenizer, monkeypatch):

@@ -12,3 +12,11 @@ def has_bfloat16(device: torch.device) -> bool:
         return True
     # torch.compile knows this one for a constant, and would break its graph at get_device_capability
     return bool(torch.cuda.get_device_properties(device).major >= 8)
+
+
+def has_flash_3(device: torch.device) -> bool:
+    """Return whether a CUDA device runs FlashAttention-3: NVIDIA's of compute capability 8 and 9.
+
+    Its kernels for others are not there, and it finds out by C's `exit`, so that it cannot be tried.
+    """
+    return torch.version.hip is None and torch.cuda.get_device_properties(device).major in (8, 9)

@@ -15,6 +15,7 @@ from lopd.engines.conditions import check_device, drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
 from lopd.engines.stored import named_class
 from lopd.errors import EngineError, ModelError
+from lopd.records.devices import has_flash_3
 
 _LOG = logging.getLogger(__name__)
 #: The faster first; that they are installed is asked without importing them.
@@ -98,7 +99,13 @@ def _set_attention(model: Any, folder: str | Path, asked: str | None, autocast: 
 
 
 def _attention_set(model: Any, name: str) -> str:
-    """Set it, and return which one the model has then: old families keep theirs, with a line in a log."""
+    """Set it, and return which one the model has then: old families keep theirs, with a line in a log.
+
+    Raises:
+        ValueError: it would end the process on this card.
+    """
+    if name == "flash_attention_3" and _on_cuda(model) and not has_flash_3(model.device):
+        raise ValueError("it has no kernel for this card, and would end the process")
     model.set_attn_implementation(name)
     return str(model.config._attn_implementation)
 
