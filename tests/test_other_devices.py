@@ -82,6 +82,21 @@ def test_a_student_that_was_moved_to_an_apple_gpu_is_told_so(llama, tokenizer, m
         student(None, None)
 
 
+class OnTheNext(nn.Parameter):
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("make", [HFScorer, HFSource, CausalLMStudent])
+def test_a_model_that_was_spread_over_devices_is_refused_by_their_names(make, llama, tokenizer):
+    """`device_map` does so: its hooks bring outputs back from the whole model alone."""
+    spread = copy.deepcopy(llama)
+    projection = spread.model.layers[-1].mlp.down_proj
+    projection.weight = OnTheNext(projection.weight.data)
+    with pytest.raises(ModelError, match=r"its weights are on several devices \(cpu, cuda:1\); load it on one card") as error:
+        make(spread, tokenizer)
+    assert "train another model" not in str(error.value)
+
+
 def test_on_macos_what_is_flushed_leaves_the_cache_of_the_drive(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)

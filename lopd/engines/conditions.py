@@ -17,7 +17,7 @@ from lopd.records.warn import warn_user
 
 
 def check_causal_lm(model: Any) -> None:
-    """Refuse what is not a causal LM of transformers, and adapters that act outside its layers.
+    """Refuse what is not a causal LM of transformers, adapters that act outside its layers, and weights on several devices.
 
     Raises:
         ModelError: it names what was given.
@@ -31,6 +31,13 @@ def check_causal_lm(model: Any) -> None:
                 "such an adapter instead."
             )
     check_loaded(model)
+    # what brings outputs back to one device hangs on the root module, and lopd calls the layers below the head
+    if len(devices := sorted({str(parameter.device) for parameter in model.parameters()})) > 1:
+        raise ModelError(
+            f"Model {type(unwrap(model)).__name__}: its weights are on several devices ({', '.join(devices)}); load it on one card "
+            "(`load_model(folder, device='cuda:0')`), or, where that is too small, a teacher with vLLM (`tensor_parallel_size`) and a student with "
+            "`fully_shard`."
+        )
 
 
 def check_device(owner: str, device: torch.device) -> None:
