@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lopd import CausalLMStudent, LanceStore, MemoryStore, ZarrStore
 from lopd.engines import conditions
 from lopd.engines.effective import _merged
-from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning
@@ -80,6 +80,19 @@ def test_a_student_that_was_moved_to_an_apple_gpu_is_told_so(llama, tokenizer, m
     monkeypatch.setattr("lopd.engines.student.evolve", lambda *_, **__: SimpleNamespace(weight=SimpleNamespace(device=torch.device("mps"))))
     with pytest.raises(ModelError, match=r"its device is 'mps', which has no float64, expected a CPU or CUDA; move it there"):
         student(None, None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Required aspect fp64 is not supported on the device"), TypeError("no float64")])
+def test_a_device_without_float64_is_refused_before_weights_are_read(error, monkeypatch, tmp_path):
+    def refuse(*_, dtype, device):
+        assert (dtype, device.type) == (torch.float64, "xpu")
+        raise error
+
+    monkeypatch.setattr(torch, "empty", lambda *_, device: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(torch, "ones", refuse)
+    with pytest.raises(ModelError, match=r"its device is 'xpu', which has no float64, expected a CPU or CUDA; move it there"):
+        load_model(tmp_path, device="xpu")
+    conditions.check_device("Model", torch.device("cuda"))
 
 
 class OnTheNext(nn.Parameter):

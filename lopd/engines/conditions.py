@@ -41,15 +41,19 @@ def check_causal_lm(model: Any) -> None:
 
 
 def check_device(owner: str, device: torch.device) -> None:
-    """Refuse Apple's GPUs, which have no float64, in which lopd adds up.
+    """Refuse a device without float64, in which lopd adds up: GPUs of Apple, and some of Intel.
 
     Raises:
         ModelError: it names the owner.
     """
-    if device.type == "mps":
+    if device.type in ("cpu", "cuda"):
+        return
+    try:
+        torch.ones(2, dtype=torch.float64, device=device).sum()
+    except (RuntimeError, TypeError) as error:
         raise ModelError(
             f"{owner}: its device is {str(device)!r}, which has no float64, expected a CPU or CUDA; move it there: `.to('cpu')`."
-        )
+        ) from error
 
 
 def check_loaded(model: Any) -> None:

@@ -53,7 +53,7 @@ def load_model(
     Raises:
         EngineError: there is no such model, device or dtype, its weights need what is not here, the attention cannot be used, or autocast is another
             dtype than bfloat16.
-        ModelError: its files lack weights, which transformers would make up.
+        ModelError: its files lack weights, which transformers would make up, or the device has no float64.
     """
     _check_device(folder, device)
     if not isinstance(getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype, torch.dtype | None):
@@ -158,12 +158,13 @@ def _same_states(model: Any, name: str, autocast: torch.dtype | None) -> bool:
 def _check_device(folder: str | Path, device: str) -> None:
     """Refuse a device that this process cannot use, before the weights are read."""
     try:
-        check_device(f"Model {str(folder)!r}", torch.empty(0, device=device).device)
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
             f"Model {str(folder)!r}: device {device!r} cannot be used ({reason}); pass device='cpu', or install the build of torch for it."
         ) from error
+    check_device(f"Model {str(folder)!r}", found)
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
