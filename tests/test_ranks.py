@@ -182,6 +182,19 @@ def test_one_rank_of_one_is_what_a_process_is_on_its_own():
     assert Ranks().gather([1, 2]) == [1, 2]
 
 
+def test_sums_over_ranks_need_no_backend_for_the_cpu(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("No backend type associated with device type cpu")
+
+    def gathered(parts, mine):
+        parts[:] = [mine, [torch.tensor([0.25, -1.0])]]
+
+    monkeypatch.setattr(dist, "get_backend", lambda: "xccl")
+    monkeypatch.setattr(dist, "all_reduce", refuse)
+    monkeypatch.setattr(dist, "all_gather_object", gathered)
+    assert Ranks(0, 2).sum(torch.tensor([1.0, 2.0])).tolist() == [1.25, 1.0]
+
+
 @pytest.mark.parametrize(("rank", "size"), [(-1, 1), (1, 1), (2, 2), (0, 0)])
 def test_a_rank_that_there_is_not_is_refused(rank, size):
     with pytest.raises(InvalidRecordError, match="count from 0"):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -44,10 +45,8 @@ class Ranks:
         """Return each value summed over the ranks; every rank must call."""
         if self.size == 1:
             return values
-        # NCCL knows no memory but a GPU's
-        summed = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(summed)
-        return summed.to(values.device)
+        # objects travel whatever backend there is, where NCCL knows no memory but a GPU's; one order of adding, so the same bits on each rank
+        return reduce(torch.add, self.gather([values.cpu()])).to(values.device)
 
     def gather(self, mine: list[_Item]) -> list[_Item]:
         """Return what all ranks have, in the order of ranks; every rank must call."""
