@@ -14,16 +14,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lopd import CausalLMStudent, LanceStore, MemoryStore, ZarrStore
+from lopd import CausalLMStudent, LanceStore, MemoryStore, SamplingParams, ZarrStore
 from lopd.engines import conditions
 from lopd.engines.effective import _merged
 from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.engines.hf.decoding import draw
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses import chunked
 from lopd.losses.rows import TorchRows
-from lopd.records.devices import has_bfloat16, has_flash_3
+from lopd.records.devices import has_bfloat16, has_flash_3, running_sums
 from lopd.records.flush import flush
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
@@ -186,12 +187,30 @@ def test_triton_that_starts_is_taken_and_a_card_that_is_full_says_nothing_of_it(
 class OnACard(torch.Tensor):
     is_cuda = True
 
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def cumsum(self, *_):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
+
 
 def test_both_kernels_are_tried_in_the_dtype_of_the_gradients(kernels):
     kernels(Exception("ptxas: feature 'cvt.bf16.f32' requires .target sm_80 or higher"), torch.bfloat16)
     buffer = torch.zeros(2, 8).as_subclass(OnACard)
     assert isinstance(chunked.rows_for(buffer, None, torch.bfloat16), TorchRows)
     assert not isinstance(chunked.rows_for(buffer, None, torch.float32), TorchRows)
+
+
+def test_tokens_are_drawn_on_a_card_that_has_to_be_deterministic(monkeypatch):
+    logits_BV, uniforms_B = torch.randn(3, 600, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.5, 0.9]).double()
+    sampling = SamplingParams(top_p=0.9)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    on_the_card = draw(logits_BV.as_subclass(OnACard), uniforms_B.as_subclass(OnACard), sampling)
+    for found, expected in zip(on_the_card, draw(logits_BV, uniforms_B, sampling), strict=True):
+        assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    with pytest.raises(RuntimeError, match="cumsum_cuda_kernel"):
+        running_sums(logits_BV.as_subclass(OnACard))
 
 
 def a_card(monkeypatch, major):

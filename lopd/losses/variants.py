@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from lopd.losses import functional
 from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy, with_labels
 from lopd.records.checks import check_at_least, check_number, to_real
+from lopd.records.devices import running_sums
 
 _LEAST_RANGE = 2e-3
 
@@ -163,7 +164,7 @@ def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
     """
 
     def factors(sizes_T: Tensor) -> Tensor:
-        before_T = sizes_T.cumsum(0) - sizes_T
+        before_T = running_sums(sizes_T) - sizes_T
         return 1 + gamma * (1 - before_T / sizes_T.sum().clamp(min=torch.finfo(sizes_T.dtype).tiny))
 
     return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.advantages.abs()))

@@ -20,3 +20,10 @@ def has_flash_3(device: torch.device) -> bool:
     Its kernels for others are not there, and it finds out by C's `exit`, so that it cannot be tried.
     """
     return torch.version.hip is None and torch.cuda.get_device_properties(device).major in (8, 9)
+
+
+def running_sums(values: torch.Tensor) -> torch.Tensor:
+    """Return running sums over the last dimension: on the host where they are to be deterministic, as torch may refuse that on a card."""
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return values.cpu().cumsum(-1).to(values.device)
+    return values.cumsum(-1)

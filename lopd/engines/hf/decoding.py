@@ -18,6 +18,7 @@ from torch import Tensor
 from lopd.engines.causal_lm import context_length, lm_head
 from lopd.engines.hf.texts import Way
 from lopd.errors import InvalidRecordError
+from lopd.records.devices import running_sums
 from lopd.records.manifest import SamplingParams
 
 _BLOCK = 256
@@ -144,7 +145,7 @@ def _pass_points(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         masses: (..., J), at least 0.
         uniforms: (..., D) in [0, 1).
     """
-    cumulative = masses.cumsum(-1)
+    cumulative = running_sums(masses)
     targets = uniforms * cumulative[..., -1:]
     places = torch.searchsorted(cumulative, targets, right=True)
     mass = masses.gather(-1, places)
@@ -155,4 +156,4 @@ def _pass_points(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
     """Return (B, V) whether a token is in the smallest set of most likely tokens that holds `top_p`."""
     ordered_BV, order_BV = probs_BV.sort(-1, descending=True)
-    return torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order_BV, ordered_BV.cumsum(-1) - ordered_BV < top_p)
+    return torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order_BV, running_sums(ordered_BV) - ordered_BV < top_p)
