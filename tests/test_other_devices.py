@@ -21,6 +21,7 @@ from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.engines.hf.decoding import draw
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
+from lopd.engines.vllm.engine import VLLMEngine
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses import chunked
 from lopd.losses.rows import TorchRows
@@ -94,6 +95,14 @@ def test_a_device_without_float64_is_refused_before_weights_are_read(error, monk
     with pytest.raises(ModelError, match=r"its device is 'xpu', which has no float64, expected a CPU or CUDA; move it there"):
         load_model(tmp_path, device="xpu")
     conditions.check_device("Model", torch.device("cuda"))
+
+
+def test_a_vllm_that_is_closed_does_not_ask_for_cards_which_could_keep_the_next_one_from_starting(monkeypatch):
+    stopped = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("it was asked"))
+    core = SimpleNamespace(shutdown=lambda: stopped.append(True))
+    VLLMEngine.close(SimpleNamespace(_llm=SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core))))
+    assert stopped
 
 
 class OnTheNext(nn.Parameter):

@@ -157,8 +157,7 @@ class VLLMEngine:
             llm.llm_engine.engine_core.shutdown()
             del llm
             collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
 
     def arguments(self) -> dict[str, Any]:
         """Return arguments of `vllm.LLM`."""
