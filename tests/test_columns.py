@@ -192,6 +192,12 @@ def test_only_the_chosen_rows_are_trained_on(store, prompts):
     assert batches(store, teacher=None, rows=rows[::-1].copy()).rows.tolist() == rows.tolist()
 
 
+def test_the_sft_teacher_of_a_student_is_who_sampled_the_rounds_that_it_was_trained_on(store, prompts):
+    first, second = store.generations.values()
+    chosen = [rows_of(store, prompts, [0]), rows_of(store, prompts, [1]), rows_of(store, prompts[:2])]
+    assert [batches(store, teacher=None, rows=rows).lineage.sft_teacher for rows in chosen] == [first, second, mixture_id([first, second])]
+
+
 def test_rows_that_are_not_chosen_need_no_scores_and_do_not_warn(store, prompts, tokenizer, teachers):
     record = store.read([0])[0].rollout
     late = evolve(record, rollout_id="late", generation=1)

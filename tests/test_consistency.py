@@ -126,6 +126,14 @@ def test_sft_needs_no_scores_and_makes_the_writer_of_the_rollouts_the_sft_teache
     assert stream.step(0).batches[0].teacher_logprobs is None
 
 
+def test_sft_on_a_round_of_an_unknown_writer_has_no_sft_teacher() -> None:
+    store = make_store(numbered_records(2), columns=())
+    store.begin_generation(1, UNKNOWN)
+    store.append([evolve(store.read([0])[0].rollout, rollout_id="late", generation=1)])
+    assert batches(store, teacher=None).lineage == Lineage()
+    assert batches(store, teacher=None, rows=np.arange(2)).lineage == Lineage(sft_teacher=POLICY)
+
+
 def test_a_ref_column_is_read_beside_the_teacher_and_is_no_matter_of_consistency() -> None:
     batch = batches(make_store(random_records(0, 3)), ref="ref", rollouts_per_step=3).step(0).batches[0]
     assert batch.teacher_logprobs is not None

@@ -35,6 +35,7 @@ from lopd.errors import (
     ConflictError,
     EngineError,
     InvalidRecordError,
+    ManifestMismatchError,
     MissingScoresError,
     NoSuchRowError,
     QuarantineWarning,
@@ -46,7 +47,7 @@ from lopd.guards.start import measure_start
 from lopd.losses.variants import add_labels
 from lopd.protocols.labels import labels_and_means
 from lopd.protocols.reading import rows_of
-from lopd.records import LMHead, ModelId, Prompt
+from lopd.records import Lineage, LMHead, ModelId, Prompt, mixture_id
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.doctor.checking import check_store
 from lopd.tools.doctor.contents import inspect_store
@@ -400,6 +401,24 @@ def test_the_card_of_a_student_of_labels_alone_takes_its_store_and_does_not_call
         batches(store, teacher=None, **options).lineage.write(tmp_path)
         assert f"| method | {method}, by lopd " in str(model_card(tmp_path, store=store))
         assert "| method | SFT, or training on labels, by lopd " in str(model_card(tmp_path))
+
+
+def test_the_card_of_a_student_of_the_text_of_some_rounds_takes_its_store(store, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    policies = [store.manifest.policy, ModelId("policy", "rev-p2", "float32"), ModelId("policy", "rev-p3", "float32")]
+    for generation in (1, 2):
+        store.begin_generation(generation, policies[generation])
+        store.append([rollout_of(PROMPTS[0], 0, generation=generation)])
+    for rows in ([0], [8], [0, 9], None):
+        lineage = batches(store, teacher=None, rows=rows and np.array(rows)).lineage
+        lineage.write(tmp_path)
+        assert "| method | SFT, by lopd " in str(model_card(tmp_path, store=store))
+    assert lineage.sft_teacher == mixture_id(policies)
+    Lineage(mixture_id([*policies[:1], ModelId("stranger", "1", "float32")]), store=lineage.store).write(tmp_path)
+    with pytest.raises(
+        ManifestMismatchError, match=r"its SFT teacher is policy@rev-p \+ stranger@1, expected policy@rev-p \+ .*, the store"
+    ):
+        model_card(tmp_path, store=store)
 
 
 def test_a_group_is_of_one_round_and_prompts_with_one_rollout_have_no_mean(store):

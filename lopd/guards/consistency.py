@@ -9,11 +9,13 @@ Judged from recorded weights, never from names that were typed.
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
+import numpy as np
 from attrs import evolve
+from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import LogprobReader, TeacherScorer
-from lopd.protocols.reading import named
+from lopd.protocols.reading import named, rounds_of
 from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance
@@ -183,6 +185,11 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 
 
+def manifest_of_rows(store: LogprobReader, rows: NDArray[np.int64]) -> Manifest:
+    """Return the manifest with the policy that sampled these rows, of several rounds their `mixture_id`; see `rounds_of` for what is read."""
+    return evolve(store.manifest, policy=mixture_id(store.generations[generation] for generation in rounds_of(store, rows)))
+
+
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance], *, graded: bool = False) -> Lineage:
     """Return what a student has been trained on after training on these rollouts.
 
@@ -190,7 +197,7 @@ def lineage_after(manifest: Manifest, teachers: Sequence[Provenance], *, graded:
     its own rollouts are `graded`, and a ratio to the policy is taken, it does not imitate.
     """
     if not teachers and not graded:
-        return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)
+        return Lineage(sft_teacher=None if UNKNOWN in manifest.policy.parts else manifest.policy)
     models = [evolve(made.model, name=f"{made.model.name} (privileged)") if made.privileged else made.model for made in teachers]
     return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id(models) if models else None)
 

@@ -169,6 +169,18 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
     return np.unique(np.concatenate(found))
 
 
+def rounds_of(reader: LogprobReader, rows: NDArray[np.int64]) -> set[int]:
+    """Return the rounds in which these rows were sampled; reads the rows where there are several rounds, and stops once each was seen."""
+    every, found = set(reader.generations), set[int]()
+    if len(every) == 1:
+        return every
+    for part in in_batches(rows):
+        found.update(reader.read(part).generations.tolist())
+        if found == every:
+            break
+    return found
+
+
 def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[int]) -> int | None:
     """Return the token, beside those that are known, with which more than half of the responses end that were not cut; None if no token does."""
     ends, count = Counter[int](), 0

@@ -13,7 +13,7 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
-from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_teacher_consistency, lineage_after
+from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_teacher_consistency, lineage_after, manifest_of_rows
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
@@ -176,8 +176,9 @@ def batches(
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: seed of the shuffle; step k depends on (seed, k) alone.
         rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
-        teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
-            rollouts learn from it; rollouts of other prompts are left out.
+        teacher: score column to learn from; None trains on the rollouts as they are (SFT), and of several rounds reads them once,
+            here, to know whose they are.  Several teachers: column -> the prompts whose rollouts learn from it; rollouts of other prompts are left
+            out.
         ref: score column of the reference policy, for losses with an importance ratio, and to have drift measured.  `"behavior"` is
             what each rollout's own policy reported, so also right where rollouts are of several rounds.  It is the policy at temperature 1,
             and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and an importance
@@ -226,15 +227,16 @@ def batches(
     _check_lengths(store, usable, positions, tokens_per_batch)
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
-    provenances = columns.provenances(store)
-    check_teacher_consistency(store.manifest, provenances, consistency, own_prompts=columns.place is not None)
+    provenances, graded = columns.provenances(store), label is not None and ref is not None
+    # which policy sampled the rows matters to SFT alone, and of several rounds it has to be read
+    manifest = store.manifest if provenances or graded else manifest_of_rows(store, usable)
+    check_teacher_consistency(manifest, provenances, consistency, own_prompts=columns.place is not None)
     for place, column in enumerate(columns.teachers if ref is None and not top_k else ()):
         own = usable if columns.place is None else usable[columns.place[usable] == place]
         judge_advantages(store, stored_advantages(store, teacher=column, rows=own), column)
-    graded = label is not None and ref is not None
     if graded or (columns.teachers and (ref is not None or not top_k)):
         judge_sampling(store, usable, ratio=ref is not None)
-    lineage = evolve(lineage_after(store.manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
+    lineage = evolve(lineage_after(manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
     return StepStream(lineage, store, usable, positions, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 

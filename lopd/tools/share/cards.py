@@ -15,6 +15,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, texts_of
 from lopd.records.estimates import Estimate
+from lopd.records.identity import UNKNOWN, mixture_id
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.paths import local_path, names_path
@@ -205,10 +206,10 @@ def _check_store(folder: Path, lineage: Lineage, store: LogprobReader) -> None:
             f"{store.manifest.policy}; pass the store that it was trained on."
         )
     # without a teacher it has imitated the writer of the rollouts, or learnt from their labels
-    own = [store.manifest.sft_teacher, *(() if teacher else [lineage_after(store.manifest, ()).sft_teacher])]
-    if lineage.sft_teacher not in own:
+    if lineage.sft_teacher != store.manifest.sft_teacher and (teacher or not _imitates(lineage, store)):
+        own = store.manifest.sft_teacher if teacher else mixture_id(store.generations.values())
         raise ManifestMismatchError(
-            f"Export {folder.name}: its SFT teacher is {lineage.sft_teacher}, expected {own[-1]}, the store's; pass the store that it was trained on."
+            f"Export {folder.name}: its SFT teacher is {lineage.sft_teacher}, expected {own}, the store's; pass the store that it was trained on."
         )
     taught = [lineage_after(store.manifest, [provenance]).opd_teacher for provenance in store.columns.values()]
     scored = [part for model in taught if model for part in model.parts]
@@ -217,6 +218,13 @@ def _check_store(folder: Path, lineage: Lineage, store: LogprobReader) -> None:
         raise ManifestMismatchError(
             f"Export {folder.name}: its teacher is {unknown}, which no column of the store is of; pass the store that it was trained on."
         )
+
+
+def _imitates(lineage: Lineage, store: LogprobReader) -> bool:
+    """Return whether the SFT teacher of a student is who sampled one or more rounds of a store; of which it has the rows is not recorded."""
+    taught = lineage.sft_teacher or UNKNOWN
+    within = [policy for policy in store.generations.values() if all(part in taught.parts for part in policy.parts)]
+    return mixture_id(within) == taught
 
 
 def _identity(folder: Path) -> str:
@@ -230,7 +238,7 @@ def _untaught(lineage: Lineage, store: LogprobReader | None) -> str:
     """Return how a student without a teacher's log-probs was made: a lineage that records rollouts does not tell what was learnt from them."""
     if store is None:
         return "SFT" if lineage.store is None else "SFT, or training on labels"
-    return "SFT" if lineage.sft_teacher == lineage_after(store.manifest, ()).sft_teacher else "training on labels"
+    return "SFT" if _imitates(lineage, store) else "training on labels"
 
 
 def _what(lineage: Lineage, store: LogprobReader | None) -> str:
