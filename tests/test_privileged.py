@@ -15,6 +15,7 @@ from lopd import (
     MemoryStore,
     PrivilegedScorer,
     SamplingParams,
+    ZarrStore,
     batches,
     collect_rollouts,
     make_prompts,
@@ -31,8 +32,10 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
 )
-from lopd.guards.consistency import verdict
+from lopd.guards.consistency import judge_scorer, verdict
 from lopd.records import Provenance, Scores
+from lopd.tools.doctor.contents import inspect_store
+from lopd.tools.facts import judged_columns
 from lopd.verbs import Preflight
 
 TOKENIZER = build_tokenizer()
@@ -113,6 +116,28 @@ def test_consistency_has_a_word_for_each_privileged_teacher(sft_teacher, model, 
         else:
             with pytest.raises(TeacherConsistencyError, match="its SFT teacher is"):
                 batches(store, consistency=ConsistencyPolicy.PRIVILEGED)
+
+
+def test_self_distillation_in_a_later_round_is_with_the_policy_of_that_round(tmp_path):
+    later, rollouts = evolve(POLICY, revision="weights:later"), [record.rollout for record in numbered_records(4)]
+    store = ZarrStore.create(tmp_path / "rounds", make_manifest())
+    store.append(rollouts[:2])
+    store.begin_generation(1, later)
+    store.append([evolve(rollout, generation=1) for rollout in rollouts[2:]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for column, model, rows in (("first", POLICY, [0, 1]), ("later", later, [2, 3])):
+            made = evolve(make_provenance(model), logprobs_mode="privileged 00")
+            judge_scorer(store, made)
+            store.append_scores(column, made, [Scores.of(rollout, -np.ones(rollout.response_ids.size)) for rollout in rollouts])
+            batches(store, teacher=column, rows=np.array(rows), consistency=ConsistencyPolicy.PRIVILEGED)
+    said = "privileged: it is the policy itself, and read other prompts than the policy"
+    assert judged_columns(store)["as teacher"][:2] == [said, said]
+    assert [column.objection for column in inspect_store(store).columns] == [None, None]
+    for column, rows in (("first", [2, 3]), ("later", [0, 1]), ("later", [1, 2])):
+        with pytest.raises(TeacherConsistencyError, match="score with the policy that sampled, or with its SFT teacher") as caught:
+            batches(store, teacher=column, rows=np.array(rows), consistency=ConsistencyPolicy.PRIVILEGED)
+        assert ("train on the rows of one round" in str(caught.value)) == (rows == [1, 2])
 
 
 def test_what_is_too_long_with_its_privileged_prompt_is_named(make_model):

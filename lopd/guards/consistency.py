@@ -79,11 +79,11 @@ def judge_scorer(store: LogprobReader, scored: Provenance) -> None:
 
     Not of the policy's own, which are a reference; and not where the writer of the rollouts is unknown: then they are not a policy's samples.
     """
-    policies = (store.manifest.policy, *store.generations.values())
-    (wrong,) = inconsistencies(store.manifest, [scored], own_prompts=True)
-    if wrong is None or UNKNOWN in policies or any(map(scored.is_of, policies)):
+    manifest = manifest_of_model(store, scored)
+    (wrong,) = inconsistencies(manifest, [scored], own_prompts=True)
+    if wrong is None or UNKNOWN in store.generations.values() or scored.is_of(manifest.policy):
         return
-    warn_user(_objection(store.manifest, scored, wrong), TeacherConsistencyWarning)
+    warn_user(_objection(manifest, scored, wrong), TeacherConsistencyWarning)
 
 
 def _objection(manifest: Manifest, teacher: Provenance, wrong: str) -> str:
@@ -99,14 +99,17 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     if sft is not None and sft.name == teacher.model.name and sft.dtype != teacher.model.dtype:
         in_use, wanted = teacher.model.dtype, sft.dtype
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
+    if _is_one_of_several(manifest, teacher):
+        return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
+    if teacher.privileged:
+        several = ", train on the rows of one round (`rows=rows_of(store, prompts, [ROUND])`)" * (len(manifest.policy.parts) > 1)
+        return f"score with the policy that sampled, or with its SFT teacher{several}"
     if sft is None:
         return (
             "a store keeps what was known when it was sampled, so if that teacher wrote the SFT text, record it beside the policy's weights "
             "(`Lineage.of(TEACHER).write(FOLDER)`) and sample again into another store; else find out who wrote the SFT text "
             "(`lopd.audit`) and score with that teacher"
         )
-    if _is_one_of_several(manifest, teacher):
-        return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
     return "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residualise`)"
 
 
@@ -183,6 +186,12 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
     """Return the scorer's tokenizer, which has a size, where the scorer states it; else its provenance."""
     tokenizer = getattr(scorer, "tokenizer_id", None)
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
+
+
+def manifest_of_model(store: LogprobReader, scored: Provenance) -> Manifest:
+    """Return the manifest with the policy of the round, if any, in which this model sampled."""
+    sampled = (policy for policy in store.generations.values() if policy.same_weights(scored.model))
+    return evolve(store.manifest, policy=next(sampled, store.manifest.policy))
 
 
 def manifest_of_rows(store: LogprobReader, rows: NDArray[np.int64]) -> Manifest:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.guards.consistency import verdict
+from lopd.guards.consistency import manifest_of_model, verdict
 from lopd.guards.start import CLIP, OVERLAPS, SIZE_LEVELS, StartReport, measure_start
 from lopd.protocols import LogprobReader
 from lopd.records.drift import TAIL
@@ -51,7 +51,7 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
 
 def judged_columns(store: LogprobReader) -> dict[str, list[str]]:
     """Return `score_columns`, and what the model of each is to the policy."""
-    columns, judged = score_columns(store), [verdict(store.manifest, made) for made in store.columns.values()]
+    columns, judged = score_columns(store), [verdict(manifest_of_model(store, made), made) for made in store.columns.values()]
     return {**columns, "as teacher": judged + [""] * (len(columns["column"]) - len(judged))}
 
 

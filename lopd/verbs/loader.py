@@ -228,8 +228,9 @@ def batches(
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances, graded = columns.provenances(store), label is not None and ref is not None
-    # which policy sampled the rows matters to SFT alone, and of several rounds it has to be read
-    manifest = store.manifest if provenances or graded else manifest_of_rows(store, usable)
+    # which policy sampled the rows matters to its own text and scores alone, and of several rounds it has to be read
+    asked = not (provenances or graded) or any(made.privileged for made in provenances)
+    manifest = manifest_of_rows(store, usable) if asked else store.manifest
     check_teacher_consistency(manifest, provenances, consistency, own_prompts=columns.place is not None)
     for place, column in enumerate(columns.teachers if ref is None and not top_k else ()):
         own = usable if columns.place is None else usable[columns.place[usable] == place]

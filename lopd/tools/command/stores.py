@@ -123,12 +123,12 @@ def _diff(options: Namespace) -> int:
 
 
 def _verdicts(*sides: tuple["DurableStore", str]) -> Iterator[str]:
-    from lopd.guards.consistency import verdict
+    from lopd.guards.consistency import manifest_of_model, verdict
     from lopd.protocols.reading import named
 
     for store, column in sides:
-        if column in store.columns:
-            yield f"{named(store)}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
+        if scored := store.columns.get(column):
+            yield f"{named(store)}: {column}: {scored.model}: {verdict(manifest_of_model(store, scored), scored)}."
 
 
 def _compact(options: Namespace) -> int:

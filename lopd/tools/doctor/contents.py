@@ -7,7 +7,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.errors import TeacherConsistencyError
-from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
+from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, manifest_of_model
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.labels import mean_labels
@@ -157,7 +157,7 @@ def _describe(store: LogprobReader, name: str, provenance: Provenance, history: 
     objection = None
     try:
         judged = [] if provenance.label else [provenance]
-        check_teacher_consistency(store.manifest, judged, ConsistencyPolicy.PRIVILEGED, own_prompts=True)
+        check_teacher_consistency(manifest_of_model(store, provenance), judged, ConsistencyPolicy.PRIVILEGED, own_prompts=True)
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)

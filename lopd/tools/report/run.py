@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from lopd.guards.consistency import verdict
+from lopd.guards.consistency import manifest_of_model, verdict
 from lopd.guards.start import StartReport
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
@@ -145,7 +145,7 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
         return [*facts, Fact("scored by", "not scored yet", f"there is no column {report.teacher}")]
     many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
     note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
-    judged, _, why = verdict(store.manifest, scored).partition(": ")
+    judged, _, why = verdict(manifest_of_model(store, scored), scored).partition(": ")
     return [
         *facts,
         Fact("scored by", str(scored.model), note),
