@@ -18,6 +18,7 @@ from lopd.guards.watch import MAX_TAIL
 from lopd.records import AdvantageSummary, ModelId, SamplingParams, Scores, TopK
 from lopd.records.drift import TAIL
 from lopd.records.estimates import RolloutSums
+from lopd.records.rollouts import policy_column
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.command import main
 from lopd.tools.report import TokenReport, write_run_report
@@ -194,21 +195,39 @@ def test_the_reference_is_the_column_of_the_policy_that_tells_most(known):
     assert measure_start(silent).ref == "own"
 
 
-def test_with_several_rounds_the_first_one_is_measured(known):
-    store = MemoryStore(MANIFEST)
-    store.begin_generation(1, ModelId("student", "step-5", "float32"))
+def test_a_round_is_measured_by_the_column_of_its_policy_and_several_by_what_each_reported(known):
+    store, later = MemoryStore(MANIFEST), ModelId("student", "step-5", "float32")
+    store.begin_generation(1, later)
     rounds = [evolve(r, generation=i % 2) for i, r in enumerate(known.rollouts)]
     store.append(rounds)
-    supports = [support(p, most_likely(p, 8)) for p in known.policy]
+    own = known.column(known.policy, [support(p, most_likely(p, 8)) for p in known.policy])
     store.append_scores("teacher", tiny_provenance(), known.column(known.teacher))
-    store.append_scores("policy", evolve(POLICY, top_k=8), known.column(known.policy, supports)[::2])
+    for generation, model in enumerate((POLICY.model, later)):
+        store.append_scores(policy_column(generation), evolve(POLICY, model=model, top_k=8), own[generation::2])
+        start = measure_start(store, rows=np.arange(generation, 24, 2))
+        assert (start.ref, start.available) == (policy_column(generation), 12)
+        assert_estimate(start.reverse_kl, [value for gap in known.gaps()[generation::2] for value in (-gap, [])])
     start = measure_start(store)
-    assert (start.ref, start.available) == ("policy", 12)
+    assert (start.ref, start.available) == ("behavior", 24)
+    assert start.missing["overlap"].endswith("of the policy of a round they are in 'policy', which is the `ref` of its rollouts")
+    assert measure_start(store, ref="policy").available == 12
     store.append_scores("own", POLICY, known.column(known.policy))
     with pytest.raises(
         InvalidRecordError, match="column 'own' was scored by policy@rev-p, expected the policy that sampled, student@step-5"
     ):
         measure_start(store, ref="own")
+
+
+def test_a_round_without_log_probs_of_its_policy_is_told_what_gives_them(known):
+    silent = MemoryStore(MANIFEST)
+    silent.begin_generation(1, ModelId("student", "step-5", "float32"))
+    silent.append([evolve(r, generation=i % 2, behavior_logprobs=None) for i, r in enumerate(known.rollouts)])
+    silent.append_scores("teacher", tiny_provenance(), known.column(known.teacher))
+    own = known.column(known.policy, [support(p, most_likely(p, 8)) for p in known.policy])
+    silent.append_scores("policy", evolve(POLICY, top_k=8), own[::2])
+    assert measure_start(silent).ref == "policy"
+    with pytest.raises(MissingScoresError, match="score the policy into another column and pass `ref=`"):
+        measure_start(silent, rows=np.arange(1, 24, 2))
 
 
 def test_drawn_tokens_alone_are_not_a_support(known):

@@ -19,7 +19,7 @@ from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import chosen, elsewhere, evenly, named, walk, way_to
+from lopd.protocols.reading import chosen, elsewhere, evenly, named, rounds_of, walk, way_to
 from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
@@ -96,7 +96,7 @@ def measure_start(
     Args:
         store: with both columns.
         teacher: column of the teacher.
-        ref: column of the policy that sampled; None for one that keeps a support, else "behavior", else another column of the policy.
+        ref: column of the policy that sampled; None for the one that covers most rows: of several, one that keeps a support, else "behavior".
         rows: among which to choose; None for all.
         count: at most so many rollouts are read.
 
@@ -118,8 +118,9 @@ def measure_start(
             f"{named(store)}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`"
             f"{elsewhere(store)}, or name another."
         )
-    ref = _reference(store) if ref is None else ref
-    usable = every[(store.scored(teacher) & store.scored(ref))[every]]
+    taught = every[store.scored(teacher)[every]]
+    ref = _reference(store, evenly(taught if taught.size else every, count)) if ref is None else ref
+    usable = taught[store.scored(ref)[taught]]
     if not usable.size:
         lacking = teacher if store.scored(ref)[every].any() else ref
         raise MissingScoresError(
@@ -156,14 +157,14 @@ def advise(tail: float) -> tuple[Verdict, str]:
     return "offline", f"{weak}, not more than {MAX_TAIL:.0%}"
 
 
-def _reference(store: LogprobReader) -> str:
-    """Return the column of the policy that holds most."""
-    policies, columns = store.generations.values(), store.columns
-    own = [name for name, made in columns.items() if all(made.is_of(policy) for policy in policies)]
-    first = store.manifest.generation
-    kept = [name for name in [policy_column(first)] if name in columns and columns[name].is_of(store.generations[first])]
-    wide = [name for name in (*kept, *own) if columns[name].top_k]
-    return [*wide, *[BEHAVIOR_COLUMN] * bool(store.scored(BEHAVIOR_COLUMN).any()), *own, BEHAVIOR_COLUMN][0]
+def _reference(store: LogprobReader, rows: NDArray[np.int64]) -> str:
+    """Return the column of the policies of these rows that covers most of them; of several the one that holds most."""
+    columns, rounds = store.columns, {generation: store.generations[generation] for generation in sorted(rounds_of(store, rows))}
+    own = [name for name, made in columns.items() if all(map(made.is_of, rounds.values()))]
+    part = [name for number, policy in rounds.items() if (name := policy_column(number)) in columns and columns[name].is_of(policy)]
+    names = [*(name for name in own if columns[name].top_k), BEHAVIOR_COLUMN, *own, *part]
+    covered = {name: many for name in names if (many := int(store.scored(name)[rows].sum()))}
+    return max(covered, key=covered.__getitem__, default=BEHAVIOR_COLUMN)
 
 
 def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str) -> tuple[Mapping[str, Estimate], NDArray[np.float64], int]:
@@ -242,6 +243,9 @@ def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
     """Return field of the report -> why it is None, incomplete or of something else."""
     widths = {name: _own_width(store, name) for name in (teacher, ref)}
     without = " and ".join(repr(name) for name, width in widths.items() if width is None)
+    rounds = [name for name in map(policy_column, store.generations) if widths[ref] is None and _own_width(store, name)]
+    if rounds:
+        without += f"; of the policy of a round they are in {rounds[0]!r}, which is the `ref` of its rollouts"
     said: dict[str, str] = {}
     if without:
         said |= dict.fromkeys(
