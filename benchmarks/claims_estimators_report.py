@@ -1,6 +1,6 @@
 """The part of RESULTS.md on estimators: goals, table, words and a plot, out of what `claims_estimators.py` measured."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,23 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 from claims_readings import estimators_readings
-from claims_summary import MARGIN, NO_WORSE, Interval, Row, Runs, accuracy, as_goal, change, no_fall, ratios, spent, steps_to
+from claims_summary import (
+    ENDS,
+    MARGIN,
+    NO_WORSE,
+    Interval,
+    Row,
+    Runs,
+    accuracy,
+    as_goal,
+    change,
+    ended,
+    no_fall,
+    ratios,
+    reverse_kl,
+    spent,
+    steps_to,
+)
 from docs_tables import table
 from pictures import band, intervals, label_ends, panels, rule, save
 from results_page import Part
@@ -41,9 +57,9 @@ class Found:
         known = [*(arm.name for arm in LIVE), TRL, *(arm.name for arm in STORED), *(arm.name for arm in FAST), faster(TRL)]
         return [name for name in known if self.runs.where(self.claim, name)]
 
-    def beside(self, name: str, other: str) -> Interval:
-        """Return how much more accurate one ends than another."""
-        return self.runs.difference(self.runs.where(self.claim, name), self.runs.where(self.claim, other), accuracy)
+    def beside(self, name: str, other: str, value: Callable[[Row], float] = accuracy) -> Interval:
+        """Return how much more accurate one ends than another, or how much more it has of another value."""
+        return self.runs.difference(self.runs.where(self.claim, name), self.runs.where(self.claim, other), value)
 
     def share(self, name: str, other: str) -> dict[str, Interval]:
         """Return its cost as a share of another's: at equal steps, and until both have the accuracy with which the worse ends."""
@@ -75,17 +91,19 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "Candidates are the tokens that the policy finds most likely, kept while it samples; drawn ones are drawn from it besides; top-K ones are",
         "the teacher's.  All are scored by the teacher, once.  A residual is the term that removes the bias of a support;",
         "a window is the ratio of the 8 tokens before, which moves stored states towards the student's.",
+        "The KL is the reverse one over the whole vocabulary, in nats a token, on fresh responses to the held-out prompts.",
         "Costs are CPU seconds of one thread for the whole OPD stage, sampling and scoring with what they keep included.  A share is the arm's cost",
         "over that of another (geometric means): at equal steps, then until both have the accuracy with which the worse of them ends.",
         *_clock(found, known),
         "",
         *table(
-            ("", "accuracy", "minus online OPD", "minus TRL", f"gain on {fall}"),
+            ("", *ENDS, "minus online OPD", "minus TRL", "KL minus TRL's", f"gain on {fall}"),
             (
                 [
                     name,
-                    found.runs.mean(found.runs.where(claim, name), accuracy).show(),
+                    *ended(found.runs.where(claim, name)),
                     *(_unless(name, other, found.beside(name, other).show("+.3f")) for other in (ONLINE.name, TRL)),
+                    _unless(name, TRL, found.beside(name, TRL, reverse_kl).show("+.3f")),
                     found.runs.mean(cell, change).show("+.3f") if (cell := found.runs.where(fall, name)) else "",
                 ]
                 for name in found.names

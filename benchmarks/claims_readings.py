@@ -73,9 +73,9 @@ def claims_readings(fall: str, limit: str, before: str, online: str) -> list[Rea
         Reading(
             "Stored tokens are not overfitted: on new ones the mean ratio is 1 for every student",
             r"of any step is within",
-            "the mean ratio of a step is never further than {measured} from 1",
-            "the mean ratio of a step goes {measured} away from 1",
-            open="the mean ratio of a step was not shown to be within {bound} of 1 ({measured})",
+            "the mean ratio of the step at which it is farthest from 1 is {measured} away",
+            "the mean ratio of the step at which it is farthest from 1 is as much as {measured} away",
+            open="the mean ratio of a step was not shown to be within {bound} of 1 (at the farthest {measured} away)",
         ),
         Reading(
             "Lightning gains after any length of SFT (figure 3c)",

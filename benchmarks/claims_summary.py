@@ -140,6 +140,35 @@ def change(row: Row) -> float:
     return float(row["accuracy"] - row["start"])
 
 
+#: What `ended`, `started` and `taught` show.
+ENDS = ("accuracy", "greedy", "KL to the teacher")
+
+
+def reverse_kl(row: Row) -> float:
+    """Return the reverse KL to the teacher at the end, in nats a token, on fresh held-out responses."""
+    return float(row["kl"])
+
+
+def ended(cell: dict[int, Row]) -> list[str]:
+    """Return what tables show of the ends of runs: accuracy, sampled and greedy, and the reverse KL to the teacher."""
+    return _shown(cell, "accuracy", "greedy", "kl")
+
+
+def started(cell: dict[int, Row]) -> list[str]:
+    """Return the same of the students from which they start."""
+    return _shown(cell, "start", "start_greedy", "start_kl")
+
+
+def taught(rows: Sequence[Row], setting: str) -> list[str]:
+    """Return the same of the teachers of a setting."""
+    cell = {row["seed"]: row for row in rows if (row["kind"], row.get("setting")) == ("teacher", setting)}
+    return [*_shown(cell, "accuracy", "greedy"), ""]
+
+
+def _shown(cell: dict[int, Row], *names: str) -> list[str]:
+    return [Interval.of([row[name] for row in cell.values()]).show() if cell else "" for name in names]
+
+
 def spent(row: Row) -> float:
     """Return the CPU seconds of the whole OPD stage."""
     return float(row["cpu_s"]["all"])

@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from attrs import evolve
 
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 import claims_long_report
+import publish
 from claims_readings import claims_readings
 from claims_report import claims_part
 from claims_summary import (
@@ -306,7 +308,8 @@ def test_what_another_teacher_costs_lightning_alone_is_beside_online_opd():
     assert [mismatch(found, "s", arm) for arm in ends] == [pytest.approx({0: 0.4, 1: 0.4}), pytest.approx({0: 0.3, 1: 0.3})]
     page = json.loads((claims.ROOT / "benchmarks" / "results" / "claims.json").read_text())
     (goal,) = (goal for goal in page["goals"] if "table 4" in goal["name"])
-    assert (goal["met"], goal["measured"]) == (True, pytest.approx(0.170, abs=5e-4)), "not the 0.523 that both lose alike"
+    lost, alike = (np.mean([*mismatch(Runs.of(page["rows"]), publish.WORKS, arm).values()]) for arm in ends)
+    assert (goal["met"], goal["measured"]) == (True, pytest.approx(lost - alike)), "not what both lose alike"
 
 
 def test_no_arm_runs_first_with_every_seed():

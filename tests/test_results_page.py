@@ -80,19 +80,19 @@ def test_pages_state_what_both_files_of_costs_have():
     assert all(cost < more for cost, more in kept), "the first page: at equal accuracy a support saves more"
     for page in (publish.ROOT / "README.md", publish.DOCS / "index.md", publish.DOCS / "decisions" / "0008-recommended-loss.md"):
         assert "two to three times as much" in page.read_text(), page
-    assert [1.9 < cost < 2.2 for cost in times(TRL, PLAIN.name)] == [True, True], "the comparison: about twice as much as Lightning"
-    assert [cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same or less"
-    table, supports = times(TRL, ONLINE.name)
-    assert (1 < table < 1.15, supports < 0.9) == (True, True), "the page on choosing: about the cost of online OPD"
+    assert [2.1 < cost < 2.5 for cost in times(TRL, PLAIN.name)] == [True, True], (
+        "the comparison: a little more than twice as much as Lightning"
+    )
+    assert [0.9 < cost < 1.1 for cost in times(TRL, PLAIN.name, "equal accuracy")] == [True, True], "about the same"
+    assert [0.9 < cost < 1.1 for cost in times(TRL, ONLINE.name)] == [True, True], "the page on choosing: about the cost of online OPD"
 
 
 def test_seconds_of_two_files_are_not_told_to_be_of_one_clock():
     page = publish.PAGE.read_text()
     claimed, again = (Runs.of(publish.read(name)["rows"]).where(publish.WORKS, ONLINE.name) for name in ("claims", "claims_estimators"))
     took = [mean(spent(row) for row in cell.values()) for cell in (claimed, again)]
-    assert 1.9 < took[1] / took[0] < 2.3, "the decision: twice as long"
     assert re.search(rf"The same run of online OPD took {took[0]:.2f} ± \S+ of them in the claims and {took[1]:.2f} ", page)
-    assert "does meanwhile does not count" not in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
+    assert "so seconds are compared within a file" in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
 
 
 def test_the_decision_says_of_supports_what_the_file_has():
@@ -128,7 +128,8 @@ def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
     }
     assert moved["Lightning"].mean < moved["refresh every 20 steps"].mean
     assert moved["refresh every 50 steps"].mean < moved["Lightning"].mean, "new rollouts every 50 steps do not slow the fall"
-    assert runs.mean(runs.where(publish.FAILS, "stored top-8, reverse KL"), change).positive, "the README: supports gain a little"
+    supports = runs.mean(runs.where(publish.FAILS, "stored top-8, reverse KL"), change)
+    assert (supports.at_least(-MARGIN), 0 < supports.mean < 0.05) == (True, True), "the README: supports gain little"
 
 
 def test_goals_that_pages_leave_to_this_one_are_in_it():
