@@ -10,7 +10,7 @@ from lopd.tools.command import main, settings
 from lopd.tools.command.before import prepare
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import read_settings
-from lopd.tools.phases import Run
+from lopd.tools.phases import Run, digest
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,18 @@ def test_the_folder_of_a_run_is_one_of_this_machine(tmp_path, monkeypatch):
         read_settings(written(tmp_path, example(out="s3://bucket/run")))
 
 
-def test_prompts_may_be_under_home(here, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "what is {i} + 1?"}}\n' for i in range(9)))
-    prompts, _ = prepare(read_settings(written(tmp_path, example(out=str(tmp_path / "run"), prompts="~/p.jsonl"))))
+def test_prompts_models_and_a_verifier_may_be_under_home(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    (here / "p.jsonl").write_text("".join(f'{{"prompt": "what is {i} + 1?"}}\n' for i in range(9)))
+    (here / "home.py").write_text("def right(prompt, text):\n    return 0.0\n")
+    evaluation = {"held_out": 2, "verifier": "~/home.py:right"}
+    changes = {"prompts": "~/p.jsonl", "teacher": "~/runs/tiny/teacher", "evaluation": evaluation, "out": str(tmp_path / "run")}
+    prompts, _ = prepare(read_settings(written(tmp_path, example(**changes))))
     assert len(prompts) == 9
+    read = json.loads((tmp_path / "run/inputs.json").read_text())
+    there = "runs/tiny/teacher"
+    assert read[f"teacher.model, the content of ~/{there}"] == digest(there), "so that another teacher under this name is noticed"
+    assert Model(f"~/{there}", "http://host").identity() == Model(there).identity()
 
 
 @pytest.mark.s3

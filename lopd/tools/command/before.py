@@ -26,7 +26,7 @@ from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, path_or_url, without_secrets
+from lopd.records.paths import asked, local_path, path_or_url, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import RunSettings
 from lopd.tools.phases import Run, digest, write_json
@@ -154,9 +154,7 @@ def fixed_by(name: str) -> str:
 
 def _inputs(s: RunSettings) -> dict[str, str]:
     """Return digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
-    models = {
-        f"{role}.model": model for role, model in (("student", s.student.model), ("teacher", s.teacher.model)) if Path(model).is_dir()
-    }
+    models = {f"{role}.model": model.model for role, model in (("student", s.student), ("teacher", s.teacher)) if model.folder.is_dir()}
     verifier = (s.evaluation and s.evaluation.verifier) or ""
     files = {"prompts.file": "" if isinstance(s.prompts, list) else s.prompts.file, "text.file": s.text.file if s.text else ""}
     named = {**models, **files, "evaluation.verifier": verifier.rpartition(":")[0]}
@@ -172,9 +170,10 @@ def _digest(key: str, path: str) -> str:
 
 def read_verifier(place: str) -> Callable[[Prompt, str], float]:
     """Return the verifier, which ends a run in one sentence where it fails."""
-    path, _, name = place.rpartition(":")
+    file, _, name = place.rpartition(":")
+    path = local_path("Run: evaluation.verifier", file)
     try:
-        function = runpy.run_path(path)[name]
+        function = runpy.run_path(str(path))[name]
     except (Exception, SystemExit) as error:  # whatever a file does that is run as a program
         raise InvalidRecordError(
             f"Run: evaluation.verifier is {place}, and there is no such function ({error!r:.200}); correct it."

@@ -85,6 +85,13 @@ class Model:
         return given if given and all("://" in url for url in given) else []
 
     @property
+    def folder(self) -> Path:
+        """Its folder, with `~` expanded; nothing is there where `model` is a name in the hub."""
+        from lopd.records.paths import local_path
+
+        return local_path("Model", self.model)
+
+    @property
     def torch_dtype(self) -> "torch.dtype | None":
         """The dtype of the weights in use; None is what is stored."""
         import torch
@@ -117,7 +124,7 @@ class Model:
         from lopd.records.optional import need
 
         finding = need("lopd.engines.finding", "Model")
-        finding.check_whole(Path(self.model))
+        finding.check_whole(self.folder)
         whole = getattr(finding.described(self.model).get_text_config(), "max_position_embeddings", None)
         # it adds a token to what it scores
         return evolve(self, context=longest + 1 if whole is None else min(longest + 1, whole))
@@ -171,7 +178,7 @@ class Model:
         """Return which model it is: what is stated, or the hash of its folder.  Servers do not report it."""
         if self.stated:
             return self.stated
-        if self.urls and not Path(self.model).is_dir():
+        if self.urls and not self.folder.is_dir():
             raise InvalidRecordError(
                 f"Model {self.model!r}: revision is missing, expected a commit or a hash of the served weights, which servers do not report; "
                 "pass it with dtype, or the folder that is served as the model."
