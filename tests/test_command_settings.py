@@ -44,7 +44,7 @@ def test_urls_of_several_servers_are_kept_without_their_secrets():
 def test_the_folder_of_a_run_is_one_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert read_settings(written(tmp_path, example(out="~/run"))).out == str(tmp_path / "run")
-    assert read_settings(written(tmp_path, example(out="runs/a"))).out == "runs/a", "so that a run goes on that was begun so"
+    assert read_settings(written(tmp_path, example(out="runs/a"))).out == "runs/a", "as it was written, which the summary shows"
     with pytest.raises(InvalidRecordError, match=r"Run: out: the path is a URL \('s3://...'\), expected one of this machine"):
         read_settings(written(tmp_path, example(out="s3://bucket/run")))
 
@@ -75,6 +75,22 @@ def test_prompts_of_a_run_may_be_in_a_bucket(here, s3, tmp_path, monkeypatch):
     s3.write("run/p.jsonl", "".join(lines[1:]).encode())
     with pytest.raises(ConflictError, match=r"prompts.file, the content of s3://.* is .* now, and was"):
         prepare(found)
+
+
+def test_a_run_goes_on_wherever_it_and_its_models_are(here, tmp_path):
+    def run(name, engine, **given):
+        teacher = {"model": "runs/tiny/teacher", "engine": engine, **given}
+        student = {"model": "runs/tiny/student", "device": f"cuda:{len(name)}"}
+        return read_settings(written(tmp_path, example(out=str(tmp_path / name), teacher=teacher, student=student, evaluation=None)))
+
+    prepare(run("a", "http://a"))
+    Run(tmp_path / "a/seed-0").phase("scores", dict)
+    (tmp_path / "a").rename(tmp_path / "other")
+    prepare(run("other", ["http://b:1", "http://c:1"], served_as="theirs", key_variable="HOME", wait=5))
+    kept = json.loads((tmp_path / "other/settings.json").read_text())
+    assert (kept["out"], kept["teacher.engine"]) == (str(tmp_path / "other"), ["http://b:1", "http://c:1"])
+    with pytest.raises(ConflictError, match=r"teacher.engine is 'hf' now, and was 'server' when .*scores.json was written; go back to that"):
+        prepare(run("other", "hf", device="cpu"))
 
 
 @pytest.mark.parametrize("scalar", ["2024-13-45", "0b_", "!!int foo", "!!timestamp foo"])

@@ -111,7 +111,11 @@ class Run:
         return self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
 
     def claim(
-        self, settings: Mapping[str, Any], inputs: Mapping[str, str], fixed_by: Callable[[str], str] = lambda _: "*.attempts"
+        self,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        fixed_by: Callable[[str], str] = lambda _: "*.attempts",
+        decisive: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     ) -> None:
         """Take the folder for these settings and these contents of the files it reads (see `digest`); one folder holds one run.
 
@@ -122,13 +126,14 @@ class Run:
             inputs: name -> digest.
             fixed_by: name -> file in `phases` that is there once it was used: "opd.json" is once this phase is done, "*.attempts" once any has begun.
                 A file that is named without a `*` may be removed, to do its phase and those after it again.
+            decisive: settings -> those of them that are compared, as they are; the others are only kept, and may change at any time.
 
         Raises:
             ConflictError: it holds the run of other settings or contents.
         """
-        for file, ours in (("settings.json", settings), ("inputs.json", inputs)):
+        for file, chosen, now in (("settings.json", decisive, settings), ("inputs.json", dict, inputs)):
             path = self.folder / file
-            theirs = json.loads(path.read_text()) if path.exists() else ours
+            ours, theirs = chosen(now), chosen(json.loads(path.read_text()) if path.exists() else now)
             # also what is in one of them alone: a section that was dropped is another run
             for name in {**ours, **theirs}:
                 if name not in ours or name not in theirs or ours[name] != theirs[name]:

@@ -28,7 +28,7 @@ from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokeni
 from lopd.records.chat_template import asks_for_the_day
 from lopd.records.paths import asked, local_path, path_or_url, without_secrets
 from lopd.records.warn import warn_user
-from lopd.tools.command.settings import RunSettings
+from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
 
 _MEASURED = "evaluation-before-opd.json"
@@ -58,7 +58,8 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
         SamplerWarning: the loss would have a biased gradient.
 
     Raises:
-        ConflictError: `out` holds a run of other settings, or what it reads has changed.
+        ConflictError: `out` holds a run of other settings, or files that no run wrote, or what it reads has changed.
+        StoreWriteError: `out` cannot be written to.
         TokenizerMismatchError: student and teacher do not share a vocabulary.
         TeacherConsistencyError: the teacher is not known to have written the text of SFT.
         InvalidRecordError: there are too few prompts, a file that is named is not there, or the verifier cannot judge an empty text.
@@ -84,7 +85,7 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
-    Run(Path(s.out)).claim(s.flat(), read, fixed_by)
+    Run(Path(s.out)).claim(s.flat(), read, fixed_by, decisive)
     if day is not None:
         write_json(_day_in(s), day.isoformat())
     return prompts, {*unfit}

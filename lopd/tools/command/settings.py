@@ -16,6 +16,9 @@ from lopd.records.paths import local_path, read_regular, without_secrets
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
 
+#: Keys that may change at any time: which seeds there are, where things are and run, how servers are reached, and how much is sampled side by side.
+_PASSING = ("seeds", "out", "device", "served_as", "key_variable", "wait", "rows")
+
 
 @frozen
 class Sampling:
@@ -151,14 +154,24 @@ class RunSettings:
             raise InvalidRecordError("Run: evaluation.reverse_kl needs the teacher here, and its engine is a server; set it to false.")
 
     def flat(self) -> dict[str, Any]:
-        """Return what decides the result of a seed, by its path in the file: prompts as their hash, and URLs without secrets."""
-        tops = {key: value for key, value in asdict(self).items() if key != "seeds"}
+        """Return all settings by their path in the file: prompts as their hash, and URLs without secrets."""
+        tops = asdict(self)
         if isinstance(self.prompts, list):
             tops["prompts"] = sha256(repr(self.prompts).encode()).hexdigest()[:16]
         sections = {top: keys for top, keys in tops.items() if isinstance(keys, dict)}
-        inner = {f"{top}.{key}": value for top, keys in sections.items() for key, value in keys.items() if key not in ("wait", "rows")}
+        inner = {f"{top}.{key}": value for top, keys in sections.items() for key, value in keys.items()}
         flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
         return {key: _shown(value) for key, value in flat.items()}
+
+
+def decisive(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the flat settings that decide the result of a seed, wherever the run and its servers are.
+
+    >>> decisive({"out": "runs/a", "teacher.engine": "http://host", "opd.lr": 1e-3})
+    {'teacher.engine': 'server', 'opd.lr': 0.001}
+    """
+    found = {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _PASSING}
+    return {key: "server" if key.endswith(".engine") and value not in ("hf", "vllm") else value for key, value in found.items()}
 
 
 def _shown(value: Any) -> Any:
