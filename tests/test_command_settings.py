@@ -1,6 +1,8 @@
 """The file of `lopd run`: values that are refused, and what is kept of it."""
 
 import json
+import re
+from contextlib import nullcontext
 
 import pytest
 from test_command_run import example, here, models, written  # noqa: F401
@@ -89,8 +91,36 @@ def test_a_run_goes_on_wherever_it_and_its_models_are(here, tmp_path):
     prepare(run("other", ["http://b:1", "http://c:1"], served_as="theirs", key_variable="HOME", wait=5))
     kept = json.loads((tmp_path / "other/settings.json").read_text())
     assert (kept["out"], kept["teacher.engine"]) == (str(tmp_path / "other"), ["http://b:1", "http://c:1"])
-    with pytest.raises(ConflictError, match=r"teacher.engine is 'hf' now, and was 'server' when .*scores.json was written; go back to that"):
+    with pytest.raises(ConflictError, match=r"teacher.engine is 'hf' now, and was 'server' when .*scores.json was written; go back"):
         prepare(run("other", "hf", device="cpu"))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', '{"a": 1}\n{"a": 2}', "[1]", "{}"])
+@pytest.mark.parametrize("file", ["settings.json", "inputs.json"])
+def test_a_file_that_no_run_wrote_is_not_replaced(file, text, tmp_path):
+    (tmp_path / file).write_text(text)
+    empty = (file, text) == ("inputs.json", "{}")
+    with nullcontext() if empty else pytest.raises(ConflictError, match=rf"{file}.* expected .*; choose another folder\.$"):
+        Run(tmp_path).claim({"out": "a"}, {})
+    assert (tmp_path / file).read_text().strip() == text
+
+
+def test_a_folder_that_cannot_be_taken_is_one_sentence(here, tmp_path, capsys, monkeypatch):
+    def run(out, says):
+        assert main(["run", written(here, example(out=str(out)))]) == 2
+        assert re.fullmatch(f"{says}\n", capsys.readouterr().err)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").touch()
+    cannot = "File .*json: it cannot be written .*{}.*; free space or mend permissions, or choose another folder."
+    run(tmp_path / "file", cannot.format("Errno 17"))
+    (tmp_path / "settings.json").write_text('{"a": 1}')
+    run(tmp_path, "Run .* it has a settings.json without the inputs.json of a run, .*; choose another folder.")
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".json"] == ["settings.json"]
+    monkeypatch.setattr("pathlib.Path.replace", full)
+    run(tmp_path / "run", cannot.format("Errno 28"))
 
 
 @pytest.mark.parametrize("scalar", ["2024-13-45", "0b_", "!!int foo", "!!timestamp foo"])

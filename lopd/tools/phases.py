@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import ConflictError, TrainingWarning
+from lopd.errors import StoreWriteError, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.protocols.reading import usual_end
@@ -28,6 +28,7 @@ from lopd.records.paths import without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
+from lopd.tools.claims import check_claim
 from lopd.tools.console import table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
@@ -129,28 +130,13 @@ class Run:
             decisive: settings -> those of them that are compared, as they are; the others are only kept, and may change at any time.
 
         Raises:
-            ConflictError: it holds the run of other settings or contents.
+            ConflictError: it holds the run of other settings or contents, or files of these names that no run wrote.
+            StoreWriteError: it cannot be written to.
         """
-        for file, chosen, now in (("settings.json", decisive, settings), ("inputs.json", dict, inputs)):
-            path = self.folder / file
-            ours, theirs = chosen(now), chosen(json.loads(path.read_text()) if path.exists() else now)
-            # also what is in one of them alone: a section that was dropped is another run
-            for name in {**ours, **theirs}:
-                if name not in ours or name not in theirs or ours[name] != theirs[name]:
-                    self._check_unused(name, ours.get(name), theirs.get(name), fixed_by(name))
-        write_json(self.folder / "settings.json", settings)
+        check_claim(self.folder, settings, inputs, fixed_by, decisive)
+        # in this order: settings without inputs are those of another program
         write_json(self.folder / "inputs.json", inputs)
-
-    def _check_unused(self, name: str, ours: object, theirs: object, fixed_by: str) -> None:
-        found = [path for depth in ("", "*/") for path in self.folder.glob(f"{depth}phases/{fixed_by}")]
-        used = [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
-        if used:
-            ways = ["go back to that", "choose another folder"]
-            if "*" not in fixed_by:
-                ways.append(f"remove {' and '.join(used)} to do that phase and those after it again")
-            raise ConflictError(
-                f"Run {self.folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; {', or '.join(ways)}."
-            )
+        write_json(self.folder / "settings.json", settings)
 
 
 def wall_time(row: Mapping[str, Any]) -> str:
@@ -174,11 +160,20 @@ def _digest_file(path: str) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write all of it or nothing.
+
+    Raises:
+        StoreWriteError: the operating system refuses.
+    """
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise StoreWriteError(
+            f"File {path}: it cannot be written ({error}); free space or mend permissions, or choose another folder."
+        ) from error
 
 
 def train_phase(

@@ -1,0 +1,62 @@
+"""Whether a folder may be taken for a run: it holds none yet, or the same one."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from lopd.errors import ConflictError, LopdError
+from lopd.records.paths import read_regular
+from lopd.records.stored import parse, read_as
+
+_SETTINGS, _DIGESTS = Mapping[str, Any], Mapping[str, Annotated[str, re.compile("[0-9a-f]{16}")]]
+
+
+def check_claim(
+    folder: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    fixed_by: Callable[[str], str],
+    decisive: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+) -> None:
+    """Refuse a folder with another run, or with files of these names that no run wrote; for the arguments see `Run.claim`.
+
+    Raises:
+        ConflictError: it is one.
+    """
+    was, had = _read(folder / "settings.json", _SETTINGS), _read(folder / "inputs.json", _DIGESTS)
+    if was is not None and had is None:
+        raise ConflictError(
+            f"Run {folder}: it has a settings.json without the inputs.json of a run, expected a folder of its own; choose another folder."
+        )
+    pairs = [(decisive(settings), decisive(settings if was is None else was)), (inputs, inputs if had is None else had)]
+    for ours, theirs in pairs:
+        # also what is in one of them alone: a section that was dropped is another run
+        for name in {**ours, **theirs}:
+            if name not in ours or name not in theirs or ours[name] != theirs[name]:
+                _check_unused(folder, name, ours.get(name), theirs.get(name), fixed_by(name))
+
+
+def _read(path: Path, kind: object) -> Mapping[str, Any] | None:
+    """Return what a run keeps in this file; None where it is not there."""
+    try:
+        found: Mapping[str, Any] = read_as(kind, parse(read_regular(path)), f"File {path}", ConflictError, "choose another folder")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        if isinstance(error, LopdError):
+            raise
+        raise ConflictError(f"File {path}: it cannot be read ({error}), expected what a run wrote; choose another folder.") from error
+    return found
+
+
+def _check_unused(folder: Path, name: str, ours: object, theirs: object, fixed_by: str) -> None:
+    found = [path for depth in ("", "*/") for path in folder.glob(f"{depth}phases/{fixed_by}")]
+    used = [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+    if used:
+        ways = ["go back to that", "choose another folder"]
+        if "*" not in fixed_by:
+            ways.append(f"remove {' and '.join(used)} to do that phase and those after it again")
+        raise ConflictError(
+            f"Run {folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; {', or '.join(ways)}."
+        )
