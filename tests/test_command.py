@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lopd import ZarrStore
 from lopd.errors import EngineError
+from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.command import COMMANDS, main, process
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +74,16 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word():
     command = f"{sys.executable} -m lopd run --example | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("word", ["verify", "info"])
+def test_what_nobody_reads_to_its_end_is_not_said_to_be_well(word, tmp_path):
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    store.append([tiny_rollout("a")])
+    command = f"{sys.executable} -m lopd {word} {tmp_path}/run.zarr | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from lopd.errors import printable
 if TYPE_CHECKING:
     from lopd.protocols import DurableStore, Progress
 
-FINE, PROBLEMS, UNUSABLE = 0, 1, 2
+#: The last is that of a process that a pipe without a reader ends.
+FINE, PROBLEMS, UNUSABLE, UNREAD = 0, 1, 2, 141
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
@@ -79,10 +80,10 @@ def show(*things: Table | str) -> None:
     """
     from lopd.records.optional import need
 
-    # names and sentences may hold brackets, which are not markup
-    console = need("rich.console", "Tables (--json prints none)").Console(markup=False, highlight=False)
-    from lopd.tools.console import table
+    need("rich", "Tables (--json prints none)")
+    from lopd.tools.console import PlainConsole, table
 
+    console = PlainConsole()
     for thing in things:
         if isinstance(thing, str):
             console.print(printable(thing), soft_wrap=True)

@@ -1,6 +1,7 @@
 """What a run looks like in a terminal: a progress bar for the verbs, and one table per phase.  Drawn by rich."""
 
 from collections.abc import Sequence
+from errno import EPIPE
 from typing import final
 
 from attrs import define, field
@@ -14,6 +15,21 @@ from lopd.protocols import Counted
 from lopd.verbs.showing import Pace, Showing
 
 
+class PlainConsole(Console):
+    """A console that prints texts as they are, without markup, and raises BrokenPipeError where the reader is gone: rich exits with 1.
+
+    Args:
+        stderr: whether it prints to standard error.
+    """
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Raise what rich has caught."""
+        raise BrokenPipeError(EPIPE, "The reader is gone")
+
+
 @final
 @define(eq=False)
 class RichProgress:
@@ -25,7 +41,7 @@ class RichProgress:
         console: where to draw; `Console(quiet=True)` shows nothing.
     """
 
-    console: Console = field(factory=lambda: Console(stderr=True))
+    console: Console = field(factory=lambda: PlainConsole(stderr=True))
     _bar: Progress | None = field(default=None, init=False)
     _pace: Pace | None = field(default=None, init=False)
     _other: Showing | None = field(default=None, init=False)

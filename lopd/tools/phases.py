@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from attrs import asdict, evolve, frozen
-from rich.console import Console
 from torch.optim import Optimizer
 
 from lopd.engines.student import CausalLMStudent
@@ -29,14 +28,14 @@ from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
 from lopd.tools.claims import check_claim
-from lopd.tools.console import table
+from lopd.tools.console import PlainConsole, table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
 from lopd.verbs.loader import StepStream
 from lopd.verbs.showing import UNWATCHED_S
 from lopd.verbs.train import opd_steps
 
-console = Console()
+console = PlainConsole()
 _HIDDEN = ("name", "peak_rss_gib")
 _BETWEEN_CHECKPOINTS = 5
 #: Seconds of training for each of saving, where that takes more than one: a large student is written for longer than a few steps take.

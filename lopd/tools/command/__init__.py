@@ -16,7 +16,7 @@ from importlib.metadata import version
 from itertools import takewhile
 
 from lopd.errors import LopdError, printable
-from lopd.tools.command_line import FINE, UNUSABLE, say
+from lopd.tools.command_line import UNREAD, UNUSABLE, say
 
 #: Word -> the module that declares its options and runs it, and what it does.
 COMMANDS = {
@@ -39,7 +39,8 @@ examples:
   lopd info run.zarr                what is in a store
   lopd COMMAND --help               options, and more examples
 
-exit codes: 0 all is well, 1 problems or differences were found, 2 the call or what it names cannot be used, 130 stopped by Ctrl-C
+exit codes: 0 all is well, 1 problems or differences were found, 2 the call or what it names cannot be used, 130 stopped by Ctrl-C,
+141 stopped as the reader of its output was gone (`lopd ... | head`)
 """
 
 
@@ -47,13 +48,13 @@ def process() -> int:
     """Run the command line of this process; return the exit code, which is 1 for problems that were looked for alone."""
     # a warning is a sentence for a person, not a place in the code
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(str(message))}\n"
+    code = UNREAD
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        # who reads has seen enough; what is left is not to be written at exit either
+        # who reads has seen enough; what is left is not to be written at exit either.  A command that was through keeps its code.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINE
     except Exception:
         traceback.print_exc()
         return UNUSABLE
