@@ -6,6 +6,7 @@ import logging
 import pickle
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from lopd.errors import LopdError, LopdWarning, printable
 from lopd.records import ModelId, Parity
 from lopd.records.waiting import waiting
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.tools.command.whole_run import summary
 from lopd.tools.console import RichProgress, table
 from lopd.tools.report import write_run_report, write_token_report
 
@@ -85,6 +87,20 @@ def test_tables_and_bars_show_texts_as_they_are(markup: bool) -> None:
     progress.advance(1, 1, 0)
     progress.end()
     assert_harmless(out.getvalue())
+
+
+def test_a_narrow_table_has_every_digit() -> None:
+    out = io.StringIO()
+    values = [1.234e-05, 123_456_789, -9.876e-05, 12_345_678_901, 0.1234, -1.235e-10]
+    Console(file=out, width=60).print(table("", [f"column {i}" for i in range(7)], [["x", *values]]))
+    cells = [line.split("│")[1:-1] for line in out.getvalue().splitlines() if line.startswith("│")]
+    shown = ["".join(map(str.strip, column)) for column in zip(*cells, strict=True)]
+    assert shown == ["x", "1.234e-05", "123,456,789", "-9.876e-05", "12,345,678,901", "0.1234", "-1.235e-10"]
+
+
+def test_a_summary_names_the_folder_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    summary(SimpleNamespace(out="runs/[exp1]/:x:"), {})
+    assert "Students, metrics and pages: runs/[exp1]/:x:/seed-*/opd," in capsys.readouterr().out
 
 
 def test_pages_show_texts_as_they_are(tmp_path: Path) -> None:

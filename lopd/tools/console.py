@@ -79,10 +79,14 @@ class RichProgress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """Return a rich table; numbers to the right.  Texts are shown as they are: brackets are not markup, and controls are spelled out."""
+    """Return a rich table; numbers to the right, and on several lines where there is no room.
+
+    Texts are shown as they are: brackets are not markup, and controls are spelled out.
+    """
     drawn = Table(title=_text(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(_text(column), justify="left" if i == 0 else "right")
+        # without its last digits a number is another one
+        drawn.add_column(_text(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(_cell(value) for value in row))
     return drawn

@@ -49,7 +49,7 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     ]
     found = summary(s, runs)
     for text in said:
-        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(text), soft_wrap=True)
     return {**found, "warnings": said}
 
 
