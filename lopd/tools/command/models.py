@@ -33,7 +33,7 @@ class Model:
     Args:
         model: its folder, or its name in the hub.
         engine: "hf" is transformers, "vllm" is vLLM in this process, and anything else is the URL of a server, or several.
-        device: where transformers runs it; None is a GPU if there is one.
+        device: where transformers runs it; None is a CUDA or ROCm GPU if there is one.
         dtype: type of the weights in use; None keeps the stored one.
         served_as: the name under which servers have it; None is `model`.
         revision: which weights they are, a commit or a hash, where these cannot be read: `model` is not the folder that servers have, or its weights
@@ -204,7 +204,7 @@ def add_model(parser: ArgumentParser, role: str) -> None:
     parser.add_argument(
         "--engine", action="append", metavar="ENGINE", help="hf (the default), vllm, or the URL of a server; may be repeated for several"
     )
-    parser.add_argument("--device", help="where transformers runs it (a GPU if there is one)")
+    parser.add_argument("--device", help="where transformers runs it (a CUDA or ROCm GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="that it runs in (as the weights are stored)")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the longest prompt and response together")
     parser.add_argument(
