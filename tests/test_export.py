@@ -9,12 +9,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 from attrs import asdict
 from conftest import TOKENIZER_ID, build_tokenizer
+from odd_models import SHAPE
 
 import lopd.engines.export
 from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
 from lopd.engines.hf import HFSource, load_model
+from lopd.engines.identity import folder_model_id
 from lopd.engines.server import Servers, ServerSource
 from lopd.errors import EngineError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records import Lineage, SamplingParams, StoreId
@@ -327,3 +330,71 @@ def test_weights_that_are_one_tensor_though_the_configuration_does_not_say_so_ar
         model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
     with pytest.raises(ModelError, match="are one tensor, which its configuration does not state"):
         CausalLMStudent(model, TOKENIZER_ID)
+
+
+SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 8.0, 12.0]}
+LINEAR, SECTIONS = {"rope_type": "linear", "factor": 8.0}, {"rope_type": "default", "mrope_section": [1, 1, 2]}
+
+
+def llama3():
+    return transformers.LlamaConfig(**SHAPE, rope_parameters={"rope_theta": 500000.0, **SCALING})
+
+
+def phi3():
+    fields = {"original_max_position_embeddings": 16, "sliding_window": None}
+    return transformers.Phi3Config(**SHAPE, **fields, rope_parameters={"rope_theta": 20000.0, **LONGROPE})
+
+
+def gpt_neox():
+    rope = {"rope_type": "default", "rope_theta": 20000.0, "partial_rotary_factor": 0.5}
+    fields = {name: value for name, value in SHAPE.items() if name != "num_key_value_heads"}
+    return transformers.GPTNeoXConfig(**fields, rope_parameters=rope)
+
+
+def gemma3():
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    rope = {"full_attention": {"rope_theta": 2e6, **LINEAR}, "sliding_attention": {"rope_theta": 20000.0, "rope_type": "default"}}
+    layers = {"layer_types": [*rope], "sliding_window": 4, "head_dim": 8, "rope_parameters": rope}
+    return transformers.Gemma3Config(text_config={**SHAPE, **layers}, vision_config=vision, mm_tokens_per_image=4)
+
+
+def qwen_vl():
+    text = {**SHAPE, "rope_parameters": {"rope_theta": 20000.0, **SECTIONS}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=95, video_token_id=94)
+
+
+@pytest.mark.filterwarnings("ignore:.*it also reads images")
+@pytest.mark.parametrize(
+    ("make", "older"),
+    [
+        (llama3, {"rope_theta": 500000.0, "rope_scaling": SCALING}),
+        (phi3, {"rope_theta": 20000.0, "rope_scaling": LONGROPE, "partial_rotary_factor": 1.0}),
+        (gpt_neox, {"rotary_emb_base": 20000.0, "rotary_pct": 0.5}),
+        (gemma3, {"rope_theta": 2e6, "rope_scaling": LINEAR, "rope_local_base_freq": 20000.0}),
+        (qwen_vl, {"rope_theta": 20000.0, "rope_scaling": SECTIONS}),
+    ],
+)
+def test_an_export_states_rope_and_dtype_as_transformers_4_does_too_and_is_the_same_model(make, older, tokenizer, tmp_path):
+    config = make()
+    kind = transformers.AutoModelForImageTextToText if hasattr(config, "vision_config") else transformers.AutoModelForCausalLM
+    student = CausalLMStudent(kind.from_config(config), tokenizer)
+    student.export(tmp_path / "out", tokenizer, FIRST)
+    student.model.save_pretrained(tmp_path / "plain")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    text = written.get("text_config", written)
+    assert {name: text.get(name) for name in older} == older
+    assert written["torch_dtype"] == "float32"
+    assert "rope_scaling" in older or "rope_scaling" not in text
+    assert_holds(tmp_path / "out", student, FIRST)
+    (one, other) = (transformers.AutoConfig.from_pretrained(tmp_path / name).get_text_config() for name in ("out", "plain"))
+    assert one.rope_parameters == other.rope_parameters
+    assert folder_model_id(tmp_path / "out").revision == folder_model_id(tmp_path / "plain").revision

@@ -20,6 +20,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
+from lopd.engines.older import spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
@@ -125,6 +126,8 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             fresh.mkdir(parents=True)
             model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
             tokenizer.save_pretrained(fresh)
+            if (fresh / "config.json").exists():
+                spell_out(fresh / "config.json")
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and (fresh / "adapter_config.json").exists():
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have

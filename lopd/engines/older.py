@@ -1,0 +1,42 @@
+"""The configuration of an export for readers with transformers 4, which take defaults of their own for what they do not find, and say nothing."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+#: What stands outside the scaling, and what some classes call that.
+_APART = ("rope_theta", "partial_rotary_factor")
+_CALLED = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+#: Classes whose layers with a window have a base of their own and no scaling.
+_LOCAL = ("gemma3_text", "gemma3n_text")
+#: Classes that refuse any more of LongRoPE than the type, by its first name, and the factors.
+_BRIEF, _FACTORS = ("phi3", "phi4_multimodal"), ("short_factor", "long_factor")
+
+
+def spell_out(path: Path) -> None:
+    """Add rope and dtype by the names of transformers 4 to a config.json, of which transformers 5 makes the same model as before.
+
+    Rope that differs by layer has no such names, but in Gemma 3.
+    """
+    stated = json.loads(path.read_text())
+    for part in (stated, stated.get("text_config")):
+        if isinstance(part, dict):
+            part.update(_older(part))
+    path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def _older(part: Mapping[str, Any]) -> dict[str, Any]:
+    rope, kind = part.get("rope_parameters") or {}, str(part.get("model_type"))
+    found: dict[str, Any] = {"torch_dtype": part["dtype"]} if isinstance(part.get("dtype"), str) else {}
+    local = rope.get("sliding_attention") if kind in _LOCAL else None
+    if local and local.get("rope_type") == "default":
+        found["rope_local_base_freq"], rope = local["rope_theta"], rope["full_attention"]
+    if rope.get("rope_theta") is None or any(isinstance(value, dict) for value in rope.values()):
+        return found
+    found |= {older: rope[name] for name, older in zip(_APART, _CALLED.get(kind, _APART), strict=True) if name in rope}
+    scaling = {name: value for name, value in rope.items() if name not in _APART}
+    if kind in _BRIEF and scaling.keys() - {"type", "rope_type", "original_max_position_embeddings"} == {*_FACTORS}:
+        scaling = {"type": "longrope", **{name: scaling[name] for name in _FACTORS}}
+    # not by its type alone: sections of positions stand beside the default one
+    return found if scaling == {"rope_type": "default"} else {**found, "rope_scaling": scaling}
