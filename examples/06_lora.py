@@ -3,6 +3,7 @@
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from tiny import HELD_OUT, QUESTIONS, model_folders
+from transformers import GenerationConfig
 
 from lopd import (
     CausalLMStudent,
@@ -42,10 +43,9 @@ checkpoint = save_checkpoint("runs/06/checkpoints", student, optimizer, next_ste
 print(f"a checkpoint has {(checkpoint / 'parameters.safetensors').stat().st_size:,} bytes of weights")
 
 student.export("runs/06/adapters", tokenizer, steps.lineage)  # what peft loads
-merged = AutoPeftModelForCausalLM.from_pretrained("runs/06/adapters").merge_and_unload().eval()
-for part in (merged, tokenizer):  # what any engine loads
-    part.save_pretrained("runs/06/merged")
-steps.lineage.write("runs/06/merged")
+merged = AutoPeftModelForCausalLM.from_pretrained("runs/06/adapters").merge_and_unload()
+merged.generation_config = GenerationConfig.from_pretrained("runs/06/adapters")  # what ends a response; peft takes that of the base
+CausalLMStudent(merged.requires_grad_(True), tokenizer).export("runs/06/merged", tokenizer, steps.lineage)  # what any engine loads
 held_out = make_prompts(HELD_OUT, tokenizer)
 before = evaluate_reverse_kl(source, scorer, held_out)
 after = evaluate_reverse_kl(HFSource(merged, tokenizer, sampling), scorer, held_out)

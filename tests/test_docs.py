@@ -19,10 +19,11 @@ import forked
 import pytest
 import test_readme
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 import lopd
 from lopd import CausalLMStudent, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
+from lopd.engines.finding import configured_eos
 from lopd.engines.hf import HFSource, load_model
 from lopd.records import fingerprint_tokenizer, make_prompts
 
@@ -109,6 +110,14 @@ def test_the_blocks_of_a_page_run(page: Path, trained: None) -> None:
     for block in blocks_of(page):
         if block.reason is None:
             block.run(names)
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
+def test_responses_of_adapters_that_were_merged_as_the_page_does_end_where_the_student_was_told(trained: None) -> None:
+    names: dict[str, Any] = {}
+    for block in blocks_of(DOCS / "howto" / "lora.md"):
+        evolve(block, code=block.code.replace("\nstudent.export(", "\nstudent.stop_at(9)\nstudent.export(")).run(names)
+    assert 9 in configured_eos(Path("merged"))
 
 
 def _pytest(arguments: list[str]) -> None:

@@ -53,7 +53,7 @@ def check_whole(folder: Path) -> None:
     if (folder / _ADAPTERS).exists():
         raise ModelError(
             f"Model {folder}: it holds adapters ({_ADAPTERS}), and vLLM is given one model; merge them (`merge_and_unload()`), save that with the "
-            "tokenizer, and write the lineage beside it."
+            "tokenizer and their generation_config.json, which has the ids that end a response, and write the lineage beside it."
         )
 
 

@@ -181,8 +181,8 @@ class CausalLMStudent(nn.Module):
 
         Where several ranks train, each calls this on its own student (not on the wrapper), and rank 0 writes.
 
-        A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
-        them, save that, and write the lineage beside it).  A full model that also reads images comes with the files of its processor, which vLLM
+        A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge them, give that their generation
+        configuration, and export it).  A full model that also reads images comes with the files of its processor, which vLLM
         needs, if they were beside the weights that it was loaded from.
 
         The folder appears whole or not at all.  An earlier export of the same teachers is replaced, lineage included; other files in it, such as
