@@ -17,7 +17,7 @@ from odd_models import SHAPE
 import lopd.engines.export
 from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
 from lopd.engines.hf import HFSource, load_model
-from lopd.engines.identity import folder_model_id
+from lopd.engines.identity import folder_model_id, model_id
 from lopd.engines.server import Servers, ServerSource
 from lopd.errors import EngineError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records import Lineage, SamplingParams, StoreId
@@ -398,3 +398,30 @@ def test_an_export_states_rope_and_dtype_as_transformers_4_does_too_and_is_the_s
     (one, other) = (transformers.AutoConfig.from_pretrained(tmp_path / name).get_text_config() for name in ("out", "plain"))
     assert one.rope_parameters == other.rope_parameters
     assert folder_model_id(tmp_path / "out").revision == folder_model_id(tmp_path / "plain").revision
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:Input and output embeddings are no longer tied")
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_head_that_was_trained_apart_from_the_embedding_is_not_stated_to_be_tied(elsewhere, make_model, tokenizer, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    adapted = peft.get_peft_model(make_model("llama_tied"), config)
+    (head,) = (parameter for name, parameter in adapted.named_parameters() if "modules_to_save" in name)
+    torch.nn.init.normal_(head)
+    model = adapted.merge_and_unload()
+    model.config.tie_word_embeddings = True  # as older versions of peft leave it
+    if elsewhere:
+        for part in (model, tokenizer):
+            part.save_pretrained(tmp_path / "sft")
+        model, _ = load_model(tmp_path / "sft", torch.float32)
+    student = CausalLMStudent(model.requires_grad_(True), tokenizer)
+    student.export(tmp_path / "out", tokenizer, FIRST)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert_holds(tmp_path / "out", student, FIRST)
+    assert folder_model_id(tmp_path / "out").revision == model_id(model).revision
+
+
+def test_tied_weights_that_ranks_put_together_one_by_one_stay_tied(full, tokenizer, tmp_path):
+    state = {name: tensor.clone() for name, tensor in full.model.state_dict().items()}
+    lopd.engines.export.export_model(full.model, tokenizer, FIRST, tmp_path / "out", state)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
+    assert_holds(tmp_path / "out", full, FIRST)

@@ -20,7 +20,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
-from lopd.engines.older import spell_out
+from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
@@ -124,10 +124,11 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
+            untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
             model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
             tokenizer.save_pretrained(fresh)
             if (fresh / "config.json").exists():
-                spell_out(fresh / "config.json")
+                spell_out(fresh / "config.json", untied=untied)
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and (fresh / "adapter_config.json").exists():
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have

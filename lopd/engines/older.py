@@ -5,6 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from lopd.engines.causal_lm import unwrap
+
 #: What stands outside the scaling, and what some classes call that.
 _APART = ("rope_theta", "partial_rotary_factor")
 _CALLED = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
@@ -14,16 +19,40 @@ _LOCAL = ("gemma3_text", "gemma3n_text")
 _BRIEF, _FACTORS = ("phi3", "phi4_multimodal"), ("short_factor", "long_factor")
 
 
-def spell_out(path: Path) -> None:
+def spell_out(path: Path, *, untied: bool) -> None:
     """Add rope and dtype by the names of transformers 4 to a config.json, of which transformers 5 makes the same model as before.
 
     Rope that differs by layer has no such names, but in Gemma 3.
+
+    Args:
+        path: the file.
+        untied: let it state that no weights are tied: only transformers 5 looks whether both are there.
     """
     stated = json.loads(path.read_text())
     for part in (stated, stated.get("text_config")):
         if isinstance(part, dict):
-            part.update(_older(part))
+            part.update(_older(part) | ({"tie_word_embeddings": False} if untied else {}))
     path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def is_untied(model: Any, state: Mapping[str, Tensor] | None) -> bool:
+    """Return whether all weights that the configuration ties have values of their own, as a head that was trained as a saved module of adapters.
+
+    Args:
+        model: a transformers model.
+        state: the weights, where the model's own are sharded.
+    """
+    base = unwrap(model)
+    weights = base.state_dict() if state is None else state
+    pairs = [
+        (weights[one], weights[other]) for one, other in base.get_expanded_tied_weights_keys().items() if {one, other} <= weights.keys()
+    ]
+    # weights of shards are put together one by one, so that tied ones are equal and in two places
+    return bool(pairs) and not any(_same(*pair) for pair in pairs)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() or (one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu()))
 
 
 def _older(part: Mapping[str, Any]) -> dict[str, Any]:
