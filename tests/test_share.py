@@ -378,11 +378,15 @@ def test_the_card_of_a_student_says_how_it_was_made(export: Path, store: MemoryS
         assert part in str(card), part
 
 
-def test_a_card_says_what_is_not_known_and_no_path(export: Path, store: MemoryStore) -> None:
+def test_a_card_says_what_is_not_known_and_no_path(hub: Hub, export: Path, store: MemoryStore) -> None:
     cards = [model_card(export), dataset_card(store, "rollouts")]
     assert [card for card in cards if str(export.parent) in str(card) or str(Path.home()) in str(card)] == []
     assert all("None is stated." in str(card) and "license" not in head(card) for card in cards)
     assert "None were given." in str(cards[0])
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}))
+    push_student(export, "me/own-code")
+    assert b"| identity of these weights | not known |" in hub.repositories["models/me/own-code"].files["README.md"]
 
 
 def test_the_card_of_adapters_and_of_a_student_before_opd_say_so(export: Path) -> None:

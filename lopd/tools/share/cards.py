@@ -9,7 +9,7 @@ from typing import Any
 from attrs import field, frozen
 
 from lopd.engines.identity import folder_model_id
-from lopd.errors import ArgumentError, InvalidRecordError, ManifestMismatchError, ModelError, printable
+from lopd.errors import ArgumentError, EngineError, InvalidRecordError, ManifestMismatchError, ModelError, printable
 from lopd.guards.consistency import lineage_after
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
@@ -232,6 +232,10 @@ def _identity(folder: Path) -> str:
         return describe_model(folder_model_id(folder))
     except ModelError:
         return "not known"
+    except EngineError as error:
+        if "trust_remote_code" not in str(error):  # it is damaged
+            raise
+        return "not known"  # it is of a class that is not transformers', whose code is not run
 
 
 def _untaught(lineage: Lineage, store: LogprobReader | None) -> str:
