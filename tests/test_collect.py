@@ -14,6 +14,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     ConflictError,
+    ContextOverflowError,
     ContextWarning,
     EngineError,
     InvalidRecordError,
@@ -218,6 +219,24 @@ def test_a_round_that_another_process_has_begun_meanwhile_is_not_sampled_by_anot
     with pytest.raises(ManifestMismatchError, match=r"policy.*give the round of another policy a number of its own \(`generation`\)"):
         collect_rollouts(asked, prompts, stale)
     assert asked.asked == []
+
+
+def test_a_round_that_another_process_begins_while_this_one_samples_is_its_own(source, prompts, tmp_path, monkeypatch):
+    store = ZarrStore.create(tmp_path / "run", source.manifest)
+    first, second = (evolve(source, generation=1, identity=ModelId("student", name, "float32")) for name in ("step-10", "step-11"))
+    real, asked = HFSource.sample, []
+
+    def sample(self, batch):
+        asked.append(self)
+        if len(asked) == 1:
+            collect_rollouts(first, prompts[2:4], ZarrStore.open(tmp_path / "run"))
+            raise ContextOverflowError("Prompt: it is too long.")
+        return real(self, batch)
+
+    monkeypatch.setattr(HFSource, "sample", sample)
+    with pytest.raises(ConflictError, match="generation 1 was sampled by student@step-10"):
+        collect_rollouts(second, prompts[:2], store, prompts_per_batch=1)
+    assert len(store) == 4, "none of the second policy"
 
 
 def test_a_resumed_collection_reads_one_row_of_each_prompt_that_is_there_once(source, prompts, make_store, monkeypatch):

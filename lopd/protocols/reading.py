@@ -174,7 +174,7 @@ def rounds_of(reader: LogprobReader, rows: NDArray[np.int64]) -> set[int]:
     every, found = set(reader.generations), set[int]()
     if len(every) == 1:
         return every
-    for part in in_batches(rows):
+    for part in in_batches(rows, 1024):
         found.update(reader.read(part).generations.tolist())
         if found == every:
             break

@@ -118,7 +118,7 @@ def collect_rollouts(
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
             candidates = _candidates(manifest, rollouts)
-            if rollouts and manifest.generation not in store.generations:
+            if rollouts and not report.rollouts:
                 # not before: a call that is killed while it samples would keep the round from every other policy
                 store.begin_generation(manifest.generation, manifest.policy)
             store.append(rollouts)

@@ -176,9 +176,9 @@ def batches(
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: seed of the shuffle; step k depends on (seed, k) alone.
         rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
-        teacher: score column to learn from; None trains on the rollouts as they are (SFT), and of several rounds reads them once,
-            here, to know whose they are.  Several teachers: column -> the prompts whose rollouts learn from it; rollouts of other prompts are left
-            out.
+        teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
+            rollouts learn from it; rollouts of other prompts are left out.  For SFT, and for privileged scores, rows of several rounds are read
+            once, here, to know whose they are.
         ref: score column of the reference policy, for losses with an importance ratio, and to have drift measured.  `"behavior"` is
             what each rollout's own policy reported, so also right where rollouts are of several rounds.  It is the policy at temperature 1,
             and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and an importance
