@@ -193,6 +193,12 @@ def test_the_reference_is_the_column_of_the_policy_that_tells_most(known):
     for name, of, made in (("teacher", known.teacher, tiny_provenance()), ("own", known.policy, POLICY)):
         silent.append_scores(name, made, known.column(of))
     assert measure_start(silent).ref == "own"
+    pilot = MemoryStore(MANIFEST)
+    pilot.append([evolve(r, behavior_logprobs=None) for r in known.rollouts])
+    pilot.append_scores("teacher", tiny_provenance(), known.column(known.teacher))
+    pilot.append_scores("own", POLICY, known.column(known.policy)[1:12:2])
+    found = measure_start(pilot, count=12)
+    assert (found.ref, found.available) == ("own", 6), "though none of these is among 12 of 24, evenly spaced"
 
 
 def test_a_round_is_measured_by_the_column_of_its_policy_and_several_by_what_each_reported(known):

@@ -119,7 +119,7 @@ def measure_start(
             f"{elsewhere(store)}, or name another."
         )
     taught = every[store.scored(teacher)[every]]
-    ref = _reference(store, evenly(taught if taught.size else every, count)) if ref is None else ref
+    ref = _reference(store, taught if taught.size else every, count) if ref is None else ref
     usable = taught[store.scored(ref)[taught]]
     if not usable.size:
         lacking = teacher if store.scored(ref)[every].any() else ref
@@ -157,9 +157,12 @@ def advise(tail: float) -> tuple[Verdict, str]:
     return "offline", f"{weak}, not more than {MAX_TAIL:.0%}"
 
 
-def _reference(store: LogprobReader, rows: NDArray[np.int64]) -> str:
-    """Return the column of the policies of these rows that covers most of them; of several the one that holds most."""
-    columns, rounds = store.columns, {generation: store.generations[generation] for generation in sorted(rounds_of(store, rows))}
+def _reference(store: LogprobReader, rows: NDArray[np.int64], count: int) -> str:
+    """Return the column of the policies of these rows that covers most of them; of several the one that holds most.
+
+    The policies are those of at most `count` of the rows.
+    """
+    columns, rounds = store.columns, {number: store.generations[number] for number in sorted(rounds_of(store, evenly(rows, count)))}
     own = [name for name, made in columns.items() if all(map(made.is_of, rounds.values()))]
     part = [name for number, policy in rounds.items() if (name := policy_column(number)) in columns and columns[name].is_of(policy)]
     names = [*(name for name in own if columns[name].top_k), BEHAVIOR_COLUMN, *own, *part]
