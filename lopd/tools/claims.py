@@ -1,15 +1,15 @@
 """Whether a folder may be taken for a run: it holds none yet, or the same one."""
 
-import re
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from lopd.errors import ConflictError, LopdError
 from lopd.records.paths import read_regular
-from lopd.records.stored import parse, read_as
+from lopd.records.stored import read_as
 
-_SETTINGS, _DIGESTS = Mapping[str, Any], Mapping[str, Annotated[str, re.compile("[0-9a-f]{16}")]]
+_SETTINGS, _DIGESTS = Mapping[str, Any], Mapping[str, str]
 
 
 def check_claim(
@@ -40,7 +40,7 @@ def check_claim(
 def _read(path: Path, kind: object) -> Mapping[str, Any] | None:
     """Return what a run keeps in this file; None where it is not there."""
     try:
-        found: Mapping[str, Any] = read_as(kind, parse(read_regular(path)), f"File {path}", ConflictError, "choose another folder")
+        found: Mapping[str, Any] = read_as(kind, json.loads(read_regular(path)), f"File {path}", ConflictError, "choose another folder")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

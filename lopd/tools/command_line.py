@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from signal import SIGPIPE
 from typing import TYPE_CHECKING, Any
 
 from lopd.errors import printable
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from lopd.protocols import DurableStore, Progress
 
 #: The last is that of a process that a pipe without a reader ends.
-FINE, PROBLEMS, UNUSABLE, UNREAD = 0, 1, 2, 141
+FINE, PROBLEMS, UNUSABLE, UNREAD = 0, 1, 2, 128 + SIGPIPE
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 

@@ -1,7 +1,8 @@
 """What a run looks like in a terminal: a progress bar for the verbs, and one table per phase.  Drawn by rich."""
 
 from collections.abc import Sequence
-from errno import EPIPE
+from contextlib import suppress
+from signal import SIGPIPE
 from typing import final
 
 from attrs import define, field
@@ -16,7 +17,7 @@ from lopd.verbs.showing import Pace, Showing
 
 
 class PlainConsole(Console):
-    """A console that prints texts as they are, without markup, and raises BrokenPipeError where the reader is gone: rich exits with 1.
+    """A console that prints texts as they are, without markup, and exits as a process that a pipe without a reader ends: rich exits with 1.
 
     Args:
         stderr: whether it prints to standard error.
@@ -26,8 +27,10 @@ class PlainConsole(Console):
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def on_broken_pipe(self) -> None:
-        """Raise what rich has caught."""
-        raise BrokenPipeError(EPIPE, "The reader is gone")
+        """Let rich see to it that nothing is written at exit."""
+        with suppress(SystemExit):
+            super().on_broken_pipe()
+        raise SystemExit(128 + SIGPIPE)
 
 
 @final
