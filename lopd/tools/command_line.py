@@ -81,7 +81,7 @@ def show(*things: Table | str) -> None:
     """
     from lopd.records.optional import need
 
-    need("rich", "Tables (--json prints none)")
+    need("rich.console", "Tables (--json prints none)")
     from lopd.tools.console import PlainConsole, table
 
     console = PlainConsole()
