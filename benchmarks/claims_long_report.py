@@ -1,13 +1,32 @@
 """The part of RESULTS.md on long responses: goals, tables, words and a plot, out of what `claims_long.py` measured."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
-from claims_summary import MARGIN, NO_WORSE, TIMES, Interval, Ratio, Row, Runs, accuracy, as_goal, change, no_fall, ratios, spent
+from claims_summary import (
+    ENDS,
+    MARGIN,
+    NO_WORSE,
+    TIMES,
+    Interval,
+    Ratio,
+    Row,
+    Runs,
+    accuracy,
+    as_goal,
+    change,
+    ended,
+    no_fall,
+    ratios,
+    reverse_kl,
+    spent,
+    started,
+    taught,
+)
 from docs_tables import table
 from pictures import band, label_ends, panels, rule, save
 from results_page import Part, Reading
@@ -48,9 +67,9 @@ class Found:
         """Return the runs of an arm by seed."""
         return self.runs.where(self.setting, name)
 
-    def beside(self, name: str, other: str) -> Interval:
-        """Return how much more accurate one ends than another."""
-        return self.runs.difference(self.cell(name), self.cell(other), accuracy)
+    def beside(self, name: str, other: str, value: Callable[[Row], float] = accuracy) -> Interval:
+        """Return how much more accurate one ends than another, or how much more it has of another value."""
+        return self.runs.difference(self.cell(name), self.cell(other), value)
 
     def times(self, online: str, name: str, at: str) -> Ratio:
         """Return how many times as much as an arm online OPD costs."""
@@ -103,13 +122,17 @@ def long_part(result: Mapping[str, Any], folder: str) -> Part:
     lines = [
         *_task(found, setting),
         "",
+        *table(("", *ENDS, f"minus {BEST_LIVE.name}", "its KL, likewise"), _ends(found)),
+        "",
+        "The KL is the reverse one to the teacher over the whole vocabulary, in nats a token, on fresh responses to the held-out prompts.",
+        "",
         "Costs are CPU seconds of one thread for the whole OPD stage.  The last columns say how many times as much as each arm",
         f"*{BEST_LIVE.name}* costs: at equal steps, and until both have the accuracy with which the worse of them ends.",
         "They are geometric means.",
         "A curve has few points and rises by less than a tenth, so figures at equal accuracy have wide intervals; those at equal steps have not.",
         'Where an arm ended no higher than SFT with one of the seeds, there was nothing to reach: "below SFT".',
         "",
-        *table(("", "accuracy", "minus online OPD", *_PARTS, "equal steps", "equal accuracy"), _arms(found)),
+        *table(("", *_PARTS, "equal steps", "equal accuracy"), _costs(found)),
         "",
         f"![Gain in accuracy against CPU seconds]({folder}/claims_long.png)",
     ]
@@ -187,19 +210,23 @@ def _task(found: Found, setting: Row) -> list[str]:
         f"{len(online)} seeds, each with its own problems, teacher and student.",
         f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
         f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
-        "large models.  Sizes, one rate for all arms and the arm of the goals come from trials on another seed.  Once, when the student of the first",
-        "seed here had come out far weaker than on that one, SFT was made longer, and, for time, OPD shorter and the stores smaller with it.",
+        "large models.  Sizes, lengths, one rate for all arms and the arm of the goals come from trials on other seeds.",
     ]
 
 
-def _arms(found: Found) -> Iterator[list[str]]:
+def _ends(found: Found) -> Iterator[list[str]]:
+    yield ["SFT", *started(found.cell(ONLINE.name)), "", ""]
     for name in found.names:
-        cell = found.cell(name)
-        more = found.beside(name, BEST_LIVE.name).show("+.3f")
-        split = [found.runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".1f") for part in _PARTS]
+        beside = [found.beside(name, BEST_LIVE.name, value).show("+.3f") for value in (accuracy, reverse_kl)]
+        yield [name, *ended(found.cell(name)), *(["", ""] if name == BEST_LIVE.name else beside)]
+    yield ["the teacher", *taught(found.rows, found.setting), "", ""]
+
+
+def _costs(found: Found) -> Iterator[list[str]]:
+    for name in found.names:
+        split = [found.runs.mean(found.cell(name), lambda row, part=part: row["cpu_s"][part]).show(".1f") for part in _PARTS]
         times = [found.times(BEST_LIVE.name, name, at).show(".2f") for at in ("equal steps", "equal accuracy")]
-        beside = ["", "1", "1"] if name == BEST_LIVE.name else [more, *times]
-        yield [name, found.runs.mean(cell, accuracy).show(), beside[0], *split, *beside[1:]]
+        yield [name, *split, *(["1", "1"] if name == BEST_LIVE.name else times)]
 
 
 def _limits(found: Found) -> list[str]:
@@ -233,8 +260,8 @@ def _limits(found: Found) -> list[str]:
     ]
     return [
         "A store saves sampling and scoring, never training.  Training is all that is neither sampling nor scoring; online it has in it what a round",
-        "costs: at every step the student is identified by its weights, and a store and a plan are made; for so small a model that is as much as the",
-        f"step.  A stored run does it once, and its training is {own.show('.2f')} of that of *{BEST_LIVE.name}*.",
+        "costs: at every step a store and a plan are made.  A stored run makes them once, and its training is",
+        f"{own.show('.2f')} of that of *{BEST_LIVE.name}*.",
         "That does not come of a store, so the limit counts training alike: if online's cost what the stored arm's does, it would cost",
         f"{bare.show('.2f')} times as much as the stored arm",
         f"at equal steps, and {most.show('.2f')} times as much as one whose store cost nothing, which is the limit.",

@@ -87,7 +87,8 @@ def fake(seed, arm, accuracy, seconds):
     row = {"kind": "run", "setting": TINY.name, "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": 0.2}
     before, training = (0.05, 0.9) if arm == BEST.name else (0.4, 0.2)
     spent = {"sampling": before * seconds, "scoring": before * seconds, "training": training * seconds, "all": seconds}
-    return {**row, "stored_rollouts": 4, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, 0.0), (100, accuracy, seconds)]}
+    ended = {"start_greedy": 0.2, "start_kl": 0.8, "accuracy": accuracy, "greedy": accuracy, "kl": 1 - accuracy}
+    return {**row, **ended, "stored_rollouts": 4, "cpu_s": spent, "curve": [(0, 0.2, 0.0), (100, accuracy, seconds)]}
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def rows():
     """Return two seeds: the stored arm ends as the same loss with a live teacher, at a quarter and a bit of its cost."""
     ends = {BEST.name: (0.6, 10.0), TRL: (0.7, 30.0), ONLINE.name: (0.2, 44.0), BEST_LIVE.name: (0.6, 44.0)}
     found = [fake(seed, arm, end + seed / 100, cost) for seed in (0, 1) for arm, (end, cost) in ends.items()]
-    found += [{"kind": "teacher", "setting": TINY.name, "seed": seed, "arm": "teacher", "accuracy": 0.9} for seed in (0, 1)]
+    found += [{"kind": "teacher", "setting": TINY.name, "seed": seed, "arm": "teacher", "accuracy": 0.9, "greedy": 0.9} for seed in (0, 1)]
     split = {"sampling": 0.6, "scoring": 0.2, "training": 0.2, "all": 1.0}
     found += [{"kind": "split", "setting": TINY.name, "seed": seed, "arm": "as in the runs", "cpu_s": split} for seed in (0, 1)]
     return [{"kind": "setting", **asdict(TINY)}, *found]
@@ -152,6 +153,8 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     text = make_page("Long", [part])
     assert f"*{BEST_LIVE.name}* costs 4.40 [4.40 to 4.40] times as much at equal accuracy" in text
     assert "is right in 0.900 ± 0.000 of what it samples" in text
+    assert "| SFT | 0.200 ± 0.000 | 0.200 ± 0.000 | 0.800 ± 0.000 |  |  |" in text
+    assert "| the teacher | 0.900 ± 0.000 | 0.900 ± 0.000 |  |  |  |" in text
     assert "if online's cost what the stored arm's does, it would cost\n4.42 [4.42 to 4.42] times as much as the stored arm" in text
     assert "| as in the runs | 0.60 ± 0.00 | 0.20 ± 0.00 | 0.20 ± 0.00 | 1.00 ± 0.00 | 5.00 ± 0.00 |" in text
     assert "nan" not in text
