@@ -163,18 +163,20 @@ def new_scores(
             values may be above 0 and the other does not.
     """
     fresh, signed, stated = dict[str, Scores](), provenance.signed, (provenance.top_k, provenance.drawn)
+    asked = stated != (0, 0)
     for score in scores:
-        if known.get(score.rollout_id) != (score.content_hash, score.logprobs.size):
-            _refuse_score(owner, score, known.get(score.rollout_id))
+        name = score.rollout_id
+        if known.get(name) != (score.content_hash, score.logprobs.size):
+            _refuse_score(owner, score, known.get(name))
         if score.signed != signed:
             raise InvalidRecordError(
-                f"{owner}: scores of rollout {score.rollout_id!r} have signed={score.signed}, expected {signed} as their provenance "
+                f"{owner}: scores of rollout {name!r} have signed={score.signed}, expected {signed} as their provenance "
                 f"has logprobs_mode {provenance.logprobs_mode!r}; write residuals and labels into columns of their own (`lopd.residualise`)."
             )
-        if score.top_k is not None or stated != (0, 0):
+        if asked or score.top_k is not None:
             _check_top_k(owner, score, stated, vocab_size)
-        if score.rollout_id not in done:
-            fresh.setdefault(score.rollout_id, score)
+        if name not in done:
+            fresh.setdefault(name, score)
     return list(fresh.values())
 
 

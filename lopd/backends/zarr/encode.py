@@ -110,10 +110,10 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     reported = [values for values, _ in stored.values()]
     ids = encode_ids(owners)
     id_lengths = [len(name) for name in ids]
-    lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
+    lengths = np.array([[r.prompt_ids.size for r in rollouts], [r.response_ids.size for r in rollouts]], np.int64).T
     # records hold ids from 0 up, which admission has compared with the vocabulary
     token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)], dtype=id_type, casting="unsafe")
-    token_ends = ends(lengths.sum(axis=1))
+    whole, token_ends = memoryview(token_ids.view(np.uint8)), ends(lengths.sum(axis=1))
     id_hashes, content_hashes = hash_ids(ids).view("<i8").reshape(-1, 2), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
         "prompt_length": lengths[:, 0],
@@ -130,7 +130,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "id_hash_1": id_hashes[:, 1],
         "content_hash_0": content_hashes[:, 0],
         "content_hash_1": content_hashes[:, 1],
-        "token_checksum": checksums([token_ids[start:end] for start, end in pairwise(token_ends.tolist())]),
+        "token_checksum": checksums([whole[start:end] for start, end in pairwise((token_ends * id_type.itemsize).tolist())]),
         "mask_checksum": checksums(masks),
         "behavior_checksum": checksums(*reported),
     }

@@ -107,7 +107,10 @@ def checksums(*columns: Sequence[Any]) -> _Int64:
     """Return (n,): 64 bits of the bytes that each row has in one column after the other, as a line holds them; what is None does not count."""
     sums = [0] * len(columns[0])
     for column in columns:
-        sums = [total if part is None else xxh3_64_intdigest(part, total) for part, total in zip(column, sums, strict=True)]
+        if isinstance(column[0], bytes | memoryview):  # what is read has no gaps, and is most of all there is
+            sums = list(map(xxh3_64_intdigest, column, sums))
+        else:
+            sums = [total if part is None else xxh3_64_intdigest(part, total) for part, total in zip(column, sums, strict=True)]
     return np.array(sums, np.uint64).view(np.int64)
 
 
