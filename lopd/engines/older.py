@@ -12,7 +12,7 @@ from lopd.engines.causal_lm import unwrap
 
 #: What stands outside the scaling, and what some classes call that.
 _APART = ("rope_theta", "partial_rotary_factor")
-_CALLED = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
+_CALLED: Mapping[str, tuple[str, str]] = dict.fromkeys(("gpt_neox", "gpt_neox_japanese"), ("rotary_emb_base", "rotary_pct"))
 #: Classes whose layers with a window have a base of their own and no scaling.
 _LOCAL = ("gemma3_text", "gemma3n_text")
 #: Classes that refuse any more of LongRoPE than the type, by its first name, and the factors.

@@ -113,7 +113,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     lengths = np.array([[r.prompt_ids.size for r in rollouts], [r.response_ids.size for r in rollouts]], np.int64).T
     # records hold ids from 0 up, which admission has compared with the vocabulary
     token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)], dtype=id_type, casting="unsafe")
-    whole, token_ends = memoryview(token_ids.view(np.uint8)), ends(lengths.sum(axis=1))
+    whole, token_ends = token_ids.view(np.uint8).data, ends(lengths.sum(axis=1))
     id_hashes, content_hashes = hash_ids(ids).view("<i8").reshape(-1, 2), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
         "prompt_length": lengths[:, 0],
