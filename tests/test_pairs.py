@@ -151,7 +151,7 @@ def test_the_starts_of_the_claims_are_pairs_without_being_run_again():
     fell, fell_too = (sum(start["gains"][pairs_claims.PLAIN.name] < 0 for start in some) for some in (middle, strong))
     advised = " ".join(advise.__doc__.split())
     for said in (
-        f"of the {len(weak)} with more than 4 % of their advantages below -5 nats {gained} gained more than 0.02",
+        f"{len(weak)} of these have more than 4 % of their advantages below -5 nats; from {gained} of them accuracy rose by more than 0.02",
         f"is wrong on {little['rounded']} of {little['of']} starts; one verdict for all is wrong on {little['goal'].split(',')[0][2:]}",
         f"fell from {fell} of {len(middle)} starts with more than 2 %, and from {fell_too} of {len(strong)} with less",
     ):

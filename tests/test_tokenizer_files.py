@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lopd.engines.finding import load_tokenizer
 from lopd.records import make_prompts
 
+#: What GPT-2's class ends with where no file states it.
+END = "<|endoftext|>"
 BYTES, DIGITS = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(individual_digits=True)
 TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
 
@@ -18,10 +20,10 @@ TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt 
 def save(folder: Path, kind: str, *parts: pre_tokenizers.PreTokenizer, **settings: object) -> Path:
     """Save a tokenizer of bytes, and of one pair of digits, as models of the Llama family have it."""
     folder.mkdir(parents=True)
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"])}
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", END])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2")]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*parts]), decoders.ByteLevel() if parts else decoders.Fuse()
-    backend.add_special_tokens(["<s>", "</s>"])
+    backend.add_special_tokens(["<s>", "</s>", END])
     backend.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": None, "chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, **named, **settings}))
@@ -49,3 +51,11 @@ def test_what_a_class_is_told_to_add_is_kept(tmp_path: Path) -> None:
     spaced = load_tokenizer(save(tmp_path / "spaced", "GPT2Tokenizer", BYTES, add_prefix_space=True))
     assert spaced.convert_ids_to_tokens(spaced.encode("a", add_special_tokens=False)) == ["Ġ", "a"]
     assert type(load_tokenizer(save(tmp_path / "pieces", "LlamaTokenizer"))) is transformers.LlamaTokenizer, "it is not byte-level"
+
+
+def test_tokens_that_the_files_leave_to_a_class_are_kept(tmp_path: Path) -> None:
+    folder = save(tmp_path / "bare", "GPT2Tokenizer", DIGITS, BYTES)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = load_tokenizer(folder)
+    assert len(tokenizer.encode("12", add_special_tokens=False)) == 2, "it is the file's"
+    assert tokenizer.eos_token == END

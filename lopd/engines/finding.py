@@ -155,11 +155,12 @@ def _as_stored(loaded: Any, found: Path) -> Any:
     if not isinstance(stored.decoder, decoders.ByteLevel):
         return loaded
     theirs, ours = (one.encode(_PROBE, add_special_tokens=False).ids for one in (stored, backend))
+    if theirs == ours:
+        return loaded
     # a class may state tokens that the files leave to it
-    named = {
-        name: token for name, token in loaded.special_tokens_map.items() if isinstance(token, str) and stored.token_to_id(token) is not None
-    }
-    return loaded if theirs == ours else transformers.PreTrainedTokenizerFast.from_pretrained(str(found), **named)
+    stated = {name: token for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
+    known = {name: token for name, token in stated.items() if stored.token_to_id(token) is not None}
+    return transformers.PreTrainedTokenizerFast.from_pretrained(str(found), **known)
 
 
 def find_model(name: str | Path) -> Path:

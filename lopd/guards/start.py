@@ -96,7 +96,8 @@ def measure_start(
     Args:
         store: with both columns.
         teacher: column of the teacher.
-        ref: column of the policy that sampled; None for the one that covers most rows: of several, one that keeps a support, else "behavior".
+        ref: column of the policy that sampled; None for the one that covers most rows.  Where two cover as many, one that keeps a support comes
+            before "behavior".
         rows: among which to choose; None for all.
         count: at most so many rollouts are read.
 
@@ -133,10 +134,11 @@ def measure_start(
 def advise(tail: float) -> tuple[Verdict, str]:
     """Say what is likely to do, from the tail of a `StartReport`, and why.
 
-    Fitted to 40 starts of a small testbed, and judged on 40 of the same settings with other seeds (`benchmarks/results/pairs.json`,
-    `docs/choose.md`): of the 15 with more than 4 % of their advantages below -5 nats 1 gained more than 0.02 in accuracy, by Lightning, by the
-    ratio to ref or by online OPD.  The threshold is wrong on 9 of 40 starts; one verdict for all is wrong on 18.  Below it a stored run with the
-    ratio ended within 0.02 of online OPD, and one without fell from 3 of 6 starts with more than 2 %, and from 6 of 19 with less.
+    The threshold was fitted to 40 starts of a small testbed, and is judged on 40 of the same settings with other seeds
+    (`benchmarks/results/pairs.json`, `docs/choose.md`).  15 of these have more than 4 % of their advantages below -5 nats; from 1 of them accuracy
+    rose by more than 0.02, by Lightning, by the ratio to ref or by online OPD.  The threshold is wrong on 9 of 40 starts; one verdict for all is
+    wrong on 18.  Below it a stored run with the ratio ended within 0.02 of online OPD.  One without fell from 3 of 6 starts with more than 2 %, and
+    from 6 of 19 with less.
 
     Of 18 more pairs of models 17 had something to learn; on 5 of these the verdict is wrong, if "more SFT first" means that neither a stored nor a
     live run removes a fifth of the KL, and one verdict for all is wrong on 8.  No threshold on what is known before the first step showed where a
