@@ -35,7 +35,6 @@ from lopd.records.drift import TokenLogprobs, measure_drift
 
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "drift.json", ROOT / "docs" / "bench_drift.png"
 FALL = 0.05
-CHOSEN_ON = range(3)
 RUNS = {
     "plain": (FusedOPDLoss(), 1.0),
     "plain, a third of the rate": (FusedOPDLoss(), 1 / 3),
@@ -128,7 +127,7 @@ def build(job: tuple[Setting, int, Path]) -> None:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return every goal, met or not, over the seeds on which the limits were chosen and over the others."""
+    """Return every goal, met or not; the limits of the guards were chosen on other seeds."""
     found: list[dict[str, Any]] = []
 
     def add(name: str, values: Sequence[bool]) -> None:
@@ -138,19 +137,15 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         change = change_when_it_spoke(row)
         return change is not None and change > -FALL
 
-    for what, seen in (("seeds the limits were chosen on", True), ("other seeds", False)):
-        mine = [row for row in rows if (row.get("seed", -1) in CHOSEN_ON) == seen and "seed" in row]
-        if not mine:
-            continue
-        judged, runs = [row for row in mine if "warned" in row], [row for row in mine if "curve" in row]
-        plain = [row for row in runs if row["setting"] == "failing" and row["run"] == "plain"]
-        slow = [row for row in runs if row["setting"] == "failing" and row["run"] == "plain, a third of the rate"]
-        healthy = [row for row in runs if row["setting"] == "healthy"]
-        add(f"failing: warned of the advantages before the first step; {what}", [r["warned"] for r in judged if r["setting"] == "failing"])
-        add(f"healthy: not warned; {what}", [not r["warned"] for r in judged if r["setting"] == "healthy"])
-        add(f"failing, a third of the rate: the watch speaks before accuracy has fallen by 5 points; {what}", [in_time(r) for r in slow])
-        add(f"failing, full rate (falls within two to eight steps): likewise; {what}", [in_time(r) for r in plain])
-        add(f"healthy: the watch is silent, offline and online; {what}", [r["step_at_which_the_watch_spoke"] is None for r in healthy])
+    judged, runs = [row for row in rows if "warned" in row], [row for row in rows if "curve" in row]
+    plain = [row for row in runs if row["setting"] == "failing" and row["run"] == "plain"]
+    slow = [row for row in runs if row["setting"] == "failing" and row["run"] == "plain, a third of the rate"]
+    healthy = [row for row in runs if row["setting"] == "healthy"]
+    add("failing: warned of the advantages before the first step", [row["warned"] for row in judged if row["setting"] == "failing"])
+    add("healthy: not warned", [not row["warned"] for row in judged if row["setting"] == "healthy"])
+    add("failing, a third of the rate: the watch speaks before accuracy has fallen by 5 points", [in_time(row) for row in slow])
+    add("failing, full rate (falls within two to eight steps): likewise", [in_time(row) for row in plain])
+    add("healthy: the watch is silent, offline and online", [row["step_at_which_the_watch_spoke"] is None for row in healthy])
     spent = next(row["cpu_s"] for row in rows if row["run"] == "cost")
     # the paper's step: 16 GPU-hours over 150 steps on 8 GPUs (table 2, 8B)
     share = spent / (16 * 3600 / 150 / 8)
