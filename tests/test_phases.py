@@ -10,7 +10,7 @@ from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts
 from lopd.losses.variants import add_labels
 from lopd.records import Lineage, StepMetrics
 from lopd.tools import phases
-from lopd.tools.phases import Run, resumably, train_phase
+from lopd.tools.phases import Run, digest, resumably, train_phase
 
 
 def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
@@ -21,6 +21,19 @@ def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", ask)
     assert Run(tmp_path).phase("rollouts", lambda: {"refused": 0})["refused"] == 0
+
+
+def test_what_tools_leave_in_a_models_folder_is_none_of_its_content(tmp_path):
+    folder = tmp_path / ".cache/model"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "parts/model.safetensors").write_bytes(b"weights")
+    before = digest(str(folder))
+    for name in (".DS_Store", ".git/HEAD", ".cache/huggingface/download/config.json.metadata", "parts/.gitignore"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of now")
+    assert digest(str(folder)) == before
+    (folder / "parts/model.safetensors").write_bytes(b"others")
+    assert digest(str(folder)) != before
 
 
 @pytest.mark.parametrize(

@@ -145,11 +145,15 @@ def wall_time(row: Mapping[str, Any]) -> str:
 
 
 def digest(path: str) -> str:
-    """Return a hash of the content of a file or URL, or of all files in a folder and their names: a path may get other content under its name."""
+    """Return a hash of the content of a file or URL, or of all files in a folder and their names: a path may get other content under its name.
+
+    Of a folder, names that begin with a dot are left out: tools write there (git, `hf download`, the Finder of a Mac), and no engine reads there.
+    """
     folder = Path(path)
     if not folder.is_dir():
         return _digest_file(path)
-    parts = [f"{file.relative_to(folder)} {_digest_file(str(file))}" for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    parts = [f"{name} {_digest_file(str(folder / name))}" for name in names if "/." not in f"/{name}"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
