@@ -5,10 +5,18 @@ The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd
 `lopd.tools.report`.
 """
 
+import sys as _sys
 import typing as _typing
 from importlib.metadata import version as _version
 
 __version__ = _version("lopd")
+
+if _sys.platform == "win32":
+    import lopd.errors as _errors
+
+    raise _errors.MissingDependencyError(
+        "lopd: the system is Windows, expected Linux or macOS; run it in WSL2, with stores and runs in its own file system (~/..., not /mnt/c/...)."
+    )
 
 if _typing.TYPE_CHECKING:
     from lopd.backends.lance.store import LanceStore as LanceStore
@@ -72,7 +80,6 @@ else:
     # each is imported when it is first asked for, so that `lopd --help` does not wait for torch
     import ast as _ast
     import pkgutil as _pkgutil
-    import sys as _sys
     from functools import cache as _cache
     from importlib import import_module as _import_module
 

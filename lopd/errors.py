@@ -251,8 +251,8 @@ class GradientError(LopdError, RuntimeError):
 
 
 class MissingDependencyError(LopdError, ImportError):
-    """An optional package that this call needs is not installed.
-    To do: Install the extra that the message names.
+    """An optional package that this call needs is not installed; or lopd is imported on Windows.
+    To do: Install the extra that the message names; on Windows, work in WSL2.
     """
 
 

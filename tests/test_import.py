@@ -38,6 +38,12 @@ def test_import_lopd_imports_no_engine_storage_library_or_console():
     assert not loaded & set(FOREIGN)
 
 
+def test_on_windows_the_import_is_refused_with_what_to_do():
+    script = "import importlib.metadata, sys\nsys.platform = 'win32'\nimport lopd"
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False).stderr.splitlines()[-1]
+    assert said.startswith("lopd.errors.MissingDependencyError: lopd: the system is Windows, expected Linux or macOS; run it in WSL2")
+
+
 def test_import_lopd_alone_waits_for_nothing_and_says_which_names_there_are():
     loaded = imported_by("import lopd\nassert {'batches', 'ZarrStore'} <= set(dir(lopd))\nassert not hasattr(lopd, 'batch')")
     assert not loaded & {"torch", "numpy"}
