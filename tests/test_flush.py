@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,25 @@ def test_an_error_of_one_among_many_is_raised(paths: list[Path], monkeypatch: py
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output"):
         flush(*paths)
+
+
+@pytest.mark.parametrize(
+    ("code", "of"), [(errno.EINVAL, "folder"), (errno.ENOTSUP, "folder"), (errno.EIO, "folder"), (errno.EINVAL, "file")]
+)
+def test_a_file_system_that_cannot_flush_folders_is_written_to(
+    code: int, of: str, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    *files, folder = paths
+
+    def fsync(descriptor: int) -> None:
+        if os.path.sameopenfile(descriptor, refusing):
+            raise OSError(code, "it cannot")
+
+    refusing = os.open(folder if of == "folder" else files[0], os.O_RDONLY)
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if of == "folder" and code != errno.EIO else pytest.raises(OSError, match="it cannot"):
+        flush(*paths)
+    os.close(refusing)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
@@ -11,7 +12,7 @@ from functools import cache
 _AT_ONCE = 8
 # Few of those that a process may have open.
 _OPEN = 64
-# Answers of file systems that do not know how to flush a drive.
+# Answers of file systems that do not know how to flush a drive, or a folder.
 _UNKNOWN = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY}
 
 
@@ -78,4 +79,8 @@ def _sync(descriptor: int) -> None:
                 raise
         else:
             return
-    os.fsync(descriptor)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # the entries of a folder are left to such a file system: there is no other way to ask it
+        if error.errno not in _UNKNOWN or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise
