@@ -102,7 +102,17 @@ def checkpoints(path: Path) -> None:
     (path / "step-00000001.0").mkdir(parents=True)
 
 
-OTHERS = {"a model": model_folder, "the lineage of a trained model": lineage_folder, "a folder of checkpoints": checkpoints}
+def hidden_file(path: Path) -> None:
+    path.mkdir()
+    (path / ".DS_Store").touch()
+
+
+OTHERS = {
+    "a model": model_folder,
+    "the lineage of a trained model": lineage_folder,
+    "a folder of checkpoints": checkpoints,
+    r"something that is not a store \('.DS_Store'\)": hidden_file,
+}
 
 
 @pytest.mark.parametrize("what", OTHERS)

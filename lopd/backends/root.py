@@ -59,7 +59,7 @@ class RootFile:
 
 def taken(files: Files, kind: RootFile, names: Sequence[str]) -> StoreExistsError:
     """Return the error for a place that holds these names, or nothing a moment ago."""
-    what = other_kind(files, names) or ("a store" if not names or kind.name in names else "something that is not a store")
+    what = other_kind(files, names) or ("a store" if not names or kind.name in names else _strange(names))
     return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
 
 
@@ -73,6 +73,10 @@ def other_kind(files: Files, names: Sequence[str]) -> str:
         with suppress(OSError, ValueError, TypeError):
             return "the lineage of a trained model" if "sft_teacher" in parse(files.read(LINEAGE_FILE)) else ""
     return ""
+
+
+def _strange(names: Sequence[str]) -> str:
+    return f"something that is not a store ({names[0]!r})"  # it may be hidden: the .DS_Store of a Mac, or lost+found
 
 
 def _not_a_store(files: Files, what: str) -> StoreNotFoundError:
@@ -110,8 +114,7 @@ def read_root(files: Files, kind: RootFile) -> Root:
             data = files.read(kind.name)
         except (FileNotFoundError, NotADirectoryError) as error:
             names = names_in(files)
-            known = other_kind(files, names) or "something that is not a store"
-            raise _not_a_store(files, f"holds {known}" if names else "is not there") from error
+            raise _not_a_store(files, f"holds {other_kind(files, names) or _strange(names)}" if names else "is not there") from error
     try:
         root = kind.decode(files.url, data)
     except (CorruptStoreError, StoreNotFoundError):
