@@ -138,6 +138,15 @@ def test_evaluating_on_no_prompts_is_refused(source, teacher_model, tokenizer):
         evaluate_reverse_kl(HFSource(source.model, tokenizer), HFScorer(teacher_model, tokenizer), [])
 
 
+def test_a_prompt_that_is_given_twice_is_refused_before_anything_is_sampled(source, prompts, teacher_model, tokenizer):
+    """Its rollouts are the same ones again: eight times the prompts gave intervals that were too narrow by far."""
+    asked = Stopping(source, 99)
+    for call in (lambda: evaluate(asked, prompts * 8, verify), lambda: evaluate_reverse_kl(asked, HFScorer(teacher_model, tokenizer), prompts * 8)):
+        with pytest.raises(InvalidRecordError, match="its id occurs twice, .*for more samples of a prompt raise `samples_per_prompt`"):
+            call()
+    assert asked.asked == []
+
+
 @pytest.mark.parametrize("answer", [None, float("nan"), 100, -1, "right"])
 def test_a_verifier_that_gives_no_number_from_0_to_1_is_refused_and_the_prompt_named(answer, source, prompts):
     with pytest.raises(InvalidRecordError, match=rf"Prompt '{prompts[0].prompt_id}': the verifier gave .*, expected a number from 0 to 1"):

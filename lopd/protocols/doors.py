@@ -62,4 +62,7 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
     times = Counter(prompt.prompt_id for prompt in prompts) if unique else {}
     for name in (name for name, count in times.items() if count > 1):
-        raise InvalidRecordError(f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one.")
+        raise InvalidRecordError(
+            f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one, and for more samples of a prompt raise "
+            "`samples_per_prompt`."
+        )

@@ -43,14 +43,15 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
 
     Raises:
         ArgumentError: the source is something else, or the verifier does not take a prompt and a rollout; nothing is sampled.
-        InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
+        InvalidRecordError: there are no prompts, two share an id, or the verifier gave something other than a number from 0 to 1; it names the
+            prompt.
         SourceError: the source gave other rollouts than it was asked for, or of other prompts.
 
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
     check_noun(source, RolloutSource)
     check_call("Verifier", verifier, "prompt, rollout")
-    check_prompt_list(prompts)
+    check_prompt_list(prompts, unique=True)
     n, rollouts = source.manifest.sampling.samples_per_prompt, _sample(source, prompts)
     scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
     right_B = (scores_BN == 1).sum(axis=1)
@@ -80,13 +81,14 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     Raises:
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
-        InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
+        InvalidRecordError: there are no prompts, two share an id, or the source does not sample at temperature 1 without a cut, or reports no
+            log-probs.
         SourceError: the source gave other rollouts than it was asked for, or of other prompts.
         ScorerError: the teacher gave other scores than those of the rollouts, in order, or not one for each of their tokens.
     """
     check_noun(source, RolloutSource)
     check_noun(teacher, TeacherScorer)
-    check_prompt_list(prompts)
+    check_prompt_list(prompts, unique=True)
     check_vocabulary(f"Scorer {teacher.provenance.model}", vocabulary_of(teacher), "the policy's", source.manifest.tokenizer)
     sampling = source.manifest.sampling
     if not sampling.neutral:
