@@ -168,6 +168,22 @@ def test_rollouts_of_one_prompt_are_one_draw_wherever_they_stand() -> None:
     assert pooled.per_token().clusters == 2
 
 
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda five, four: five.minus(four), "it has 5 draws, expected the other's 4"),
+        (lambda five, four: five.p_value(four), "it has 5 draws, expected the other's 4"),
+        (lambda five, _: five.pooled(2), "it has 5 draws, expected 2 of each prompt; `by_prompt` pools an unequal number"),
+        (lambda five, _: five.pooled(0), "samples is 0, expected at least 1"),
+        (lambda five, _: five.pooled(-1), "samples is -1, expected at least 1"),
+        (lambda five, _: five.by_prompt(["a", "b"]), r"it has 5 draws and prompt ids of shape \(2,\), expected one of each"),
+    ],
+)
+def test_draws_that_do_not_go_together_are_refused(call: Callable[[RolloutSums, RolloutSums], object], says: str) -> None:
+    with pytest.raises(InvalidRecordError, match=f"^Estimate: {says}"):
+        call(RolloutSums(np.ones(5), np.ones(5)), RolloutSums(np.ones(4), np.ones(4)))
+
+
 @pytest.mark.parametrize("clusters", [4, 7, 30])
 def test_a_p_value_is_as_rare_as_it_says_with_few_draws(clusters: int) -> None:
     """By the normal distribution 0.02 came up 0.04 times with 7 draws."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import Float32Array
+from lopd.records.checks import check_at_least
 
 Float64Array = NDArray[np.float64]
 
@@ -81,7 +82,16 @@ class RolloutSums:
         return _estimate([(1, self)])
 
     def pooled(self, samples: int) -> "RolloutSums":
-        """Return every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
+        """Return every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts.
+
+        Raises:
+            InvalidRecordError: `samples` is less than 1, or there are not so many of each prompt.
+        """
+        samples = check_at_least("Estimate", "samples", samples, 1)
+        if len(self.sums) % samples:
+            raise InvalidRecordError(
+                f"Estimate: it has {len(self.sums)} draws, expected {samples} of each prompt; `by_prompt` pools an unequal number."
+            )
         return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
 
     def by_prompt(self, prompt_ids: Sequence[str] | NDArray[np.str_]) -> "RolloutSums":
@@ -89,27 +99,45 @@ class RolloutSums:
 
         Args:
             prompt_ids: (B,), the prompt of each rollout (`prompt_id_of`).
+
+        Raises:
+            InvalidRecordError: there are not as many.
         """
-        _, place_B = np.unique(np.asarray(prompt_ids), return_inverse=True)
+        ids_B = np.asarray(prompt_ids)
+        if ids_B.shape != self.sums.shape:
+            raise InvalidRecordError(
+                f"Estimate: it has {len(self.sums)} draws and prompt ids of shape {ids_B.shape}, expected one of each; pass that of every rollout."
+            )
+        _, place_B = np.unique(ids_B, return_inverse=True)
         return RolloutSums(*(np.bincount(place_B, values_B).astype(np.float64) for values_B in (self.sums, self.counts)))
 
     def minus(self, other: "RolloutSums") -> Estimate:
-        """Return the difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
-        if len(self.sums) != len(other.sums):
-            raise InvalidRecordError(
-                f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
-            )
-        return _estimate([(1, self), (-1, other)])
+        """Return the difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's.
+
+        Raises:
+            InvalidRecordError: the other has another number of draws.
+        """
+        return _estimate(self._less(other))
 
     def p_value(self, other: "RolloutSums") -> float:
         """Return the chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
 
         0.5 for one draw, and where all draws differ alike.
+
+        Raises:
+            InvalidRecordError: the other has another number of draws.
         """
-        value, features_PBF = _features([(1, self), (-1, other)])
+        value, features_PBF = _features(self._less(other))
         draws = len(self.sums)
         error = _error(features_PBF) if draws > 1 else 0.0
         return t_cdf(-value / error, draws - 1) if error else 0.5
+
+    def _less(self, other: "RolloutSums") -> list[tuple[int, "RolloutSums"]]:
+        if len(self.sums) != len(other.sums):
+            raise InvalidRecordError(
+                f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
+            )
+        return [(1, self), (-1, other)]
 
 
 def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
