@@ -20,6 +20,7 @@ from lopd.tools.command import before, main
 from lopd.tools.command.before import fixed_by
 from lopd.tools.command.settings import read_settings
 from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes
+from lopd.tools.command_line import print_json
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning"),
@@ -228,6 +229,15 @@ def test_a_change_is_over_the_prompts_that_were_measured_before_and_after():
     assert (found["before"], found["after"], found["change"]) == (2.0, 2.5, 0.5)
     one = {"sums": [2.0, 0.0, 0.0], "counts": [1.0, 0.0, 0.0]}
     assert _changes({_BEFORE: {"per_prompt": one}, _AFTER: {"per_prompt": after}}) == {}, "one prompt has no interval"
+
+
+def test_an_infinite_kl_is_null_in_json(capsys):
+    """A student has a token that its teacher's head lacks."""
+    before, after = ({"sums": [1.0, end, 2.0], "counts": [1.0] * 3} for end in (np.inf, 3.0))
+    print_json({"seeds": {0: _changes({_BEFORE: {"per_prompt": before}, _AFTER: {"per_prompt": after}})}, "kls": (before["sums"],)})
+    found = json.loads(capsys.readouterr().out)
+    assert found["seeds"]["0"]["reverse_kl"] == {"before": None, "after": 2.0, "change": None, "ci95": None}
+    assert found["kls"] == [[1.0, None, 2.0]]
 
 
 @pytest.mark.filterwarnings("error::lopd.errors.PromptWarning")

@@ -209,6 +209,17 @@ def test_what_two_policies_share_cancels_in_their_difference() -> None:
     assert before.minus(before).ci95 == 0
 
 
+def test_an_infinite_sum_has_no_interval() -> None:
+    """A student has a token that its teacher's head lacks: the interval was NaN, with a warning of numpy's."""
+    infinite, finite = (RolloutSums(np.array([1.0, each, 2.0, 3.0, 4.0]), np.ones(5)) for each in (np.inf, 1.0))
+    for found, mean in ((infinite.per_token(), np.inf), (finite.minus(infinite), -np.inf), (infinite.minus(infinite), np.nan)):
+        assert (found.low, found.high, found.ci95, found.clusters) == (-np.inf, np.inf, np.inf, 5)
+        np.testing.assert_equal(found.mean, mean)
+        assert str(found) == f"{mean} (no interval)"
+    assert infinite.p_value(finite) == infinite.p_value(infinite) == 0.5
+    assert str(metrics.mean([2.0])) == "2.0000 (one draw has no interval)"
+
+
 def test_one_draw_has_no_interval_and_none_is_refused() -> None:
     assert metrics.mean([2.0]).ci95 == np.inf
     with pytest.raises(InvalidRecordError, match="0 sums"):

@@ -34,7 +34,7 @@ class Estimate:
 
     Args:
         mean: in the unit of what was measured.
-        low, high: ends of the interval; infinite for one draw, unless it is of scores, which are bounded.
+        low, high: ends of the interval; infinite for one draw, unless it is of scores, which are bounded, and where the mean is not finite.
         clusters: independent draws behind it (prompts; rollouts where their prompts are unknown).
         values: all values behind it (tokens, for a mean per token).
 
@@ -47,11 +47,15 @@ class Estimate:
     high: float
     clusters: int
     values: int
-    ci95: float = field(init=False, default=Factory(lambda self: max(self.mean - self.low, self.high - self.mean), takes_self=True))
+    ci95: float = field(
+        init=False,
+        default=Factory(lambda self: max(self.mean - self.low, self.high - self.mean) if math.isfinite(self.mean) else math.inf, takes_self=True),
+    )
 
     def __str__(self) -> str:
-        interval = f"95 %: {self.low:.4f} to {self.high:.4f}" if math.isfinite(self.ci95) else "one draw has no interval"
-        return f"{self.mean:.4f} ({interval})"
+        interval = f"95 %: {self.low:.4f} to {self.high:.4f}"
+        none = "one draw has no interval" if self.clusters == 1 else "no interval"
+        return f"{self.mean:.4f} ({interval if math.isfinite(self.ci95) else none})"
 
 
 @frozen(eq=False)
@@ -122,14 +126,14 @@ class RolloutSums:
     def p_value(self, other: "RolloutSums") -> float:
         """Return the chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
 
-        0.5 for one draw, and where all draws differ alike.
+        0.5 for one draw, where all draws differ alike, and where a mean is not finite.
 
         Raises:
             InvalidRecordError: the other has another number of draws.
         """
-        value, features_PBF = _features(self._less(other))
-        draws = len(self.sums)
-        error = _error(features_PBF) if draws > 1 else 0.0
+        parts, draws = self._less(other), len(self.sums)
+        value = _value(parts)
+        error = _error(_features(parts)) if draws > 1 and math.isfinite(value) else 0.0
         return t_cdf(-value / error, draws - 1) if error else 0.5
 
     def _less(self, other: "RolloutSums") -> list[tuple[int, "RolloutSums"]]:
@@ -209,20 +213,25 @@ def t_quantile(chance: float, freedom: int) -> float:
 def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
     """Return a sum of signed means over the same draws."""
     draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
-    value, features_PBF = _features(parts)
-    if draws == 1:
+    value = _value(parts)
+    if draws == 1 or not math.isfinite(value):
         return Estimate(value, -math.inf, math.inf, draws, values)
+    features_PBF = _features(parts)
     error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
     lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
     below, above = (min(max(reach, t), _WIDEST * t) * error for reach in (highest, -lowest))  # t is (mean - truth) / error
     return Estimate(value, value - below, value + above, draws, values)
 
 
-def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
-    """Return the value; and, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
-    means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
-    features = [[sign * (part.sums - mean * part.counts), part.counts] for (sign, part), mean in zip(parts, means, strict=True)]
-    return sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True)), np.array(features).swapaxes(1, 2)
+def _value(parts: Sequence[tuple[int, RolloutSums]]) -> float:
+    """Return the sum of the signed means; a KL to a model without a token that this one has is infinite."""
+    return sum(sign * float(part.sums.sum() / part.counts.sum()) for sign, part in parts)
+
+
+def _features(parts: Sequence[tuple[int, RolloutSums]]) -> Float64Array:
+    """Return, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
+    features = [[sign * (part.sums - part.sums.sum() / part.counts.sum() * part.counts), part.counts] for sign, part in parts]
+    return np.array(features).swapaxes(1, 2)
 
 
 def _error(features_PBF: Float64Array) -> float:

@@ -1,6 +1,7 @@
 """What the commands share: the stores that they open, the tables that they print, and their exit codes.  Importing it imports no torch."""
 
 import json
+import math
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -98,5 +99,13 @@ def say(text: str, *, aside: bool = False) -> None:
 
 
 def print_json(values: Any) -> None:
-    """Print records of plain values as JSON."""
-    print(json.dumps(values, indent=1, allow_nan=False))
+    """Print records of plain values as JSON; what is infinite, as the interval of a single draw, or no number is null."""
+    print(json.dumps(_finite(values), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -145,6 +145,7 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
     \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at the state \(s_t\) of each such token: the mean that
     `evaluate_reverse_kl` estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
+    It is infinite where the student has a token that the teacher's head lacks.
 
     Args:
         student: the policy that sampled.

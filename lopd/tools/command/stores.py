@@ -1,6 +1,5 @@
 """`lopd info|verify|diff|compact`: look after a store."""
 
-import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -71,15 +70,10 @@ def _info(options: Namespace) -> int:
     store = opened(options.url, options)
     info = inspect_store(store, sample=options.sample)
     if options.json:
-        print_json({**asdict(info, value_serializer=_finite), "bytes_per_token": info.bytes_per_token})
+        print_json({**asdict(info), "bytes_per_token": info.bytes_per_token})
     else:
         show(*show_info(store, info), *_verdicts(*((store, column) for column in store.columns)))
     return FINE
-
-
-def _finite(_owner: object, _field: object, value: object) -> object:
-    """Return None for the infinite interval of a single draw, which is not a number of JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verify(options: Namespace) -> int:
