@@ -9,7 +9,7 @@ from attrs import evolve
 
 from lopd import MemoryStore, SamplingParams, audit, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards.audit import FOREIGN_Z
 from lopd.records import Prompt, Scores, TopK
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
@@ -132,6 +132,15 @@ def test_no_author_is_named_while_any_other_candidate_may_be_it():
     assert audit(store, ["a", "b"]).author == "a"
 
 
+def test_a_row_that_is_named_often_counts_once():
+    """A row of one rollout, named twelve times, made another candidate than the author as unlikely as a coin that fell twelve times alike."""
+    store, item = MemoryStore(tiny_manifest()), tiny_rollout("r")
+    store.append([item])
+    for name, logprob in (("a", -1.0), ("b", -2.0)):
+        store.append_scores(name, tiny_provenance(name), [Scores.of(item, [logprob] * 3)])
+    assert audit(store, ["a", "b"], rows=np.zeros(12, np.int64)) == audit(store, ["a", "b"])
+
+
 def test_masked_tokens_do_not_count():
     store = MemoryStore(tiny_manifest())
     rollouts = [tiny_rollout(f"r{i}", loss_mask=[True, False, True]) for i in range(4)]
@@ -151,9 +160,12 @@ def test_what_cannot_be_audited_is_refused():
     store.append_scores("a", tiny_provenance("a"), [Scores.of(store.read([0])[0].rollout, [-1.0] * 3)])
     with pytest.raises(MissingScoresError, match="'b' is absent"):
         audit(store, ["a", "b"])
-    for columns, rows in (([], None), (["a", "a"], None), (["a"], np.zeros(0, np.int64))):
+    for columns in ([], ["a", "a"]):
         with pytest.raises(InvalidRecordError, match="Audit"):
-            audit(store, columns, rows=rows)
+            audit(store, columns)
+    for rows, error, says in (([], InvalidRecordError, "0 rows were chosen"), ([1], NoSuchRowError, "row 1 was chosen")):
+        with pytest.raises(error, match=says):
+            audit(store, ["a"], rows=np.array(rows, np.int64))
     alone = audit(store, ["a"])
     assert (alone.author, alone.error) == ("a", 1.0)
     assert "nothing shows whether the text is consistent with it" in alone.verdict

@@ -28,7 +28,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import named, row_numbers, walk
+from lopd.protocols.reading import chosen, named, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout
@@ -86,26 +86,27 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     Args:
         store: text whose author is asked for.
         columns: one for each candidate; with top-k, a text by none of them is seen as such.
-        rows: a sample of the text; None for all.
+        rows: a sample of the text, each counted once; None for all.
         max_error: an author is named if `Audit.error` is at most this.
 
     Raises:
         MissingScoresError: a column is not there, or a row has no scores in it.
-        InvalidRecordError: there are no columns, no rows, or no tokens that count.
+        InvalidRecordError: there are no columns or one comes twice, or there are no rows, or no tokens that count.
+        NoSuchRowError: a row is not in the store.
     """
     check_noun(store, LogprobReader)
     refuse_labels(store, *columns)
-    chosen = np.arange(len(store)) if rows is None else row_numbers(named(store), rows)
-    if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
+    every = chosen(store, rows)
+    if not len(columns) or len(set(columns)) < len(columns):
         raise InvalidRecordError(
-            f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct) and {chosen.size} rollouts, expected at least 1 of each."
+            f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct), expected at least 1; name each once."
         )
     for column in columns:
         if column not in store.columns:
             raise MissingScoresError(
                 f"{named(store)}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first."
             )
-    sums, deviations = _read(store, columns, chosen)
+    sums, deviations = _read(store, columns, every)
     ordered = sorted(columns, key=lambda column: sums[column].per_token().mean)
     best = sums[ordered[0]]
     candidates = tuple(Candidate(c, store.columns[c].model, sums[c].per_token(), sums[c].minus(best), deviations.get(c)) for c in ordered)
