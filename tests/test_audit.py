@@ -12,6 +12,7 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards.audit import FOREIGN_Z
 from lopd.records import Prompt, Scores, TopK
+from lopd.records.estimates import mean
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 
 
@@ -133,12 +134,28 @@ def test_no_author_is_named_while_any_other_candidate_may_be_it():
 
 
 def test_a_row_that_is_named_often_counts_once():
-    """A row of one rollout, named twelve times, made another candidate than the author as unlikely as a coin that fell twelve times alike."""
-    store, item = MemoryStore(tiny_manifest()), tiny_rollout("r")
-    store.append([item])
-    for name, logprob in (("a", -1.0), ("b", -2.0)):
-        store.append_scores(name, tiny_provenance(name), [Scores.of(item, [logprob] * 3)])
-    assert audit(store, ["a", "b"], rows=np.zeros(12, np.int64)) == audit(store, ["a", "b"])
+    """Two rollouts that were named twelve times each looked like twenty-four."""
+    store, items = MemoryStore(tiny_manifest()), [tiny_rollout("r0"), tiny_rollout("r1")]
+    store.append(items)
+    for name, gap in (("a", 0.0), ("b", 0.3)):
+        store.append_scores(name, tiny_provenance(name), [Scores.of(r, [-1 - gap * (2 + i)] * 3) for i, r in enumerate(items)])
+    assert audit(store, ["a", "b"], rows=np.array([1, 0] * 12)) == audit(store, ["a", "b"])
+
+
+def test_intervals_are_over_prompts_and_the_error_is_over_rollouts():
+    """Four samples that agree are not four draws of a prompt; given their prompts they are four draws of its author."""
+    store, rollouts = MemoryStore(tiny_manifest()), [tiny_rollout(f"p{i}/s{s}/g0") for i in range(6) for s in range(4)]
+    store.append(rollouts)
+    for name, behind in (("a", 0.0), ("b", 0.1)):
+        scores = [Scores.of(r, [-1 - (behind + 0.1) * (i // 4)] * 3) for i, r in enumerate(rollouts)]
+        store.append_scores(name, tiny_provenance(name), scores)
+    found = audit(store, ["a", "b"])
+    assert [(c.surprisal.clusters, c.behind.clusters) for c in found.candidates] == [(6, 6)] * 2
+    assert found.candidates[1].behind.mean == pytest.approx(0.25)
+    alike = mean(0.1 * np.arange(6))
+    assert (found.candidates[0].surprisal.ci95, found.candidates[1].behind.ci95) == pytest.approx([alike.ci95] * 2, rel=1e-4)
+    assert (found.rollouts, found.author) == (24, "a")
+    assert found.error < audit(store, ["a", "b"], rows=np.arange(0, 24, 4)).error
 
 
 def test_masked_tokens_do_not_count():

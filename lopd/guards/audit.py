@@ -31,7 +31,7 @@ from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, named, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
-from lopd.records.rollouts import ScoredRollout
+from lopd.records.rollouts import ScoredRollout, prompt_id_of
 
 #: A text is another author's beyond this; below minus this it is surer than the model at temperature 1.
 FOREIGN_Z = 4.0
@@ -44,7 +44,7 @@ class Candidate:
     Args:
         column: name of its score column.
         model: whose they are.
-        surprisal: nats per token.
+        surprisal: nats per token; its interval, as that of `behind`, is over prompts.
         behind: how much more surprising than to the first candidate, nats per token, paired; 0 for the first itself.
         z: deviation of the text from what this model would write, in standard errors; None where the column keeps no top-k.
     """
@@ -106,34 +106,41 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
             raise MissingScoresError(
                 f"{named(store)}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first."
             )
-    sums, deviations = _read(store, columns, every)
-    ordered = sorted(columns, key=lambda column: sums[column].per_token().mean)
-    best = sums[ordered[0]]
-    candidates = tuple(Candidate(c, store.columns[c].model, sums[c].per_token(), sums[c].minus(best), deviations.get(c)) for c in ordered)
+    sums, prompts, deviations = _read(store, columns, every)
+    pooled = {column: each.by_prompt(prompts) for column, each in sums.items()}
+    means = {column: each.per_token() for column, each in pooled.items()}
+    ordered = sorted(columns, key=lambda column: means[column].mean)
+    best, first = sums[ordered[0]], pooled[ordered[0]]
+    candidates = tuple(Candidate(c, store.columns[c].model, means[c], pooled[c].minus(first), deviations.get(c)) for c in ordered)
     tokens = int(best.counts.sum())
-    # one that is further behind on average may also vary more
+    # over rollouts: the author is the least surprised whatever the prompt, and given their prompts rollouts are independent;
+    # the largest, as one that is further behind on average may also vary more
     chances = [sums[column].p_value(best) for column in ordered[1:]]
     error = max(*chances, 0.5 ** len(best.sums)) if chances else 1.0
     author, verdict = _judge(candidates[0], candidates[1 + int(np.argmax(chances))] if chances else None, error, max_error)
     return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} response tokens).")
 
 
-def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]) -> tuple[dict[str, RolloutSums], dict[str, float]]:
+def _read(
+    store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]
+) -> tuple[dict[str, RolloutSums], list[str], dict[str, float]]:
+    """Return surprisals by column, the prompt of each rollout in them, and z by column."""
     supported = [column for column in columns if store.columns[column].top_k > store.columns[column].drawn]
     found: dict[str, list[float]] = {column: [] for column in columns}
     moments = {column: np.zeros(2) for column in supported}
-    counts: list[float] = []
+    counts, prompts = list[float](), list[str]()
     for record in walk(store, rows, columns, supported):
         on_T = record.rollout.loss_mask
         if not on_T.any():
             continue
         counts.append(float(on_T.sum()))
+        prompts.append(prompt_id_of(record.rollout.rollout_id))
         for column in columns:
             found[column].append(-float(record.scores[column][on_T].sum(dtype=np.float64)))
         for column in supported:
             moments[column] += _deviation(record, column)
     sums = {column: RolloutSums(np.array(values), np.array(counts)) for column, values in found.items()}
-    return sums, {column: float(total / math.sqrt(1 + variance)) for column, (total, variance) in moments.items()}
+    return sums, prompts, {column: float(total / math.sqrt(1 + variance)) for column, (total, variance) in moments.items()}
 
 
 def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
