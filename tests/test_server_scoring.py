@@ -10,9 +10,11 @@ from other_stubs import CompletionsStub
 from served_table import MODEL, _short_pauses, ids_of, is_for, make_rollouts, refused, scorer_of, start, stub, truth, without  # noqa: F401
 from vllm_stub import VOCAB, Stub, answer, changed, late, table
 
+from lopd import score_rollouts
+from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.server import Servers
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, QuarantineWarning
 from lopd.records import Manifest, ModelId, Rollout, SamplingParams, fingerprint_tokenizer
 
 
@@ -187,6 +189,23 @@ def test_answers_of_several_that_got_mixed_up_are_asked_for_one_by_one(stub, cha
     for rollout, scores in zip(rollouts, scorer_of(stub, tokens_per_request=1000).score(rollouts), strict=True):
         np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
     assert len(stub.requests) == 1 + 12
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_nan_that_the_server_cannot_write_is_quarantined_and_its_neighbours_are_scored(stub, status):
+    rollouts, scorer = make_rollouts(), scorer_of(stub, tokens_per_request=1000, attempts=2)
+    store = MemoryStore(Manifest(scorer.tokenizer_id, MODEL, SamplingParams()))
+    store.append(rollouts)
+    stub.fail(100, refused(status, "Out of range float values are not JSON compliant: nan"), is_for(rollouts[5]))
+    with pytest.warns(QuarantineWarning, match="1 rollouts are without scores"):
+        score_rollouts(store, scorer)
+    ((row, reason),) = store.quarantined("teacher").items()
+    assert row == 5
+    assert reason.startswith(f"Rollout 'r5': {stub.url}/v1/completions answers {status} (Out of range float values")
+    assert "expected log-probs that are numbers; check the model for NaN" in reason
+    rows = [row for row in range(12) if row != 5]
+    expected = np.concatenate([truth(rollouts[row]) for row in rows])
+    np.testing.assert_allclose(store.read(rows, ["teacher"]).scores["teacher"], expected, atol=1e-6)
 
 
 def test_no_rollouts_give_no_scores_and_no_request(stub):

@@ -89,7 +89,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(stub):
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        (answer(500, body={"error": {"message": "Out of range float values"}}), r"answers 500 \(Out of range float values\)"),
+        (answer(500, body={"error": {"message": "out of memory"}}), r"answers 500 \(out of memory\)"),
         (cut, "fails with RemoteProtocolError"),
         (changed(lambda _: b"<html>"), "answers 200 with something that is not JSON"),
     ],

@@ -27,6 +27,8 @@ _TOO_LONG = (
 )
 # and for ids that it is asked to score and cannot
 _CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")
+# the error of Python's writer of JSON over a NaN, which vLLM answers as a fault of its own (500), or of the request (400)
+_NAN = "not JSON compliant"
 
 
 class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes an EngineError, or nothing at all
@@ -57,6 +59,11 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
     if status == 402 or (status == 429 and any(word in response.text for word in _SPENT)):
         raise EngineError(
             f"{owner}: {url} answers {status} ({message}), expected credit; look at the account of the key, and run this again."
+        )
+    if _NAN in message:
+        raise InvalidRecordError(
+            f"{owner}: {url} answers {status} ({message}), expected log-probs that are numbers; check the model for NaN (float16 of an AWQ or GPTQ "
+            "model overflows), or drop it."
         )
     if status in _BUSY or status >= 500:
         raise Trouble(f"{url} answers {status} ({message})", _retry_after(response) or rest_of(response), busy=status == 429)
