@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from conftest import PAD_ROWS
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from lopd.engines import finding
 from lopd.engines.finding import local_folder
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
@@ -109,6 +111,34 @@ def test_a_folder_is_its_own_snapshot_and_a_hub_name_is_looked_up_among_those_th
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert local_folder("someone/tiny") == snapshot
     assert folder_model_id(local_folder("someone/tiny")) == model_id(load_model(snapshot)[0])
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """Return `fetched(files, folder)`: the list of what is downloaded from now on, of a model in the hub with these files; they are in the folder."""
+
+    def serve(files, folder=tmp_path):
+        asked = []
+        monkeypatch.setattr(finding, "_reach_hub", lambda _: None)
+        monkeypatch.setattr(
+            finding, "snapshot_download", lambda _, **patterns: asked.extend(filter_repo_objects(files, **patterns)) or str(folder)
+        )
+        return asked
+
+    return serve
+
+
+def test_of_a_model_in_the_hub_with_several_copies_of_its_weights_one_is_downloaded(fetched):
+    gpt_oss = ["chat_template.jinja", "config.json", "original/config.json", "tokenizer.json", "model.safetensors.index.json"]
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in range(3)]
+    copies = ["metal/model.bin", *(f"original/model--0000{i}-of-00007.safetensors" for i in range(1, 8))]
+    mistral = ["consolidated.safetensors", "consolidated-00001-of-00002.safetensors"]
+    asked = fetched([*gpt_oss, *shards, *copies, *mistral])
+    local_folder("openai/gpt-oss-120b")
+    assert asked == [*gpt_oss, *shards]
+    asked.clear()
+    local_folder("openai/gpt-oss-120b", weights=False)
+    assert asked == gpt_oss
 
 
 @pytest.mark.parametrize("load", [load_model, local_folder])

@@ -23,6 +23,8 @@ from lopd.records.paths import local_path, read_regular, without_secrets
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+#: The weights once more, in a form of their maker's (gpt-oss, Mistral), which transformers does not read; `*` takes in "/" here.
+_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
 _ADAPTERS = "adapter_config.json"
 _CONFIGS, _TOKENIZERS = ("config.json", _ADAPTERS), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 #: Where tokenizers split texts in different ways.  It begins with a space, which some classes may be asked to add.
@@ -278,4 +280,5 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     with looking_for(name) as found:
         if found.is_dir():
             return found
-        return Path(snapshot_download(str(name), allow_patterns=[*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]))
+        wanted = [*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=[*_COPIES]))
