@@ -1,6 +1,7 @@
 """The identity of a folder is that of the model that is loaded from it."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from conftest import PAD_ROWS
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
+from lopd import import_text
 from lopd.engines import finding
 from lopd.engines.finding import local_folder
 from lopd.engines.hf import load_model
@@ -139,6 +141,18 @@ def test_of_a_model_in_the_hub_with_several_copies_of_its_weights_one_is_downloa
     asked.clear()
     local_folder("openai/gpt-oss-120b", weights=False)
     assert asked == gpt_oss
+
+
+def test_quantised_weights_in_the_hub_are_refused_before_they_are_downloaded_and_before_a_text_is_read(fetched, saved, tokenizer):
+    folder = saved("llama_tied")
+    asked, plain = fetched(["config.json", "model.safetensors"], folder), folder_model_id(folder)
+    assert (folder_model_id("someone/tiny"), "model.safetensors" in asked) == (plain, True)
+    asked.clear()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match=r"its weights are quantised, expected plain ones.*`ModelId\(name, commit, dtype\)`"):
+        import_text((pytest.fail(f"text {i} was read") for i in range(2)), tokenizer, teacher="someone/tiny-AWQ")
+    assert asked == ["config.json"]
 
 
 @pytest.mark.parametrize("load", [load_model, local_folder])

@@ -22,7 +22,7 @@ from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.finding import check_described, local_folder, looking_for
-from lopd.engines.stored import StoredModel, stored_places
+from lopd.engines.stored import StoredModel, plain_config, stored_places
 from lopd.errors import EngineError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
@@ -131,10 +131,14 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
         ModelError: there is not a whole model, there are no safetensors files, its weights are quantised, or the files name or shape a weight
             otherwise than the loaded model does: take the identity of the loaded model, or state one.
     """
-    folder = local_folder(folder)
-    check_described(folder)
-    with looking_for(folder):
-        if (folder / "adapter_config.json").exists():
+    beside = local_folder(folder, weights=False)
+    check_described(beside)
+    with looking_for(beside):
+        # before the weights are downloaded: there may be hundreds of GB of them
+        if not (adapters := (beside / "adapter_config.json").exists()):
+            plain_config(beside)
+        folder = local_folder(folder)
+        if adapters:
             adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False)
             keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)

@@ -28,6 +28,20 @@ class _Index(TypedDict):
     weight_map: Mapping[str, Name]
 
 
+def plain_config(folder: Path) -> Any:
+    """Return the configuration of a model whose weights are what is stored.
+
+    Raises:
+        ModelError: they are quantised.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None):
+        raise ModelError(
+            f"Model {folder}: its weights are quantised, expected plain ones, since scales decide what a quantised weight is; {_REMEDY}."
+        )
+    return config
+
+
 def stored_places(folder: Path) -> Mapping[str, Path]:
     """Return which file holds which tensor.
 
@@ -82,11 +96,7 @@ class StoredModel:
     _last: tuple[_Source | None, Mapping[str, Tensor]] = field(init=False, default=(None, {}))
 
     def __attrs_post_init__(self) -> None:
-        config = transformers.AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
-            raise ModelError(
-                f"Model {self.folder}: its weights are quantised, expected plain ones, since scales decide what a quantised weight is; {_REMEDY}."
-            )
+        config = plain_config(self.folder)
         self._places = stored_places(self.folder)
         with torch.device("meta"):
             self.model = _build(config, self.dtype)

@@ -89,11 +89,11 @@ def import_text(
     (owner, item), found = records_of("Text", texts)
     check_names(owner, template, field=field, response=response)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), most=most, too_long=too_long)
-    rendering.warn()
     writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
     if not isinstance(teacher, ModelId | None):
         _judge_vocabulary(teacher, writer, of)
+    rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), most=most, too_long=too_long)
+    rendering.warn()
     return fill(store, Manifest(of, writer, SamplingParams()), rollouts)
 
 
