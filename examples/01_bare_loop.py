@@ -2,14 +2,14 @@
 
 import torch
 from tiny import QUESTIONS, model_folders
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, Rollout, SamplingParams, batches, opd_steps, score_rollouts
-from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.hf import HFScorer, HFSource, load_tokenizer
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
 torch.manual_seed(0)
-tokenizer = AutoTokenizer.from_pretrained(student_dir)
+tokenizer = load_tokenizer(student_dir)
 model = AutoModelForCausalLM.from_pretrained(student_dir)
 teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
 

@@ -47,7 +47,7 @@ from lopd import (
     score_rollouts,
     stored_advantages,
 )
-from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model, load_tokenizer
 from lopd.losses.divergences import reverse_kl
 from lopd.records import LEVELS, Prompt, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress
@@ -136,7 +136,7 @@ def check_models(settings: Settings) -> None:
         )
     if settings.teacher:
         folders = (settings.teacher, settings.student)
-        theirs, ours = (fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder)) for folder in folders)
+        theirs, ours = (fingerprint_tokenizer(load_tokenizer(folder)) for folder in folders)
         if not ours.same_vocabulary(theirs):
             raise SystemExit(
                 f"Models: the vocabulary of --teacher has hash {theirs.vocab_hash[:12]}, expected that of --student, {ours.vocab_hash[:12]}; "
@@ -170,7 +170,7 @@ def layers(text: str) -> tuple[int, ...]:
 
 def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """Return disjoint prompts for SFT, OPD and the held-out evaluation, after one shuffle."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
+    tokenizer = load_tokenizer(teacher_dir)
     prompts = (
         read_prompts(settings.prompts, tokenizer) if settings.prompts else make_prompts(map(smollm2.chat, smollm2.questions()), tokenizer)
     )

@@ -12,9 +12,8 @@ all must serve the same model with the same version.  Run it again to resume: wh
 
 import argparse
 
-from transformers import AutoTokenizer
-
 from lopd import ModelId, open_store, score_rollouts
+from lopd.engines.hf import load_tokenizer
 from lopd.engines.server import Servers, ServerScorer
 
 
@@ -33,7 +32,7 @@ def main() -> None:
     parser.add_argument("--key-variable", help="variable of the environment that holds the key")
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    tokenizer = load_tokenizer(args.tokenizer or args.model)
     servers = Servers(args.urls, args.model, context=args.context, speaks=args.speaks, key_variable=args.key_variable)
     scorer = ServerScorer(servers, tokenizer, ModelId(args.model, args.revision, args.dtype), args.top_k)
     report = score_rollouts(open_store(args.store), scorer, column=args.column)

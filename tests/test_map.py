@@ -70,6 +70,12 @@ def test_pages_and_examples_import_from_packages_and_the_modules_that_the_map_ca
     assert imported - folders - public == {"lopd.errors"}
 
 
+def test_pages_and_examples_load_tokenizers_as_lopd_does() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    found = [page.name for page in pages if "AutoTokenizer.from_pretrained(" in page.read_text()]
+    assert found == ["smollm2.py"], "which reads a GGUF"
+
+
 def test_the_top_of_the_package_has_at_most_twelve_entries_with_code() -> None:
     assert len([name for name in entries() if name != "py.typed"]) <= 12
 

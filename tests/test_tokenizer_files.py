@@ -1,6 +1,7 @@
 """A byte-level tokenizer splits texts as its tokenizer.json does, whatever class of transformers its configuration names."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lopd.engines.finding import load_tokenizer
 from lopd.records import make_prompts
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from recipes.paper import Recipe
+from recipes.run import problems_of
 
 #: What GPT-2's class ends with where no file states it.
 END = "<|endoftext|>"
@@ -45,6 +51,13 @@ def test_prompts_are_split_as_the_file_has_it(kind: str, named: bool, tmp_path: 
     (prompt,) = make_prompts(["what is 12?"], tokenizer)
     assert tokenizer.decode(prompt.token_ids.tolist()) == "<s>what is 12?<think>\n"
     assert tokenizer.convert_tokens_to_ids("12") not in prompt.token_ids
+
+
+def test_problems_of_a_recipe_are_split_as_the_file_has_it(tmp_path: Path) -> None:
+    folder, problems = save(tmp_path / "model", "LlamaTokenizerFast", DIGITS, BYTES), tmp_path / "problems.jsonl"
+    problems.write_text('{"prompt": "what is 12?"}')
+    (prompt,) = problems_of(str(problems), Recipe("teacher", "student", 8.0, 4.0, template="{prompt}"), str(folder))
+    assert load_tokenizer(folder).decode(prompt.token_ids.tolist()) == "<s>what is 12?<think>\n"
 
 
 def test_what_a_class_is_told_to_add_is_kept(tmp_path: Path) -> None:

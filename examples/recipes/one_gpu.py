@@ -39,7 +39,7 @@ from online_opd import online_opd
 from peft import get_peft_model
 
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams, ZarrStore
-from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.engines.hf import HFScorer, HFSource, load_model, load_tokenizer
 from lopd.records import Prompt, StepMetrics, read_prompts
 from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
@@ -102,7 +102,7 @@ def parse() -> tuple[OneGpu, argparse.Namespace]:
 
 def problems_of(path: str, recipe: OneGpu, longest: int) -> list[Prompt]:
     """Put the problems in the template of the recipe, and in the student's chat template."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.student)
+    tokenizer = load_tokenizer(recipe.student)
     variables = {"enable_thinking": recipe.thinking}
     return read_prompts(path, tokenizer, template=recipe.template, max_tokens=longest, chat_template_kwargs=variables)
 
@@ -177,7 +177,7 @@ class Phases:
         def work() -> dict[str, Any]:
             longest = self.recipe.test_prompt_tokens + self.recipe.test_tokens
             found = sample(self._source(model, test_sampling(self.recipe), longest), self.problems, path)
-            return {**found, "grades": grade(path, self.problems, transformers.AutoTokenizer.from_pretrained(model))}
+            return {**found, "grades": grade(path, self.problems, load_tokenizer(model))}
 
         return Arm(name, self.recipe.seed, self.run.phase(f"evaluation of {name}", work))
 

@@ -30,7 +30,7 @@ from attrs import asdict, evolve
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
-from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.hf import HFScorer, HFSource, load_tokenizer
 from lopd.guards import check_vocabulary
 from lopd.records import Prompt, fingerprint_tokenizer, read_prompts
 from lopd.tools.console import RichProgress
@@ -107,7 +107,7 @@ def given(options: argparse.Namespace, fields: Iterable[Any]) -> dict[str, Any]:
 
 def check_vocabularies(recipe: Recipe) -> None:
     """Refuse a teacher of another vocabulary before its text is paid for: it is given the student's ids, and engines compare sizes alone."""
-    theirs, ours = (fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(model)) for model in (recipe.teacher, recipe.student))
+    theirs, ours = (fingerprint_tokenizer(load_tokenizer(model)) for model in (recipe.teacher, recipe.student))
     check_vocabulary(f"Teacher {recipe.teacher!r}", theirs, "the student's", ours)
 
 
@@ -126,7 +126,7 @@ def check_memory(recipe: Recipe) -> None:
 
 def problems_of(path: str, recipe: Recipe, model: str) -> list[Prompt]:
     """Put the problems in the template of the recipe, and in the chat template of this model."""
-    return read_prompts(path, transformers.AutoTokenizer.from_pretrained(model), template=recipe.template)
+    return read_prompts(path, load_tokenizer(model), template=recipe.template)
 
 
 def sft_sampling(recipe: Recipe) -> SamplingParams:

@@ -124,7 +124,9 @@ def _settings(folder: Path) -> list[Path]:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """Return the tokenizer in a folder, or of a hub name.
+    """Return the tokenizer in a folder, or of a hub name; weights are not read.
+
+    A byte-level one splits texts as its tokenizer.json does, whatever class of transformers its configuration names.
 
     Raises:
         EngineError: there is no such folder or model, or its tokenizer cannot be read.

@@ -229,7 +229,7 @@ def set_rate(optimizer: Optimizer, rate: float) -> None:
 
 def write_page(folder: Path, store: LogprobReader, title: str) -> None:
     """Draw `report.html` of a run, from `metrics.json` and the trained student, `opd`, in its folder."""
-    tokenizer = need("transformers", "Report").AutoTokenizer.from_pretrained(folder / "opd")
+    tokenizer = need("lopd.engines.finding", "Report").load_tokenizer(folder / "opd")
     history = RunHistory.read(folder / "metrics.json")
     write_run_report(
         folder / "report.html",

@@ -1,5 +1,6 @@
 """transformers, in this process: the engine that runs anywhere, and the truth that faster engines are compared with."""
 
+from lopd.engines.finding import load_tokenizer as load_tokenizer
 from lopd.engines.hf.loading import load_model as load_model
 from lopd.engines.hf.scorer import HFScorer as HFScorer
 from lopd.engines.hf.scorer import exact_reverse_kl as exact_reverse_kl
