@@ -1,7 +1,7 @@
 """LoRA: the student is a peft model, its adapters are all that is trained and saved, and merged into the weights they make an engine's model."""
 
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import HELD_OUT, QUESTIONS, model_folders
 from transformers import GenerationConfig
 
@@ -43,7 +43,8 @@ checkpoint = save_checkpoint("runs/06/checkpoints", student, optimizer, next_ste
 print(f"a checkpoint has {(checkpoint / 'parameters.safetensors').stat().st_size:,} bytes of weights")
 
 student.export("runs/06/adapters", tokenizer, steps.lineage)  # what peft loads
-merged = AutoPeftModelForCausalLM.from_pretrained("runs/06/adapters").merge_and_unload()
+untrained, _ = load_model(student_dir, torch.float32)  # AutoPeftModelForCausalLM draws rows for ids that the head has none for
+merged = PeftModel.from_pretrained(untrained, "runs/06/adapters").merge_and_unload()
 merged.generation_config = GenerationConfig.from_pretrained("runs/06/adapters")  # what ends a response; peft takes that of the base
 CausalLMStudent(merged.requires_grad_(True), tokenizer).export("runs/06/merged", tokenizer, steps.lineage)  # what any engine loads
 held_out = make_prompts(HELD_OUT, tokenizer)

@@ -20,11 +20,12 @@ import pytest
 import test_readme
 import torch
 from attrs import evolve, field, frozen
+from conftest import build_tokenizer
 
 import lopd
 from lopd import CausalLMStudent, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
 from lopd.engines.finding import configured_eos
-from lopd.engines.hf import HFSource, load_model
+from lopd.engines.hf import HFSource, folder_model_id, load_model
 from lopd.records import fingerprint_tokenizer, make_prompts
 
 ROOT = Path(__file__).parents[1]
@@ -113,10 +114,16 @@ def test_the_blocks_of_a_page_run(page: Path, trained: None) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
-def test_responses_of_adapters_that_were_merged_as_the_page_does_end_where_the_student_was_told(trained: None) -> None:
+def test_adapters_that_were_merged_as_the_page_does_are_the_same_model_and_end_where_the_student_was_told(trained: None) -> None:
+    """Also with a tokenizer that has a token more than the head has rows."""
+    larger = build_tokenizer()
+    larger.add_special_tokens({"additional_special_tokens": ["<picture>"]})
+    for name in ("teacher", "sft-student"):
+        larger.save_pretrained(name)
     names: dict[str, Any] = {}
     for block in blocks_of(DOCS / "howto" / "lora.md"):
         evolve(block, code=block.code.replace("\nstudent.export(", "\nstudent.stop_at(9)\nstudent.export(")).run(names)
+    assert folder_model_id("merged").revision == folder_model_id("adapters").revision != folder_model_id("sft-student").revision
     assert 9 in configured_eos(Path("merged"))
 
 
