@@ -11,6 +11,7 @@ Every phase is kept in `--out`: a second call finds it done, a killed one resume
 
     python examples/quickstart.py --teacher DIR --student DIR --prompts FILE.jsonl --store PATH --out DIR
 
+A model is a DIR or a name in the hub.
 The rates fit the default pair, a few of whose layers are trained for a few steps; your own models want far smaller ones (--sft-lr, --opd-lr).
 `--store` may be a URL such as s3://bucket/run.zarr; credentials and endpoint come from the environment.
 """
@@ -151,16 +152,17 @@ def inputs(settings: Settings) -> dict[str, str]:
     return {f"the content of --{name}": digest(path) for name, path in given.items() if path}
 
 
-def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """Return the folders of teacher and student, and the phases that made them; the default pair is made here."""
-    phases: list[dict[str, Any]] = []
-    teacher_dir = Path(settings.teacher or run.folder / "models" / "teacher")
-    student_dir = Path(settings.student or run.folder / "models" / "student")
-    if not settings.teacher:
-        dropped = layers(settings.dropped_layers)
-        phases.append(run.phase("unpack teacher", lambda: smollm2.save_teacher(teacher_dir) or {}))
-        phases.append(run.phase("prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, dropped) or {}))
-    return teacher_dir, student_dir, phases
+def prepare(run: Run, settings: Settings) -> tuple[str | Path, str | Path, list[dict[str, Any]]]:
+    """Return the folders of teacher and student, or their names in the hub, and the phases that made them; the default pair is made here."""
+    if settings.teacher:
+        return settings.teacher, settings.student, []
+    teacher_dir, student_dir = (run.folder / "models" / name for name in ("teacher", "student"))
+    dropped = layers(settings.dropped_layers)
+    made = [
+        run.phase("unpack teacher", lambda: smollm2.save_teacher(teacher_dir) or {}),
+        run.phase("prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, dropped) or {}),
+    ]
+    return teacher_dir, student_dir, made
 
 
 def layers(text: str) -> tuple[int, ...]:
@@ -168,7 +170,7 @@ def layers(text: str) -> tuple[int, ...]:
     return tuple(int(i) for i in text.split(",") if i)
 
 
-def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+def split_prompts(settings: Settings, teacher_dir: str | Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """Return disjoint prompts for SFT, OPD and the held-out evaluation, after one shuffle."""
     tokenizer = load_tokenizer(teacher_dir)
     prompts = (
@@ -184,7 +186,7 @@ def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], 
     return sft_prompts, opd_prompts, held_out
 
 
-def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Settings) -> dict[str, Any]:
+def sample_once(model_dir: str | Path, prompts: list[Prompt], path: str, settings: Settings) -> dict[str, Any]:
     """Sample a model's answers into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
@@ -193,7 +195,7 @@ def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Set
     return {**counted_in(store), "rollouts": len(store)}
 
 
-def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
+def score_once(teacher_dir: str | Path, path: str, settings: Settings) -> dict[str, Any]:
     """Score the student's rollouts with the teacher, which is freed when this returns."""
     store = ZarrStore.open(path)
     report = score_rollouts(store, make_teacher(teacher_dir, settings), rollouts_per_batch=32, progress=RichProgress(console))
@@ -205,13 +207,13 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     return {**counted_in(store), "advantage_quantiles": quantiles}
 
 
-def make_teacher(folder: Path, settings: Settings) -> HFScorer:
+def make_teacher(folder: str | Path, settings: Settings) -> HFScorer:
     """Load the teacher, in batches small enough for a processor's cache."""
     model, tokenizer = load_model(folder, device=settings.device)
     return HFScorer(model, tokenizer, tokens_per_batch=settings.tokens_per_batch, rows_per_chunk=128, top_k=settings.top_k)
 
 
-def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
+def sft(run: Run, student_dir: str | Path, settings: Settings) -> dict[str, Any]:
     """Fine-tune with the loop of OPD and a loss whose advantage is 1.  The exported student knows whose text it learned."""
     store = ZarrStore.open(run.folder / "sft.zarr")
     steps = batches(
@@ -243,7 +245,7 @@ def lightning_opd(run: Run, store: str, settings: Settings) -> dict[str, Any]:
 
 
 def train(
-    folder: Path, name: str, start: Path, steps: StepStream, loss: lopd.protocols.OPDLoss, lr: float, settings: Settings
+    folder: Path, name: str, start: str | Path, steps: StepStream, loss: lopd.protocols.OPDLoss, lr: float, settings: Settings
 ) -> dict[str, Any]:
     """Run `opd_steps` over these steps, resumably, and export the student to `folder / name`."""
     student, tokenizer = make_student(start, settings)
@@ -253,7 +255,7 @@ def train(
     return found
 
 
-def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+def online(run: Run, teacher_dir: str | Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """Train the baseline: same start, prompts, loop, loss and rollouts a step, but fresh ones at every step and the teacher always there."""
     asked = list(islice(cycle(prompts), settings.opd_steps * settings.opd_rollouts_per_step))
     student, tokenizer = make_student(run.folder / "sft", settings)
@@ -283,7 +285,7 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
     return {**counted(history), "history": [asdict(m) for m in history]}
 
 
-def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
+def make_student(folder: str | Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
     """Load the model of a folder; of the default student only the layers around the cut are trained, which is faster."""
     model, tokenizer = load_model(folder, torch.float32, settings.device)
     if not settings.student:
@@ -293,7 +295,7 @@ def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any
     return CausalLMStudent(model, tokenizer), tokenizer
 
 
-def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+def evaluate(student_dir: Path, teacher_dir: str | Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """Measure KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000)
     source = HFSource.from_folder(student_dir, sampling, device=settings.device)

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 
 import forked
 import pytest
+from huggingface_hub import constants
 
-from lopd import ZarrStore
+from lopd import Lineage, ZarrStore
+from lopd.engines.hf import folder_model_id
 from lopd.errors import ConflictError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
@@ -144,6 +147,21 @@ def test_a_teacher_and_a_student_with_other_tokens_are_refused_before_anything_i
     with pytest.raises(SystemExit, match="the vocabulary of --teacher has hash"):
         run_here(tmp_path / "run", "--student", str(tmp_path / "student"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")  # two steps of SFT leave the student far away
+def test_models_may_be_names_in_the_hub(
+    inputs: Path, run_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("teacher", "student"):
+        model = tmp_path / f"models--someone--{name}"
+        shutil.copytree(inputs / name, model / "snapshots" / ("a" * 40))
+        (model / "refs").mkdir()
+        (model / "refs" / "main").write_text("a" * 40)
+    models, steps = ("--teacher", "someone/teacher", "--student", "someone/student"), ("--opd-steps", "2", "--sft-steps", "2")
+    run_here(tmp_path / "run", *models, *steps, "--no-online")
+    assert Lineage.read(tmp_path / "run" / "opd").opd_teacher == folder_model_id(inputs / "teacher")
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")  # two steps of SFT leave the student far away
