@@ -38,6 +38,20 @@ def test_a_branch_name_is_a_revision_of_one_model_only() -> None:
     assert not ModelId("Qwen3-32B", "main", "bfloat16").same_weights(ModelId("QwQ-32B", "main", "bfloat16"))
 
 
+@pytest.mark.parametrize("together", [", ", " + ", "; ", "|", " "])
+def test_a_revision_of_several_hashes_is_that_of_none_of_them(together: str) -> None:
+    member, old = ModelId("A", "weights:0123456789abcdef/0123456789", "float32"), ModelId("A", "weights:0123456789abcdef", "float32")
+    mean = ModelId("mean", together.join((member.revision, "weights:fedcba9876543210/9876543210")), "float32")
+    for one in (member, old):
+        assert not mean.same_parameters(one)
+        assert not mean.same_weights(one)
+        assert hash(mean) != hash(one)
+    assert not mean.same_weights(evolve(mean, name="product"))
+    assert str(mean) == f"mean@0123456789ab/0123{together}fedcba987654/9876"
+    assert member.same_parameters(old)
+    assert str(member) == "A@0123456789ab/0123"
+
+
 def test_stop_ids_are_a_tuple_of_ints_whatever_they_came_as():
     for given in ([1, 7], np.array([1, 7]), (1, 7)):
         params = SamplingParams(stop_ids=given)

@@ -5,9 +5,11 @@ the whole token-to-id map (two vocabularies of the same size are still two vocab
 
 A hash of the function is `weights:<parameters>/<rest>`: parameters by name and value; then the buffers and the settings that decide what
 is computed from them.  lopd 0.2 recorded `weights:<parameters>` alone: such an identity is compared by its parameters.
+A revision with more in it than one such hash, as that of an ensemble, is compared as text, with the name.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Protocol
@@ -21,6 +23,7 @@ from lopd.records.checks import check_kind, check_number, own_numbers, own_texts
 
 _HASHED = "weights:"
 _REST = "/"
+_HASH = re.compile(rf"{_HASHED}([\w.-]+)({_REST}?)([\w.-]*)")
 _TOGETHER = " + "
 
 
@@ -85,10 +88,10 @@ UNKNOWN = ModelId("unknown", "unknown", "unknown")
 
 def _key(model: ModelId) -> tuple[str, str, str]:
     """Return name, parameters and the rest of a function; "" where it does not count or was not recorded."""
-    if not model.revision.startswith(_HASHED):
+    hashed = _HASH.fullmatch(model.revision)
+    if not hashed:
         return model.name, model.revision, ""  # "main" is a revision of many models; a hash is one of one
-    parameters, _, rest = model.revision.partition(_REST)
-    return "", parameters, rest
+    return "", hashed[1], hashed[3]
 
 
 def _fits(a: tuple[str, str, str], b: tuple[str, str, str]) -> bool:
@@ -96,8 +99,9 @@ def _fits(a: tuple[str, str, str], b: tuple[str, str, str]) -> bool:
 
 
 def _short(revision: str) -> str:
-    parameters, slash, rest = revision.removeprefix(_HASHED).partition(_REST)
-    return parameters[:12] + slash + rest[:4]
+    short, hashes = _HASH.subn(lambda found: found[1][:12] + found[2] + found[3][:4], revision)  # that of an ensemble has several
+    name, slash, rest = revision.partition(_REST)
+    return short if hashes else name[:12] + slash + rest[:4]
 
 
 def mixture_id(models: Iterable[ModelId]) -> ModelId:
