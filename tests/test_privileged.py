@@ -167,7 +167,16 @@ def test_slips_are_refused_by_name(make_model):
         _ = PrivilegedScorer(scorer, prompts, told_for(prompts)).provenance
 
 
-def test_a_scorer_of_other_tokens_is_found_out(make_model):
+@pytest.mark.parametrize(
+    ("give", "what"),
+    [
+        (lambda scores: scores, r"'r0': the scorer gave \d+ log-probs of hash .*; make them with `Scores.of"),
+        (lambda scores: scores[:3], "'r3': the scorer gave 3 scores for 4 rollouts; fix the scorer"),
+        (lambda scores: [*scores, scores[0]], "'r0': the scorer gave 5 scores for 4 rollouts; fix the scorer"),
+        (lambda scores: iter(scores[1:]), "'r0': the scorer gave 3 scores for 4 rollouts; fix the scorer"),
+    ],
+)
+def test_a_scorer_that_gives_other_scores_than_it_was_asked_for_is_found_out(give, what, make_model):
     rollouts = some_rollouts(TOKENIZER_ID.vocab_size)
     plain, prompts = HFScorer(make_model("llama_tied"), TOKENIZER), prompts_of(rollouts)
 
@@ -175,9 +184,9 @@ def test_a_scorer_of_other_tokens_is_found_out(make_model):
         provenance = plain.provenance
 
         def score(self, _):
-            return [Scores.of(rollout, np.zeros(rollout.response_ids.size)) for rollout in rollouts]
+            return give([Scores.of(rollout, np.zeros(rollout.response_ids.size)) for rollout in rollouts])
 
-    with pytest.raises(ScorerError, match="Rollout 'r0': the scorer gave scores of 'r0', or of other tokens"):
+    with pytest.raises(ScorerError, match=f"^Rollout {what}"):
         PrivilegedScorer(Careless(), prompts, told_for(prompts)).score(rollouts)
 
 

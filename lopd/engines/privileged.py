@@ -12,9 +12,9 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ContextOverflowError, InvalidRecordError, ScorerError
+from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.protocols import TeacherScorer
-from lopd.protocols.doors import check_noun, check_prompt_list
+from lopd.protocols.doors import check_noun, check_prompt_list, check_scores
 from lopd.records.checks import check_kind
 from lopd.records.manifest import PRIVILEGED, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
@@ -102,16 +102,18 @@ class PrivilegedScorer:
         Raises:
             ContextOverflowError: a privileged prompt and a response are longer than the context; it names the rollout, and nothing is computed.
             InvalidRecordError: a rollout's prompt is not among the prompts, or what the scorer refuses.
-            ScorerError: the scorer gave scores of other tokens.
+            ScorerError: the scorer gave other scores than those of the rollouts, in order, or not one for each of their tokens.
         """
         told = [self._tell(rollout) for rollout in rollouts]
         try:
-            scores = self.scorer.score(told)
+            scores = list(self.scorer.score(told))
         except ContextOverflowError as error:
             raise ContextOverflowError(
                 f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so shorten that prompt."
             ) from error
-        return [_bind(score, read, rollout) for score, read, rollout in zip(scores, told, rollouts, strict=True)]
+        check_scores(told, scores, ())
+        # bound to the rollout as it was sampled
+        return [evolve(score, content_hash=rollout.content_hash) for score, rollout in zip(scores, rollouts, strict=True)]
 
     def _tell(self, rollout: Rollout) -> Rollout:
         """Return the rollout with its privileged prompt; what follows the prompt before the response stays."""
@@ -130,12 +132,3 @@ class PrivilegedScorer:
 
 def _key(ids_P: NDArray[np.int32]) -> bytes:
     return ids_P.astype("<i4", copy=False).tobytes()
-
-
-def _bind(score: Scores, read: Rollout, rollout: Rollout) -> Scores:
-    """Return the scores, bound to the rollout as it was sampled."""
-    if (score.rollout_id, score.content_hash) != (read.rollout_id, read.content_hash):
-        raise ScorerError(
-            f"Rollout {read.rollout_id!r}: the scorer gave scores of {score.rollout_id!r}, or of other tokens; fix the scorer."
-        )
-    return evolve(score, content_hash=rollout.content_hash)

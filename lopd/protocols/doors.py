@@ -1,4 +1,4 @@
-"""What each verb asks of its arguments at its door, so that a wrong one is a sentence there, and not an AttributeError deep inside."""
+"""What is asked of arguments at the door of a verb, and of what a scorer gives back, so that a wrong one is a sentence, and not a raw error."""
 
 import os
 from collections import Counter
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch.optim import Optimizer
 
-from lopd.errors import ArgumentError, InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError, ScorerError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, RolloutSource, Student, TeacherScorer
 from lopd.records.checks import a_kind, check_kind, check_list
 from lopd.records.ranks import inner
-from lopd.records.rollouts import Prompt
+from lopd.records.rollouts import Prompt, Rollout, Scores
 
 
 class _Optimizer:
@@ -66,3 +66,24 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
             f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one, and for more samples of a prompt raise "
             "`samples_per_prompt`."
         )
+
+
+def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused: Sequence[tuple[Rollout, str]]) -> dict[str, str]:
+    """Return why rollouts are refused, by id.
+
+    Raises:
+        ScorerError: the scores are not those of the other rollouts, in order, or not one for each of their tokens.
+    """
+    reasons = {rollout.rollout_id: reason for rollout, reason in refused}
+    accepted = [rollout for rollout in rollouts if rollout.rollout_id not in reasons]
+    wanted, got = [r.rollout_id for r in accepted], [s.rollout_id for s in scores]
+    if wanted != got:
+        lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
+        raise ScorerError(f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts; fix the scorer.")
+    for rollout, score in zip(accepted, scores, strict=True):
+        if (score.content_hash, score.logprobs.size) != (rollout.content_hash, rollout.response_ids.size):
+            raise ScorerError(
+                f"Rollout {rollout.rollout_id!r}: the scorer gave {score.logprobs.size} log-probs of hash {score.content_hash.hex()[:8]}, "
+                f"expected {rollout.response_ids.size} of {rollout.content_hash.hex()[:8]}; make them with `Scores.of(rollout, ...)`."
+            )
+    return reasons

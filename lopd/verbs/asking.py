@@ -6,8 +6,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError, SourceError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, SourceError
 from lopd.protocols import Counted, Progress, TeacherScorer
+from lopd.protocols.doors import check_scores
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 from lopd.records.waiting import overlapped
@@ -136,24 +137,3 @@ def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) ->
     """
     scores, refused = isolate(f"Scorer {scorer.provenance.model}", scorer.score, rollouts, most)
     return scores, check_scores(rollouts, scores, refused)
-
-
-def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused: Sequence[tuple[Rollout, str]]) -> dict[str, str]:
-    """Return why rollouts are refused, by id.
-
-    Raises:
-        ScorerError: the scores are not those of the other rollouts, in order, or not one for each of their tokens.
-    """
-    reasons = {rollout.rollout_id: reason for rollout, reason in refused}
-    accepted = [rollout for rollout in rollouts if rollout.rollout_id not in reasons]
-    wanted, got = [r.rollout_id for r in accepted], [s.rollout_id for s in scores]
-    if wanted != got:
-        lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
-        raise ScorerError(f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts; fix the scorer.")
-    for rollout, score in zip(accepted, scores, strict=True):
-        if (score.content_hash, score.logprobs.size) != (rollout.content_hash, rollout.response_ids.size):
-            raise ScorerError(
-                f"Rollout {rollout.rollout_id!r}: the scorer gave {score.logprobs.size} log-probs of hash {score.content_hash.hex()[:8]}, "
-                f"expected {rollout.response_ids.size} of {rollout.content_hash.hex()[:8]}; make them with `Scores.of(rollout, ...)`."
-            )
-    return reasons

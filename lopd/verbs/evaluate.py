@@ -9,13 +9,13 @@ from attrs import frozen
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
-from lopd.protocols.doors import check_noun, check_prompt_list
+from lopd.protocols.doors import check_noun, check_prompt_list, check_scores
 from lopd.records import estimates
 from lopd.records.checks import check_call
 from lopd.records.estimates import Estimate
 from lopd.records.glance import Glance, Glanced
 from lopd.records.rollouts import Prompt, Rollout
-from lopd.verbs.asking import check_rollouts, check_scores
+from lopd.verbs.asking import check_rollouts
 
 
 @frozen(repr=False)

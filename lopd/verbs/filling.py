@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
-from lopd.protocols.doors import check_noun
+from lopd.protocols.doors import check_noun, check_scores
 from lopd.protocols.reading import named
 from lopd.records.checks import own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
 from lopd.records.rollouts import Rollout, Scores
 from lopd.records.warn import warn_user
-from lopd.verbs.asking import check_scores, shown
+from lopd.verbs.asking import shown
 
 # log-probs of one commit, supports included: a table of LanceDB takes up to 2**31 at once, and all of them are in memory until it is done
 _VALUES = 1 << 28
