@@ -15,6 +15,7 @@ from lopd import (
     DriftLimits,
     FusedOPDLoss,
     MemoryStore,
+    PrivilegedScorer,
     Prompt,
     ReferenceOPDLoss,
     Rollout,
@@ -37,9 +38,9 @@ from lopd import (
     watch_drift,
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.engines.server import Servers
+from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
-from lopd.records import Lineage
+from lopd.records import Lineage, ModelId
 from lopd.tools.doctor import check_store
 from lopd.tools.interop import (
     TorchDataset,
@@ -247,11 +248,25 @@ def test_an_id_that_is_not_text_is_refused_when_the_record_is_made(make, name):
         make(name)
 
 
+TAKE = r"; for another (source|scorer) take `evaluate_reverse_kl`\.$"
+SERVED = Servers("http://127.0.0.1:1", "m")
 ENGINES = {
     "Prompt: it is a str, which has no `answer`": lambda source, scorer: source.sample(["What is 2 + 2?"]),
     "Rollout: it is a Prompt, which has no `behavior_logprobs`": lambda source, scorer: scorer.score([Prompt("p", [5])]),
     "HFSource: lineage: it is a dict, which has no `of`": lambda source, scorer: evolve(source, lineage={"sft_teacher": None}),
     "Model: identity: it is a str": lambda source, scorer: evolve(source, identity="org/student").manifest,
+    f"^Teacher: it is a PrivilegedScorer, which has no `model`; pass an HFScorer{TAKE}": lambda source, scorer: exact_reverse_kl(
+        source, PrivilegedScorer(scorer, [Prompt("p", [5])], [Prompt("p", [6])]), source.sample([Prompt("p", [5])])
+    ),
+    f"^Teacher: it is a ServerScorer, which has no `model`; pass an HFScorer{TAKE}": lambda source, scorer: exact_reverse_kl(
+        source, ServerScorer(SERVED, scorer.tokenizer_id, ModelId("m", "1", "float32")), []
+    ),
+    f"^Teacher: it is a HFSource, which has no `rows_per_chunk`; pass an HFScorer{TAKE}": lambda source, scorer: exact_reverse_kl(
+        source, source, []
+    ),
+    f"^Student: it is a ServerSource, which has no `model`; pass an HFSource{TAKE}": lambda source, scorer: exact_reverse_kl(
+        ServerSource(SERVED, scorer.tokenizer_id, ModelId("m", "1", "float32"), PARAMS, (0,)), scorer, []
+    ),
 }
 
 

@@ -23,7 +23,7 @@ from lopd.engines.inputs import asked_ids, budgeted, check_rollouts, check_suppo
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import arrange, likely, make_scores, provenance_of
 from lopd.guards.consistency import check_vocabulary
-from lopd.records.checks import own_numbers
+from lopd.records.checks import check_kind, own_numbers
 from lopd.records.collate import target_slice
 from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -139,6 +139,18 @@ class HFScorer:
         return make_scores(rollout, logprobs_TA[:, 0], *support, self.drawn)
 
 
+class _Student:
+    """What `exact_reverse_kl` reads of a source: the model itself."""
+
+    model = tokenizer = None
+
+
+class _Teacher(_Student):
+    """And of a scorer."""
+
+    tokens_per_batch = rows_per_chunk = None
+
+
 @torch.inference_mode()
 def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
     r"""Return KL(student, teacher) in nats over the whole vocabulary, summed over the tokens of each rollout of the student that count (`loss_mask`).
@@ -153,12 +165,14 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
         rollouts: fresh ones of the student.
 
     Raises:
+        ArgumentError: student or teacher are something else, such as a server's or a `PrivilegedScorer`.
         TokenizerMismatchError: the teacher's token-to-id map is not the student's.
         ContextOverflowError: a rollout is longer than the context of one of them.
         InvalidRecordError: there are no rollouts, or no token of theirs counts.
     """
-    ours = student.tokenizer_id
-    check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
+    check_kind("Student", student, _Student, "pass an HFSource; for another source take `evaluate_reverse_kl`")
+    check_kind("Teacher", teacher, _Teacher, "pass an HFScorer; for another scorer take `evaluate_reverse_kl`")
+    check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", student.tokenizer_id)
     models = student.model, teacher.model
     known = cut_to_head(student.model, student.tokenizer), cut_to_head(teacher.model, teacher.tokenizer)
     check_rollouts(rollouts, min(known, key=lambda ids: ids.vocab_size), min(map(context_length, models)))
