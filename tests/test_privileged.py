@@ -20,6 +20,7 @@ from lopd import (
     collect_rollouts,
     make_prompts,
     residualise,
+    rows_of,
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource
@@ -28,6 +29,7 @@ from lopd.errors import (
     ConflictError,
     ContextOverflowError,
     InvalidRecordError,
+    QuarantineWarning,
     ScorerError,
     TeacherConsistencyError,
     TeacherConsistencyWarning,
@@ -144,9 +146,24 @@ def test_what_is_too_long_with_its_privileged_prompt_is_named(make_model):
     rollout = filler(CONTEXT)
     scorer = PrivilegedScorer(HFScorer(make_model("llama_tied"), TOKENIZER), prompts_of([rollout]), told_for(prompts_of([rollout])))
     with pytest.raises(
-        ContextOverflowError, match=rf"Rollout 'filler': it has {CONTEXT + 3} tokens.*these are the privileged prompt and the"
+        ContextOverflowError,
+        match=rf"Rollout 'filler': it has {CONTEXT + 3} tokens.*these are the privileged prompt and the .*column of their own",
     ):
         scorer.score([rollout])
+
+
+def test_what_was_too_long_is_trained_on_from_a_column_of_its_own(sampled):
+    model, prompts, store = sampled
+    plain, told = HFScorer(model, TOKENIZER), hints(prompts)
+    long = [evolve(told[0], token_ids=[7] * (CONTEXT - 1)), *told[1:]]
+    with pytest.warns(QuarantineWarning, match="1 rollout"):
+        score_rollouts(store, PrivilegedScorer(plain, prompts, long))
+    shorter = PrivilegedScorer(plain, prompts[:1], told[:1])
+    with pytest.raises(ConflictError, match="was scored with logprobs_mode 'privileged "):
+        score_rollouts(store, shorter, rows=rows_of(store, prompts[:1]))
+    score_rollouts(store, shorter, column="short", rows=rows_of(store, prompts[:1]))
+    teachers = {"teacher": prompts[1:], "short": prompts[:1]}
+    assert len(batches(store, teacher=teachers, ref="behavior", consistency=ConsistencyPolicy.PRIVILEGED).rows) == 3
 
 
 def test_slips_are_refused_by_name(make_model):

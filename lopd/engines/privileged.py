@@ -109,7 +109,8 @@ class PrivilegedScorer:
             scores = list(self.scorer.score(told))
         except ContextOverflowError as error:
             raise ContextOverflowError(
-                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so shorten that prompt."
+                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so leave the rollout out, or shorten that prompt and "
+                "score all of its rollouts (`rows=`) into a column of their own, for `batches(teacher={COLUMN: PROMPTS, ...})`."
             ) from error
         check_scores(told, scores, ())
         # bound to the rollout as it was sampled
