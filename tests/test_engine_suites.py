@@ -90,7 +90,7 @@ class TestHFScorerWithDrawnCandidatesAlone(TestHFScorer):
 class TestPrivilegedScorer(TestHFScorer):
     def make(self) -> TeacherScorer:
         prompts = prompts_of([*self.rollouts(), filler(CONTEXT + 1)])
-        return PrivilegedScorer(super().make(), prompts, told_for(prompts))
+        return PrivilegedScorer(super().make(), prompts, told_for(prompts), continued=True)  # the suite moves tokens into the prompt
 
 
 class TestPrivilegedScorerWithCandidates(TestPrivilegedScorer):

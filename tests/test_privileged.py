@@ -14,6 +14,7 @@ from lopd import (
     ConsistencyPolicy,
     MemoryStore,
     PrivilegedScorer,
+    Prompt,
     SamplingParams,
     ZarrStore,
     batches,
@@ -182,6 +183,24 @@ def test_slips_are_refused_by_name(make_model):
         scorer.score(rollouts[:2])
     with pytest.raises(InvalidRecordError, match=r"its log-probs are 'privileged .*', expected 'raw'"):
         _ = PrivilegedScorer(scorer, prompts, told_for(prompts)).provenance
+
+
+def test_a_prompt_that_goes_on_is_a_later_turn_only_where_that_is_stated(make_model):
+    plain, (rollout, *_) = HFScorer(make_model("llama_tied"), TOKENIZER), some_rollouts(TOKENIZER_ID.vocab_size)
+    short, long, told = Prompt("short", [5, 6]), Prompt("long", [5, 6, 7]), [Prompt("short", [8, 5, 6]), Prompt("long", [9, 5, 6, 7])]
+    later, first = evolve(rollout, rollout_id="later", prompt_ids=[5, 6, 7, 10, 11]), evolve(rollout, prompt_ids=[5, 6, 7])
+    scorer = PrivilegedScorer(plain, [short, long], told)
+    with pytest.raises(
+        InvalidRecordError,
+        match=r"^Rollout 'later': its prompt of 5 tokens is not among the 2 that have a privileged one, but begins like prompt 'long' and goes on "
+        r"by 2 tokens; make them from .*, or pass `continued=True` for later turns of trajectories\.$",
+    ):
+        scorer.score([first, later])
+    turns = evolve(scorer, continued=True)
+    assert turns.provenance == scorer.provenance
+    expected = plain.score([evolve(first, prompt_ids=[9, 5, 6, 7]), evolve(later, prompt_ids=[9, 5, 6, 7, 10, 11])])
+    for score, other in zip(turns.score([first, later]), expected, strict=True):
+        np.testing.assert_allclose(score.logprobs, other.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize(

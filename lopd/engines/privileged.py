@@ -31,14 +31,17 @@ class PrivilegedScorer:
         told = make_prompts([f"{p.text}  The answer is {p.answer}." for p in prompts], tokenizer)
         score_rollouts(store, PrivilegedScorer(HFScorer.from_folder("student"), prompts, told), column="told")
 
-    A prompt is found by its tokens, at the beginning of what stands before a response.  The column has an identity of its own
-    (`Provenance.logprobs_mode`): that of the plain scorer, or of other prompts, does not continue it.  `batches` draws a warning unless
-    `ConsistencyPolicy.PRIVILEGED` states that it is meant.
+    A prompt is found by its tokens, which are all that stands before a response.  Where turns of a trajectory are rollouts of their own
+    (`import_trajectories(turns="each")`), a prompt is only the beginning of that: state it with `continued=True`.
+
+    The column has an identity of its own (`Provenance.logprobs_mode`): that of the plain scorer, or of other prompts, does not continue it.
+    `batches` draws a warning unless `ConsistencyPolicy.PRIVILEGED` states that it is meant.
 
     Args:
         scorer: the teacher; its context has to hold the privileged prompt and the response.
         prompts: what the policy read.
         told: what the teacher reads in the place of each, made with the same tokenizer.
+        continued: rollouts may be later turns, whose prompts begin with one of these and go on; what follows it is read as it stands.
 
     Raises:
         ArgumentError: the scorer or the prompts are something else.
@@ -48,6 +51,7 @@ class PrivilegedScorer:
     scorer: TeacherScorer
     prompts: Sequence[Prompt] = field(repr=False)
     told: Sequence[Prompt] = field(repr=False)
+    continued: bool = field(default=False, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         check_noun(self.scorer, TeacherScorer)
@@ -117,17 +121,19 @@ class PrivilegedScorer:
         return [evolve(score, content_hash=rollout.content_hash) for score, rollout in zip(scores, rollouts, strict=True)]
 
     def _tell(self, rollout: Rollout) -> Rollout:
-        """Return the rollout with its privileged prompt; what follows the prompt before the response stays."""
+        """Return the rollout with its privileged prompt; what follows the prompt before a later turn stays."""
         check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
         ids_P = rollout.prompt_ids
         # the longest first: one prompt may begin like another
-        for length in (length for length in self._lengths if length <= ids_P.size):
-            told = self._told.get(_key(ids_P[:length]))
-            if told is not None:
-                return evolve(rollout, prompt_ids=np.concatenate([told, ids_P[length:]]))
+        length = next((length for length in self._lengths if length <= ids_P.size and _key(ids_P[:length]) in self._told), 0)
+        if length and (self.continued or length == ids_P.size):
+            return evolve(rollout, prompt_ids=np.concatenate([self._told[_key(ids_P[:length])], ids_P[length:]]))
+        like = next((prompt.prompt_id for prompt in self.prompts if np.array_equal(prompt.token_ids, ids_P[:length])), None)
+        begins = f", but begins like prompt {like!r} and goes on by {ids_P.size - length} tokens" if length else ""
         raise InvalidRecordError(
-            f"Rollout {rollout.rollout_id!r}: its prompt of {ids_P.size} tokens is not among the {len(self.prompts)} that have a privileged one; "
-            "make them from the records, the tokenizer and the template of the rollouts."
+            f"Rollout {rollout.rollout_id!r}: its prompt of {ids_P.size} tokens is not among the {len(self.prompts)} that have a privileged "
+            f"one{begins}; make them from the records, the tokenizer and the template of the rollouts"
+            f"{', or pass `continued=True` for later turns of trajectories' if length else ''}."
         )
 
 
