@@ -1,16 +1,61 @@
-"""What stands beside any objective: an entropy bonus, with its gradient through every logit, and the ratio of the tokens before."""
+"""What stands on any objective, or beside it: an entropy bonus, with its gradient through every logit, and the ratio of the tokens before."""
 
 import math
 from typing import final
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, fields, frozen
 from torch import Tensor
 
-from lopd.losses.objective import Objective, OfObjective, Signal, TokenLosses
-from lopd.losses.tokens import Tokens
+from lopd.losses.objective import Objective, Signal, TokenLosses
+from lopd.losses.tokens import Tokens, check_per_token
 from lopd.losses.variants import window_ratio
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.checks import check_number, own_numbers
+
+
+def is_uncorrected(part: object) -> bool:
+    """Return whether a loss or an objective states that it does not correct for rollouts of another policy."""
+    return isinstance(part, StatesCorrection) and part.uncorrected
+
+
+def is_baselined(part: object) -> bool:
+    """Return whether a loss or an objective states that it adds a baseline to advantages."""
+    return isinstance(part, StatesBaseline) and part.baselined
+
+
+def ignores_labels(part: object) -> bool:
+    """Return whether a loss or an objective states that it reads no labels."""
+    return isinstance(part, StatesLabels) and part.ignores_labels
+
+
+class OfObjective:
+    """What a loss on an objective, or an objective beside another one, states of itself: what that one does."""
+
+    __slots__ = ()
+    objective: Objective
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
+        return is_uncorrected(self.objective)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether its objective does (`lopd.protocols.StatesLabels`)."""
+        return ignores_labels(self.objective)
+
+    def _losses(self, logprobs_MK: Tensor, tokens: Tokens) -> TokenLosses:
+        """Return what its objective gives, checked: one value a token of each."""
+        losses = self.objective(logprobs_MK, tokens)
+        for part in fields(TokenLosses):
+            check_per_token(f"Objective {type(self.objective).__name__}: {part.name}", getattr(losses, part.name, None), tokens)
+        return losses
 
 
 @final
@@ -54,7 +99,7 @@ class EntropyBonus(OfObjective):
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""
-        losses = self.objective(logprobs_MK, tokens)
+        losses = self._losses(logprobs_MK, tokens)
         return evolve(losses, loss=losses.loss - self.coefficient * tokens.weight * tokens.entropies(gradient=True))
 
 
@@ -102,7 +147,7 @@ class WindowRatio(OfObjective):
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""
-        losses = self.objective(logprobs_MK, tokens)
+        losses = self._losses(logprobs_MK, tokens)
         ones_M = torch.ones_like(losses.logprobs)
         before = window_ratio(Signal(ones_M, ones_M, losses.logprobs, tokens), self.window, self.cap)
         return evolve(losses, loss=losses.loss * before.weight)

@@ -11,9 +11,10 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError
+from lopd.losses.beside import OfObjective
 from lopd.losses.chunked import ChunkedHead, logprobs_and_entropies, refuse_second_order
 from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, sum_dtype
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses
 from lopd.losses.tokens import Tokens, counted_rows
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -68,7 +69,8 @@ class FusedLoss(OfObjective):
         """Return weighted sums over the counted tokens.
 
         Raises:
-            InvalidRecordError: hidden states of another size than the head's.
+            InvalidRecordError: hidden states of another size than the head's; or the objective, or a function in it, gives another shape than
+                one value a token.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
@@ -79,7 +81,7 @@ class FusedLoss(OfObjective):
             logprobs_MK, entropies_M = logprobs_and_entropies(
                 hidden_MD, head, ids_MK, self.chunking, entropy=entropy, skipping=self.epsilon > 0
             )
-            losses = self.objective(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
+            losses = self._losses(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
             return TokenLosses.joined([losses], hidden_MD.new_zeros(0, dtype=sum_dtype(hidden_MD, head.weight))).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
         for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
@@ -87,7 +89,7 @@ class FusedLoss(OfObjective):
             # autograd on (C, K) values, so that each equation is written once, in its objective
             leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
             known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
-            losses = self.objective(leaves[0], known)
+            losses = self._losses(leaves[0], known)
             gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))
             chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows] if self.epsilon > 0 else None)

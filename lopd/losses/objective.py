@@ -17,8 +17,8 @@ from lopd.errors import InvalidRecordError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
-from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
-from lopd.records.checks import check_number, own_numbers
+from lopd.losses.tokens import check_per_token
+from lopd.records.checks import check_number, name_of, own_numbers
 from lopd.records.steps import LossOutput
 
 
@@ -131,43 +131,6 @@ class Objective(Protocol):
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """Return the weighted losses; their gradient goes through `logprobs_MK`."""
         ...
-
-
-def is_uncorrected(part: object) -> bool:
-    """Return whether a loss or an objective states that it does not correct for rollouts of another policy."""
-    return isinstance(part, StatesCorrection) and part.uncorrected
-
-
-def is_baselined(part: object) -> bool:
-    """Return whether a loss or an objective states that it adds a baseline to advantages."""
-    return isinstance(part, StatesBaseline) and part.baselined
-
-
-def ignores_labels(part: object) -> bool:
-    """Return whether a loss or an objective states that it reads no labels."""
-    return isinstance(part, StatesLabels) and part.ignores_labels
-
-
-class OfObjective:
-    """What a loss on an objective, or an objective beside another one, states of itself: what that one does."""
-
-    __slots__ = ()
-    objective: Objective
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
-
-    @property
-    def ignores_labels(self) -> bool:
-        """Whether its objective does (`lopd.protocols.StatesLabels`)."""
-        return ignores_labels(self.objective)
 
 
 def _check_clip(owner: object, _: Any, clip: Any) -> None:
@@ -290,4 +253,6 @@ class OPDObjective(OPDSettings):
         signal = Signal(advantages_M, tokens.weight, student_M, tokens)
         for transform in self.transforms:
             signal = transform(signal)
+            for part in ("advantages", "weight"):
+                check_per_token(f"Transform {name_of(transform)}: {part}", getattr(signal, part, None), tokens)
         return signal

@@ -11,7 +11,8 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, ignores_labels, is_baselined, is_uncorrected
+from lopd.losses.beside import OfObjective, ignores_labels, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -29,13 +30,17 @@ class ReferenceLoss(OfObjective):
     objective: Objective
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Return weighted sums over the counted tokens."""
+        """Return weighted sums over the counted tokens.
+
+        Raises:
+            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token.
+        """
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
             finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
-        return self.objective(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
+        return self._losses(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
 
 
 @final

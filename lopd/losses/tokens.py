@@ -10,8 +10,9 @@ import torch
 from attrs import evolve, fields, frozen
 from torch import Tensor
 
-from lopd.errors import MissingScoresError
+from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import functional
+from lopd.records.checks import a_kind
 from lopd.records.steps import Batch
 
 
@@ -142,6 +143,17 @@ class Tokens:
 def counted_rows(values_ND: Tensor, batch: Batch) -> Tensor:
     """Return (M, D) the rows of the tokens that count; where all do, the very tensor: a selection would copy it, and its gradient once more."""
     return values_ND if len(batch.counted) == len(values_ND) else values_ND.index_select(0, batch.counted)
+
+
+def check_per_token(owner: str, value: Any, tokens: Tokens) -> None:
+    """Refuse what is not one value a token: another shape broadcasts with the weights, and trains on another gradient.
+
+    Raises:
+        InvalidRecordError: it has another shape, or is not a tensor.
+    """
+    if not isinstance(value, Tensor) or value.shape != tokens.weight.shape:
+        got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
+        raise InvalidRecordError(f"{owner} is {got}, expected shape {tuple(tokens.weight.shape)}; return one value for each token.")
 
 
 def _present(column: Tensor | None, name: str, expected: str) -> Tensor:

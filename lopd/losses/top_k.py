@@ -14,8 +14,8 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import functional
 from lopd.losses.divergences import Divergence, tail_advantages
 from lopd.losses.objective import TokenLosses
-from lopd.losses.tokens import Tokens
-from lopd.records.checks import check_number, own_numbers
+from lopd.losses.tokens import Tokens, check_per_token
+from lopd.records.checks import check_number, name_of, own_numbers
 
 
 def _check_bound(owner: Any, attribute: Any, bound: float | None) -> None:
@@ -103,6 +103,7 @@ class TopKObjective:
         student_MK = logprobs_MK[:, 1 : 1 + top_k.ids.shape[1]]
         teacher_MK, tail_M = (column.to(logprobs_MK.dtype) for column in (top_k.logprobs, top_k.tail))
         loss_M, clipped_M = self.divergence(student_MK, teacher_MK, tail_M), torch.zeros_like(sampled_M)
+        check_per_token(f"Divergence {name_of(self.divergence)}: its result", loss_M, tokens)
         if self.residual:
             residual_M, clipped_M = self._residual(self._draws(logprobs_MK, tokens), tail_advantages(self.divergence, student_MK, tail_M))
             loss_M = loss_M + residual_M

@@ -110,6 +110,12 @@ def a_kind(value: object) -> str:
     return f"{'an' if name[0] in 'AEIOaeiou' else 'a'} {name}"
 
 
+def name_of(function: object) -> str:
+    """Return the name of a function, also inside a `functools.partial`."""
+    inside = getattr(function, "func", function)
+    return str(getattr(inside, "__name__", type(inside).__name__))
+
+
 def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     """Refuse an argument that lacks a public name of `kind`, or cannot be called though `kind` can.
 
