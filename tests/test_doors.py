@@ -20,6 +20,7 @@ from lopd import (
     ReferenceOPDLoss,
     Rollout,
     SamplingParams,
+    TopKObjective,
     audit,
     batches,
     collect_rollouts,
@@ -40,6 +41,7 @@ from lopd import (
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
+from lopd.losses.divergences import reverse_kl
 from lopd.records import Lineage, ModelId
 from lopd.tools.doctor import check_store
 from lopd.tools.interop import (
@@ -71,6 +73,10 @@ TRAINING = {
     "a class": (
         lambda s, o, steps: opd_steps(s, steps, ReferenceOPDLoss, o),
         r"Loss: it is the class ReferenceOPDLoss.*call it: ReferenceOPDLoss\(\)",
+    ),
+    "an objective": (
+        lambda s, o, steps: opd_steps(s, steps, TopKObjective(reverse_kl), o),
+        r"Loss: it is a TopKObjective, which is an objective; pass a loss on it: `FusedLoss\(...\)`",
     ),
     "a store for steps": (lambda s, o, steps: opd_steps(s, steps.store, LOSS, o), r"Steps: it is a MemoryStore.*pass `batches\(store\)"),
     "what is not a step": (lambda s, o, steps: next(opd_steps(s, [[1]], LOSS, o)), r"Step: it is a list.*pass `batches\(store\)"),

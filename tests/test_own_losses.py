@@ -9,13 +9,16 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import EntropyBonus, WindowRatio
-from lopd.losses.divergences import Divergence, reverse_kl
-from lopd.losses.fused import FusedLoss
+from lopd.losses.divergences import Divergence, jensen_shannon, reverse_kl
+from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
-from lopd.losses.reference import ReferenceLoss
+from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, WeightedLoss
 from lopd.losses.top_k import TopKObjective
+from lopd.losses.variants import extrapolate, importance_ratio
+from lopd.protocols import OPDLoss
+from lopd.protocols.doors import check_noun
 from lopd.testing import loss_case
 
 both_paths = pytest.mark.parametrize("path", [ReferenceLoss, FusedLoss])
@@ -94,3 +97,61 @@ class Gap:
 def test_an_objective_of_another_shape_than_the_tokens_is_refused(path: Any, beside: Any, part: str) -> None:
     for per_token_alone in (True, False):
         refused(path, beside(Gap(part, per_token_alone)), rf"Objective Gap: {part} is of shape \(15, 1\), expected shape \(15,\)")
+
+
+@pytest.mark.parametrize("of", [ReferenceLoss, FusedLoss, EntropyBonus, WindowRatio])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (reverse_kl, "a function, which has no `ids`"),
+        (FusedOPDLoss(), "a FusedOPDLoss, which has no `ids`"),
+        (TopKObjective, r"the class TopKObjective.*call it: TopKObjective\(\)"),
+    ],
+)
+def test_what_stands_on_an_objective_refuses_anything_else(of: Any, wrong: Any, said: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{of.__name__}: objective: it is {said}"):
+        of(wrong)
+
+
+@pytest.mark.parametrize("objective", [TopKObjective(reverse_kl), EntropyBonus(OPDObjective())])
+def test_an_objective_is_refused_where_a_loss_is_wanted(objective: Any) -> None:
+    message = rf"Loss: it is an? {type(objective).__name__}, which is an objective; pass a loss on it: `FusedLoss\(...\)`"
+    with pytest.raises(ArgumentError, match=message):
+        check_noun(objective, OPDLoss)
+    with pytest.raises(ArgumentError, match=message):
+        WeightedLoss([(1.0, FusedOPDLoss()), (0.5, objective)])
+
+
+@pytest.mark.parametrize("wrong", ["reverse_kl", None, lambda student, teacher: student])
+def test_a_divergence_is_a_function_of_three(wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"TopKObjective: divergence: it is .*, expected a function of \(student,teacher,tail\)"):
+        TopKObjective(wrong)
+    assert TopKObjective(partial(jensen_shannon, beta=0.1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((FusedOPDLoss(), 1.0), "WeightedLoss: coefficient is FusedOPDLoss.*, expected a number"),
+        ((float("nan"), FusedOPDLoss()), "WeightedLoss: coefficient is nan, expected finite"),
+        ((1.0, "sft"), "Loss: it is a str"),
+    ],
+)
+def test_a_weighted_loss_refuses_pairs_that_are_not_a_number_and_a_loss(wrong: Any, message: str) -> None:
+    with pytest.raises(InvalidRecordError, match=message):
+        WeightedLoss([(1.0, FusedOPDLoss()), wrong])
+
+
+@pytest.mark.parametrize("kind", [OPDObjective, ReferenceOPDLoss, FusedOPDLoss])
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        (importance_ratio, "Transforms: it is a function, expected several"),
+        (partial(extrapolate, scale=1.5), "Transforms: it is a partial, expected several"),
+        ((importance_ratio, extrapolate), r"Transform: it is a function of .*scale.*, expected a function of \(signal\)"),
+        (["power"], r"Transform: it is a str, expected a function of \(signal\)"),
+    ],
+)
+def test_transforms_are_several_functions_of_a_signal(kind: Any, transforms: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        kind(transforms=transforms)

@@ -1,17 +1,17 @@
 """What stands on any objective, or beside it: an entropy bonus, with its gradient through every logit, and the ratio of the tokens before."""
 
 import math
-from typing import final
+from typing import Any, final
 
 import torch
-from attrs import evolve, fields, frozen
+from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
 from lopd.losses.objective import Objective, Signal, TokenLosses
 from lopd.losses.tokens import Tokens, check_per_token
 from lopd.losses.variants import window_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
-from lopd.records.checks import check_number, own_numbers
+from lopd.records.checks import check_kind, check_number, own_numbers
 
 
 def is_uncorrected(part: object) -> bool:
@@ -27,6 +27,16 @@ def is_baselined(part: object) -> bool:
 def ignores_labels(part: object) -> bool:
     """Return whether a loss or an objective states that it reads no labels."""
     return isinstance(part, StatesLabels) and part.ignores_labels
+
+
+def check_objective(owner: object, _: Any, objective: Any) -> None:
+    """Refuse what is not an objective, such as a loss or a divergence.
+
+    Raises:
+        ArgumentError: it lacks a name of one.
+    """
+    remedy = "pass an objective: `OPDObjective(...)`, or `TopKObjective(divergence)`"
+    check_kind(f"{type(owner).__name__}: objective", objective, Objective, remedy)
 
 
 class OfObjective:
@@ -74,12 +84,13 @@ class EntropyBonus(OfObjective):
 
     Raises:
         InvalidRecordError: the coefficient is not finite.
+        ArgumentError: the objective is something else.
 
     Source: LSPD (arXiv 2609.35505): a Huber loss of \(\ell_\theta - \ell_T\) that is \(d^2\) within 5 nats, minus 0.1 H, without a ratio.  That has
     twice the gradient of `EntropyBonus(OPDObjective(clip=5.0), 0.05)`.
     """
 
-    objective: Objective
+    objective: Objective = field(validator=check_objective)
     coefficient: float = 0.05
 
     wants_entropy = True
@@ -122,11 +133,12 @@ class WindowRatio(OfObjective):
 
     Raises:
         InvalidRecordError: `window` is less than 1, or the cap not more than 0.
+        ArgumentError: the objective is something else.
 
     Source: per-decision importance sampling (Precup et al. 2000), truncated in time and in size.
     """
 
-    objective: Objective
+    objective: Objective = field(validator=check_objective)
     window: int = 8
     cap: float | None = 4.0
 

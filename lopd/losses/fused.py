@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError
-from lopd.losses.beside import OfObjective
+from lopd.losses.beside import OfObjective, check_objective
 from lopd.losses.chunked import ChunkedHead, logprobs_and_entropies, refuse_second_order
 from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, sum_dtype
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses
@@ -59,9 +59,10 @@ class FusedLoss(OfObjective):
 
     Raises:
         InvalidRecordError: epsilon is less than 0 or not finite.
+        ArgumentError: the objective is something else, such as a loss.
     """
 
-    objective: Objective
+    objective: Objective = field(validator=check_objective)
     chunking: Chunking = DEFAULT_CHUNKING
     epsilon: float = field(default=0.0, validator=_check_epsilon)
 

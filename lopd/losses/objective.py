@@ -13,12 +13,12 @@ import torch
 from attrs import field, fields, frozen
 from torch import Tensor
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
 from lopd.losses.tokens import check_per_token
-from lopd.records.checks import check_number, name_of, own_numbers
+from lopd.records.checks import a_kind, check_call, check_number, name_of, own_numbers
 from lopd.records.steps import LossOutput
 
 
@@ -78,7 +78,12 @@ def with_labels(transform: _Function) -> _Function:
 
 
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
-    return tuple(transforms)
+    if not isinstance(transforms, Iterable):
+        raise ArgumentError(f"Transforms: it is {a_kind(transforms)}, expected several; pass a tuple, of one: `(...,)`.")
+    several = tuple(transforms)
+    for transform in several:
+        check_call("Transform", transform, "signal")
+    return several
 
 
 def _is_marked(transform: Transform, mark: str) -> bool:
@@ -169,6 +174,7 @@ class OPDSettings:
 
     Raises:
         InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio.
+        ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
     """

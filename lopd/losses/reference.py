@@ -3,6 +3,7 @@
 Memory: logits of all counted tokens of a micro-batch, M * V * 4 bytes, a few times over.
 """
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -11,10 +12,12 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.beside import OfObjective, ignores_labels, is_baselined, is_uncorrected
+from lopd.losses.beside import OfObjective, check_objective, ignores_labels, is_baselined, is_uncorrected
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, counted_rows
 from lopd.protocols import OPDLoss
+from lopd.protocols.doors import check_noun
+from lopd.records.checks import check_number, to_real
 from lopd.records.steps import Batch, LMHead, LossOutput
 
 
@@ -25,9 +28,12 @@ class ReferenceLoss(OfObjective):
 
     Args:
         objective: which loss.
+
+    Raises:
+        ArgumentError: the objective is something else, such as a loss.
     """
 
-    objective: Objective
+    objective: Objective = field(validator=check_objective)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens.
@@ -75,7 +81,11 @@ class SFTLoss:
 def _to_terms(terms: Sequence[tuple[float, OPDLoss]]) -> tuple[tuple[float, OPDLoss], ...]:
     if not terms:
         raise InvalidRecordError("WeightedLoss: it has 0 terms, expected at least 1; pass (coefficient, loss) pairs.")
-    return tuple(terms)
+    pairs = tuple((to_real("WeightedLoss", "coefficient", coefficient), loss) for coefficient, loss in terms)
+    for coefficient, loss in pairs:
+        check_number("WeightedLoss", "coefficient", coefficient, math.isfinite(coefficient), "finite")
+        check_noun(loss, OPDLoss)
+    return pairs
 
 
 @final
@@ -85,6 +95,10 @@ class WeightedLoss:
 
     Args:
         terms: (coefficient, loss) pairs, for example `[(1.0, ReferenceOPDLoss()), (0.1, SFTLoss())]`.
+
+    Raises:
+        InvalidRecordError: there are 0 terms, or a coefficient is not a finite number.
+        ArgumentError: a loss is something else, such as an objective.
     """
 
     terms: tuple[tuple[float, OPDLoss], ...] = field(converter=_to_terms)

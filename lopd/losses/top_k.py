@@ -15,12 +15,16 @@ from lopd.losses import functional
 from lopd.losses.divergences import Divergence, tail_advantages
 from lopd.losses.objective import TokenLosses
 from lopd.losses.tokens import Tokens, check_per_token
-from lopd.records.checks import check_number, name_of, own_numbers
+from lopd.records.checks import check_call, check_number, name_of, own_numbers
 
 
 def _check_bound(owner: Any, attribute: Any, bound: float | None) -> None:
     own_numbers(owner, "TopKObjective")
     check_number("TopKObjective", attribute.name, bound, bound is None or 0 < bound < math.inf, "None, or finite and more than 0")
+
+
+def _check_divergence(_: Any, __: Any, divergence: Any) -> None:
+    check_call("TopKObjective: divergence", divergence, "student,teacher,tail")
 
 
 class _Draws(NamedTuple):
@@ -63,11 +67,12 @@ class TopKObjective:
 
     Raises:
         InvalidRecordError: a bound is not finite and more than 0, or is given without a residual; or the divergence has no residual.
+        ArgumentError: the divergence is not a function of the student's and the teacher's log-probs, and the teacher's tail.
 
     Source: exact terms on a support plus a score-function term for the rest, as in NeMo-RL's pull request 3608; the control variate b is lopd's.
     """
 
-    divergence: Divergence
+    divergence: Divergence = field(validator=_check_divergence)
     residual: bool = False
     clip: float | None = field(default=None, validator=_check_bound)
     ratio_cap: float | None = field(default=None, validator=_check_bound)

@@ -36,10 +36,13 @@ def check_noun(value: object, noun: type) -> None:
     """Refuse what is not of this noun, by the names that it lacks; a student may be inside a DistributedDataParallel.
 
     Raises:
-        ArgumentError: it is something else, or a class in place of an object.
+        ArgumentError: it is something else, such as an objective in place of a loss, or a class in place of an object.
     """
     name, remedy = _NOUNS[noun]
     check_kind(name, inner(value), _Optimizer if noun is Optimizer else noun, remedy)
+    # it can be called, and would end in the first step
+    if noun is OPDLoss and hasattr(value, "wants_entropy"):
+        raise ArgumentError(f"{name}: it is {a_kind(value)}, which is an objective; pass a loss on it: `FusedLoss(...)`.")
 
 
 def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> None:
