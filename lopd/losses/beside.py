@@ -117,7 +117,7 @@ class EntropyBonus(OfObjective):
 @final
 @frozen
 class WindowRatio(OfObjective):
-    r"""Another objective, each token's loss times the ratio of the tokens before: `WindowRatio(TopKObjective(reverse_kl, residual=True))`.
+    r"""Another objective, each token's loss times the ratio of the tokens before: `FusedLoss(WindowRatio(TopKObjective(reverse_kl, residual=True)))`.
 
     \[ L_t\, \min\Big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k),\; c\Big) \]
 
