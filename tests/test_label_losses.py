@@ -98,7 +98,7 @@ IGNORED = [
     WeightedLoss([(1.0, FusedSFTLoss()), (0.5, SFTLoss())]),
 ]
 PERHAPS_READ = [
-    FusedOPDLoss(ratio_to_ref=True, transforms=(importance_ratio, partial(weigh_labels, by=torch.abs))),
+    FusedOPDLoss(transforms=(importance_ratio, partial(weigh_labels, by=torch.abs))),
     FusedOPDLoss(ratio_to_ref=True, transforms=(as_it_is,)),
     WeightedLoss([(1.0, FusedSFTLoss()), (1.0, FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,)))]),
     partial(FusedSFTLoss.__call__, FusedSFTLoss()),

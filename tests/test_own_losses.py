@@ -16,7 +16,7 @@ from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, WeightedLoss
 from lopd.losses.top_k import TopKObjective
-from lopd.losses.variants import extrapolate, importance_ratio
+from lopd.losses.variants import entropy_advantage, extrapolate, importance_ratio, log_compress, power, ppo_clip, window_ratio
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
 from lopd.testing import loss_case
@@ -155,3 +155,29 @@ def test_a_weighted_loss_refuses_pairs_that_are_not_a_number_and_a_loss(wrong: A
 def test_transforms_are_several_functions_of_a_signal(kind: Any, transforms: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         kind(transforms=transforms)
+
+
+@pytest.mark.parametrize("kind", [OPDObjective, ReferenceOPDLoss, FusedOPDLoss])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio_to_ref": True, "transforms": [ppo_clip]}, "ratio_to_ref and ppo_clip, .* the ratio would count twice; leave one out"),
+        ({"ratio_to_ref": True, "transforms": [log_compress, partial(importance_ratio, cap=2.0)]}, "ratio_to_ref and importance_ratio, "),
+        ({"transforms": [importance_ratio, ppo_clip]}, "importance_ratio and ppo_clip, "),
+        (
+            {"kl_baseline": True, "transforms": [partial(extrapolate, scale=1.5)]},
+            "kl_baseline and extrapolate, .* the last replaces the advantage",
+        ),
+        ({"kl_baseline": True, "transforms": [partial(power, alpha=0.5)]}, "kl_baseline and power, "),
+        ({"kl_baseline": True, "transforms": [entropy_advantage]}, "kl_baseline and entropy_advantage, "),
+        ({"transforms": [partial(extrapolate, scale=1.5), entropy_advantage]}, "extrapolate and entropy_advantage, "),
+    ],
+)
+def test_parts_of_which_one_alone_is_meant_are_refused_together(kind: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRecordError, match=f"{kind.__name__}: it has {message}"):
+        kind(**settings)
+
+
+def test_a_ratio_of_the_tokens_before_and_a_baseline_stand_beside_a_ratio() -> None:
+    assert FusedOPDLoss(ratio_to_ref=True, kl_baseline=True, transforms=(partial(window_ratio, window=3), log_compress))
+    assert FusedOPDLoss(kl_baseline=True, transforms=(ppo_clip,))

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from lopd.records.checks import check_number
+from lopd.records.checks import check_number, to_real
 
 #: Nats: the logarithm of a ratio counts as at most this much.  A ratio of 5e8 is far from any that a run learns from; float32 ends at 88 nats.
 MAX_LOG_RATIO = 20.0
@@ -64,7 +64,7 @@ def bounded_ratio(log_ratio_M: Tensor, cap: float | None = None) -> Tensor:
     tensor([0.3679, 1.0000, 4.0000, 4.0000])
     """
     if cap is not None:
-        check_number("Ratio", "cap", cap, cap > 0, "None, or more than 0")
+        check_number("Ratio", "cap", cap, to_real("Ratio", "cap", cap) > 0, "None, or more than 0")
     most = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
     return torch.exp(log_ratio_M - (log_ratio_M.detach() - most).clamp(min=0))
 

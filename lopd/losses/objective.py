@@ -77,6 +77,18 @@ def with_labels(transform: _Function) -> _Function:
     return transform
 
 
+def with_ratio(transform: _Function) -> _Function:
+    """Mark a transform that multiplies weights by the token's own importance ratio, so that a loss which has one already is refused."""
+    transform.with_ratio = True  # type: ignore[attr-defined]
+    return transform
+
+
+def replacing(transform: _Function) -> _Function:
+    """Mark a transform that replaces the advantage so far, so that a loss whose baseline it would drop is refused."""
+    transform.replacing = True  # type: ignore[attr-defined]
+    return transform
+
+
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     if not isinstance(transforms, Iterable):
         raise ArgumentError(f"Transforms: it is {a_kind(transforms)}, expected several; pass a tuple, of one: `(...,)`.")
@@ -168,12 +180,13 @@ class OPDSettings:
             `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online and with weights
             `by_token` the same expected gradient, with less variance (vOPD, arXiv 2605.07865).  With weights `by_rollout` it changes the
             expected gradient, since 1/T depends on later tokens: it takes away the push towards longer responses (`lopd.by_rollout`).
-            `opd_steps` warns of that.
+            `opd_steps` warns of that.  Refused beside a transform that replaces the advantage (`extrapolate`, `power`, `entropy_advantage`).
         ratio_cap: \(c\), more than 0: a ratio of more counts as c, and keeps its gradient (`functional.bounded_ratio`).  A smaller cap has less
             variance, and more bias where the student has moved.  None leaves ratios as they are up to \(e^{20}\) (`functional.MAX_LOG_RATIO`).
 
     Raises:
-        InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio.
+        InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio;
+            or two of its parts have the ratio, or two make the advantage.
         ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
@@ -185,6 +198,18 @@ class OPDSettings:
     advantage: float | None = None
     kl_baseline: bool = False
     ratio_cap: float | None = field(default=None, validator=_check_cap, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        alike = (
+            ("ratio_to_ref", "with_ratio", "the ratio would count twice"),
+            ("kl_baseline", "replacing", "the last replaces the advantage"),
+        )
+        for setting, mark, why in alike:
+            named = [setting] if getattr(self, setting) else []
+            named += [name_of(transform) for transform in self.transforms if _is_marked(transform, mark)]
+            if len(named) > 1:
+                name = type(self).__name__
+                raise InvalidRecordError(f"{name}: it has {' and '.join(named)}, expected one of them, since {why}; leave one out.")
 
     @property
     def uncorrected(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lopd.losses import functional
-from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy, with_labels
+from lopd.losses.objective import Signal, baselined, per_token, replacing, uncorrected, with_entropy, with_labels, with_ratio
 from lopd.records.checks import check_at_least, check_number, to_real
 from lopd.records.devices import running_sums
 
@@ -32,13 +32,7 @@ def _ratio(signal: Signal, cap: float | None = None) -> Tensor:
     return functional.bounded_ratio(signal.student_logprobs - signal.tokens.sampler(), cap)
 
 
-def _to_cap(cap: float | None) -> float | None:
-    if cap is not None:
-        cap = to_real("Variant", "cap", cap)
-        check_number("Variant", "cap", cap, cap > 0, "None, or more than 0")
-    return cap
-
-
+@with_ratio
 @per_token
 def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
     r"""Return weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_q), c)\), to the distribution q that drew the tokens.
@@ -55,9 +49,10 @@ def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
 
     Source: truncated importance sampling (Ionides 2008); without a cap AsyncOPD (arXiv 2606.24143).
     """
-    return evolve(signal, weight=signal.weight * _ratio(signal, _to_cap(cap)))
+    return evolve(signal, weight=signal.weight * _ratio(signal, cap))
 
 
+@with_ratio
 @per_token
 def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
     r"""Return the gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
@@ -78,6 +73,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
     return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
 
 
+@replacing
 @uncorrected
 @per_token
 def extrapolate(signal: Signal, scale: float) -> Signal:
@@ -93,6 +89,7 @@ def extrapolate(signal: Signal, scale: float) -> Signal:
     return evolve(signal, advantages=scale * (signal.tokens.teacher() - ref_M) - (signal.student_logprobs - ref_M))
 
 
+@replacing
 @per_token
 def power(signal: Signal, alpha: float) -> Signal:
     r"""Make the advantage \((\pi_T^\alpha - \pi_\theta^\alpha) / \alpha\), within \(\pm 1/\alpha\); towards 0 it becomes the log-ratio.
@@ -141,7 +138,7 @@ def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Si
 
     Source: per-decision importance sampling (Precup et al. 2000), truncated in time and in size.
     """
-    window, cap = check_at_least("Window ratio", "window", window, 1), _to_cap(cap)
+    window = check_at_least("Window ratio", "window", window, 1)
 
     def factors(log_ratio_T: Tensor) -> Tensor:
         most = min(window, len(log_ratio_T))
@@ -222,6 +219,7 @@ def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
     return _keep(signal, fraction, lambda logprobs_T: logprobs_T.argsort(stable=True))
 
 
+@replacing
 @with_entropy
 def entropy_advantage(signal: Signal) -> Signal:
     r"""Make the advantage \(-\frac12 - \frac{H_t - H_{min}}{2\,(H_{max} - H_{min})}\): -1/2 where the student is surest, -1 where it is
