@@ -7,8 +7,11 @@ import pickle
 import random
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +76,39 @@ def test_a_failing_score_write_names_the_store(filled: ZarrStore, monkeypatch: p
     assert not list(place(filled).glob("scores/ref/*/"))
     filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
     assert ZarrStore.open(place(filled)).scored("ref").tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("call", [lambda store: store.append(many(10, 1)), ZarrStore.compact], ids=["append", "compact"])
+@pytest.mark.parametrize(("asked", "answer"), [("is_dir", None), ("stat", None), ("stat", SimpleNamespace(st_nlink=1))])
+def test_a_commit_that_was_linked_before_its_file_server_failed_keeps_its_segments(
+    asked: str, answer: Any, call: Callable[[ZarrStore], None], filled: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link, look, before = os.link, getattr(Path, asked), rows_of(filled)
+
+    def fail_once(*_: object, **__: object) -> Any:
+        monkeypatch.setattr(Path, asked, look)
+        if answer is None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return answer
+
+    def link_and_fail(source: Path, target: Path) -> None:
+        link(source, target)
+        if target.parent.name == "commits":
+            monkeypatch.setattr(os, "link", link)
+            monkeypatch.setattr(Path, asked, fail_once)
+            if asked == "stat":
+                raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "link", link_and_fail)
+    with pytest.raises(StoreWriteError) as raised:
+        call(filled)
+    assert answer or "nothing of this call was committed" not in str(raised.value)
+    assert getattr(Path, asked) is look
+    again = ZarrStore.open(place(filled))
+    assert len(again.history()) == 4
+    assert rows_of(again)[: len(before)] == before
+    call(filled)
+    assert list(again.verify()) == []
 
 
 def test_everything_a_commit_record_names_is_flushed_before_the_record_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

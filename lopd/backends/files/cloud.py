@@ -221,7 +221,7 @@ class ObstoreFiles:
         except OSError as error:
             if not lost:
                 raise
-            raise in_doubt(self, path, error) from error
+            raise in_doubt(self.url, path, error) from error
 
     def _put_or_compare(self, path: str, data: bytes, lost: list[OSError]) -> bool:
         try:

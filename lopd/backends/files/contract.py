@@ -183,13 +183,13 @@ def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
     except FileNotFoundError:
         raise error from error.__cause__
     except OSError:
-        raise in_doubt(files, path, error) from error
+        raise in_doubt(files.url, path, error) from error
 
 
-def in_doubt(files: Files, path: str, error: OSError) -> StoreWriteError:
+def in_doubt(url: str, path: str, error: OSError) -> StoreWriteError:
     """Make the error for a put that may have been done: what belongs to it must stay."""
     return StoreWriteError(
-        f"{files.url}/{path}: the storage did not report whether it is written ({error}); "
+        f"{url}/{path}: the storage did not report whether it is written ({error}); "
         "open the store again when the storage is back, and repeat the call, which is safe."
     )
 

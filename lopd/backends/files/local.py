@@ -19,7 +19,7 @@ from typing import Any, final
 from uuid import uuid4
 from weakref import finalize
 
-from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, read_spans
+from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.paths import open_regular
@@ -163,16 +163,16 @@ class LocalFiles:
 
     def settle(self, folder: str, /) -> None:
         """Flush a folder, and its entry in the one that it stands in, unless this object has done so before."""
-        if not (self.root / folder).is_dir():
-            return
+        path = self.root / folder
         try:
-            flush(self.root / folder)
-            if self.root / folder not in self._durable:
-                flush((self.root / folder).parent)
-                self._durable.add(self.root / folder)
+            if path.is_dir():
+                flush(path)
+                if path not in self._durable:
+                    flush(path.parent)
+                    self._durable.add(path)
         except OSError as error:
             raise StoreWriteError(
-                f"Folder {self.root / folder}: flushing it failed with {error}, expected its newest file to be durable; "
+                f"Folder {path}: flushing it failed with {error}, expected its newest file to be durable; "
                 "the file may not survive a power cut, so check the disk and repeat the call, which is safe."
             ) from error
 
@@ -209,12 +209,16 @@ def _link(file: Path, name: Path) -> bool:
 
     Raises:
         StorePathError: this file system has no hard links.
+        StoreWriteError: the file server does not answer whether it has done so.
     """
     try:
         os.link(file, name)
     except OSError as error:
-        if file.stat().st_nlink > 1:
-            return True
+        try:
+            if file.stat().st_nlink > 1:
+                return True
+        except OSError:
+            raise in_doubt(str(name.parent), name.name, error) from error
         if error.errno in _NO_LINKS:
             raise StorePathError(
                 f"Folder {name.parent}: its file system has no hard links ({error.strerror}), by which one of several writers makes a file; "

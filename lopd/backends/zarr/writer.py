@@ -180,9 +180,11 @@ class Writer:
         return True
 
     def _remove(self, paths: Sequence[str]) -> None:
-        # What cannot be removed now is for a sweep: no record names it.
-        with suppress(OSError):
-            self._files.remove(paths)
+        # What a record names stays, whatever the storage answered; what cannot be removed now is for a sweep.
+        with suppress(OSError, LopdError):
+            if paths:
+                self._state.refresh()
+                self._files.remove(set(paths) - self._state.paths())
 
     @contextmanager
     def _writing(self, paths: Sequence[str]) -> Iterator[None]:
