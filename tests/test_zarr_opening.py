@@ -208,6 +208,23 @@ def test_a_record_that_a_listing_has_overlooked_is_not_missing(filled: ZarrStore
     assert list(filled.verify()) == []
 
 
+def test_a_record_that_a_file_server_was_asked_for_too_early_is_not_missing(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client of NFS that has looked in vain answers so for up to a minute, until the folder is opened."""
+    read, names, unseen = LocalFiles.read, LocalFiles.names, {f"commits/{number:010d}.json" for number in (1, 2)}
+
+    def seen(self: LocalFiles, path: str) -> bytes:
+        return read(self, f"{path}.unseen" if path in unseen else path)
+
+    def listed(self: LocalFiles, folder: str) -> list[str]:
+        unseen.difference_update([f"{folder}/{name}" for name in names(self, folder)])
+        return names(self, folder)
+
+    monkeypatch.setattr(LocalFiles, "read", seen)
+    monkeypatch.setattr(LocalFiles, "names", listed)
+    assert len(ZarrStore.open(place(filled))) == 4
+    assert not unseen
+
+
 def test_a_copy_that_was_made_while_somebody_wrote_is_told_to_be_made_again(filled: ZarrStore, tmp_path: Path) -> None:
     shutil.copytree(place(filled), tmp_path / "copy")
     filled.append(many(9, 1))
