@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import peft
@@ -158,6 +159,7 @@ class Killed(BaseException):
     ("raised", "expected", "message"),
     [
         (OSError(28, "No space left on device"), StoreWriteError, "No space left on device"),
+        (Exception("No space left on device (os error 28)"), StoreWriteError, "(os error 28).*export elsewhere"),  # as tokenizers has it
         (NotImplementedError("a slow one"), ModelError, "cannot be saved.*a slow one"),
         (Killed(), Killed, None),
     ],
@@ -319,6 +321,16 @@ def test_adapters_keep_what_ends_a_response(adapters, tokenizer, monkeypatch, tm
 def test_a_tokenizer_that_cannot_be_saved_is_found_when_the_student_is_made(llama):
     with pytest.raises(ModelError, match=r"its tokenizer cannot be saved .*a slow one"):
         CausalLMStudent(copy.deepcopy(llama), _Broken(NotImplementedError("a slow one")))
+
+
+def test_a_full_folder_for_temporary_files_is_named_when_the_student_is_made(llama, monkeypatch):
+    full = Exception("No space left on device (os error 28)")
+    with pytest.raises(StoreWriteError, match=rf"its tokenizer .*error 28.*tried in {tempfile.gettempdir()}, so .*, or set TMPDIR"):
+        CausalLMStudent(copy.deepcopy(llama), _Broken(full))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
+    with pytest.raises(StoreWriteError, match=r"found in \['/nowhere'\]\); it is tried in one of these, so free space there"):
+        CausalLMStudent(copy.deepcopy(llama), build_tokenizer())
 
 
 @pytest.mark.parametrize("kind", ["embeddings", "layers"])

@@ -10,10 +10,10 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import uuid4
 
@@ -46,15 +46,15 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
     Raises:
         ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; or torch.compile
             stands in the place of a layer.
+        StoreWriteError: the folder for temporary files, where it is tried, has no space.
     """
     base, name = unwrap(model), type(unwrap(model)).__name__
     generation = getattr(base, "generation_config", None)
     own = {"config": getattr(base, "config", None), "generation_config": generation} if base is model else {}
-    with TemporaryDirectory() as folder:
-        for what, part in {**own, "tokenizer": tokenizer}.items():
-            if hasattr(part, "save_pretrained"):
-                with _saving(f"Model {name}", f"its {what}"):
-                    part.save_pretrained(folder)
+    for what, part in {**own, "tokenizer": tokenizer}.items():
+        if hasattr(part, "save_pretrained"):
+            with _saving(f"Model {name}", f"its {what}", tried=True), tempfile.TemporaryDirectory() as folder:
+                part.save_pretrained(folder)
     if base is not model and generation is not None:
         with _saving(f"Model {name}", "its generation_config"):
             generation.to_json_string()
@@ -147,17 +147,17 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
 
 
 @contextmanager
-def _saving(owner: str, what: str) -> Iterator[None]:
-    """Turn what goes wrong while transformers and the disk write into one sentence."""
+def _saving(owner: str, what: str, *, tried: bool = False) -> Iterator[None]:
+    """Turn what goes wrong while transformers and the disk write into one sentence; what is only tried is written among temporary files."""
     try:
         yield
     except LopdError:
         raise
-    except (OSError, SafetensorError) as error:
-        raise StoreWriteError(
-            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so free space or mend permissions, or export elsewhere."
-        ) from error
     except Exception as error:  # whatever a tokenizer or a model raises that cannot be saved
+        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):  # as Rust ends what the system answered
+            there = f"it is tried in {tempfile.tempdir or 'one of these'}, so free space there, or set TMPDIR"
+            kept = "what was there is as it was, so free space or mend permissions, or export elsewhere"
+            raise StoreWriteError(f"{owner}: {what} cannot be written ({error}); {there if tried else kept}.") from error
         reason = " ".join(str(error).split())[:300].rstrip(".")
         raise ModelError(
             f"{owner}: {what} cannot be saved ({type(error).__name__}: {reason}); correct it on the model or the tokenizer before training, "

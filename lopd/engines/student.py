@@ -52,6 +52,7 @@ class CausalLMStudent(nn.Module):
     Raises:
         ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here
             (`lopd.engines.probes.check_training`).
+        StoreWriteError: the folder for temporary files, where saving is tried, has no space.
         ArgumentError: model or tokenizer are something else.
     """
 
