@@ -7,8 +7,9 @@ import torch
 from small_runs import scored, small, teacher_model  # noqa: F401
 
 from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts
+from lopd.errors import StoreWriteError
 from lopd.losses.variants import add_labels
-from lopd.records import Lineage, StepMetrics
+from lopd.records import Lineage, Ranks, StepMetrics
 from lopd.tools import phases
 from lopd.tools.phases import Run, digest, resumably, train_phase
 
@@ -56,6 +57,16 @@ def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s,
     monkeypatch.setattr(phases, "save_checkpoint", save)
     assert len(resumably(tmp_path, None, None, Lineage(), train, total=100)) == 100
     assert made == saved
+
+
+def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch):
+    full = StoreWriteError("Metrics: the disk is full, expected space; free some.")
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(1, 2))
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: mine or [full])  # rank 0 has nothing else than an error that this one has not
+    monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
+    monkeypatch.setattr(phases, "save_checkpoint", lambda *_, **__: pytest.fail("it waits for rank 0"))
+    with pytest.raises(StoreWriteError, match="the disk is full"):
+        resumably(tmp_path, None, None, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5)
 
 
 def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, scored):

@@ -104,8 +104,7 @@ def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
     student, tokenizer = make_student(start, recipe)
     found = run_phase(folder / "checkpoints" / name, phase, student, recipe)
     student.export(folder / name, tokenizer, phase.stream.lineage)
-    if Ranks.current().rank == 0:
-        write_json(folder / f"{name}.json", found)
+    Ranks.current().first(lambda: write_json(folder / f"{name}.json", found))
 
 
 def main() -> None:

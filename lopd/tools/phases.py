@@ -283,8 +283,7 @@ def resumably(
         # ranks save together, so the first one's clock counts
         if (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0 and Ranks.current().gather([took < 1 or monotonic() - saved >= _APART * took])[0]:
             begun = monotonic()
-            if Ranks.current().rank == 0:
-                write_json(checkpoints / "history.json", [asdict(m) for m in history])
+            Ranks.current().first(lambda: write_json(checkpoints / "history.json", [asdict(m) for m in history]))
             save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
             saved = monotonic()
             took = saved - begun
