@@ -223,6 +223,18 @@ def test_a_cache_with_a_tensor_that_has_other_rows_is_refused():
         select_rows({"keys": [torch.zeros(3, 4)]}, torch.tensor([0]), 2)
 
 
+@pytest.mark.parametrize("rows", [2, 3])
+def test_positions_in_time_height_and_width_are_cut_by_row(rows):
+    """The cache of Qwen4 has them, on itself or on a layer: (3, rows, length), which are three rows too."""
+    cache, positions = transformers.DynamicCache(), torch.arange(3 * rows * 4).view(3, rows, 4)
+    cache.update(torch.zeros(rows, 1, 4, 2), torch.zeros(rows, 1, 4, 2), 0)
+    cache.position_ids = cache.layers[0].indexer_position_ids = positions
+    select_rows({"cache": cache}, torch.tensor([1]), rows)
+    for cut in (cache.position_ids, cache.layers[0].indexer_position_ids):
+        assert torch.equal(cut, positions[:, 1:2])
+    assert cache.layers[0].keys.shape == (1, 1, 4, 2)
+
+
 def test_a_cache_that_has_two_names_is_cut_once(family, tokenizer, prompts):
     """As in transformers 5.24, whose outputs have it as `cache`, and under the names of before; the older name warns as an argument."""
     model = copy.deepcopy(family("llama"))

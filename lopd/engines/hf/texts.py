@@ -105,7 +105,7 @@ class _WholeTexts:
         self._rows = [torch.cat([self._rows[i], ids_B[i, None]]) for i in going]
 
 
-def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
+def select_rows(state: Any, keep: Tensor, rows: int, dim: int = 0) -> Any:
     """Keep these rows of every tensor in a cache of `rows` rows: keys, values, states of convolutions and recurrences, whatever holds them.
 
     Raises:
@@ -115,13 +115,15 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
         # what has fewer dimensions is a number of the layer, or keys that are not there yet
         if state.ndim < 2:
             return state
-        if len(state) != rows:
+        if state.shape[dim] != rows:
             raise ModelError(
                 f"Cache: it holds a tensor of shape {tuple(state.shape)}, expected {rows} rows; compute each token from the whole text."
             )
-        return state[keep]
+        return state[:, keep] if dim else state[keep]
     if isinstance(state, dict):
-        return {name: select_rows(part, keep, rows) for name, part in state.items()}
+        # positions in time, height and width are (3, rows, length); by their name, since there may be three rows too
+        dims = {name: int(str(name).endswith("position_ids") and getattr(part, "ndim", 0) == 3) for name, part in state.items()}
+        return {name: select_rows(part, keep, rows, dims[name]) for name, part in state.items()}
     if isinstance(state, list | tuple):
         return [select_rows(part, keep, rows) for part in state]
     if isinstance(state, Cache | CacheLayerMixin | LinearAttentionCacheLayerMixin):
