@@ -143,7 +143,7 @@ def test_steps_and_lineage_of_a_checkpoint_are_what_they_must_be(small, scored, 
     with pytest.raises(ArgumentError, match="Steps: it is a list, which has no `lineage`"):
         load_checkpoint(tmp_path, student, optimizer, steps=list(steps))
     shutil.rmtree(made)
-    with pytest.raises(CheckpointError, match="there is no such folder, expected a checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no such folder; check the path"):
         load_checkpoint(made, student, optimizer, steps=steps)
     assert load_checkpoint(tmp_path / "new", student, optimizer, steps=steps) == 0
 

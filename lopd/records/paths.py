@@ -124,6 +124,19 @@ def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type
     raise refused from cause
 
 
+def listed(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """Return what is in a folder, nothing if there is none; where it cannot be listed, `Path.glob` finds nothing either from Python 3.12 on.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading, but not what only has the name of one: a device does not end, and a pipe may never begin.
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lopd.errors import CheckpointError, StoreWriteError, TrainingWarning
+from lopd.errors import CheckpointError, LopdError, StoreWriteError, TrainingWarning
 from lopd.protocols import Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least, check_kind
 from lopd.records.flush import flush
 from lopd.records.lineage import Lineage
-from lopd.records.paths import local_path, open_regular
+from lopd.records.paths import listed, local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
@@ -35,7 +35,6 @@ from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_label
 _RNG = "rng.cpu"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})\.(\d+)")
-
 
 _Optimizer = TypedDict("_Optimizer", {"class": str, "groups": list[Mapping[str, Any]], "others": Mapping[str, Any]})
 
@@ -112,12 +111,11 @@ def save_checkpoint(
         raise CheckpointError(f"{owner}: there is no lineage; pass `steps=`, what it was trained on, or `lineage=`.")
     trained = parameter_labels(owner, own, optimizer)
     parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
-    moments = on_first(entries)
-    others = _checkpoints(folder)
+    others = _checkpoints(folder, StoreWriteError)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     ranks.wait()  # all have seen which checkpoints there are
     state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": None if steps is None else dict(steps.settings)}
-    tensors = {"parameters": parameters, "optimizer": {**moments, _RNG: torch.get_rng_state()}}
+    tensors = {"parameters": parameters, "optimizer": {**on_first(entries), _RNG: torch.get_rng_state()}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
 
@@ -135,7 +133,7 @@ def _check_arguments(folder: str | Path, student: object, optimizer: object, ste
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
     """Return which checkpoints go once this one is there, oldest first."""
     later = [path for path in others if _order(path) > _order(final)]
-    earlier = sorted((path for path in others if path not in later), key=_order)
+    earlier = [path for path in others if path not in later]
     if keep is not None:
         return [*later, *earlier[: max(len(earlier) + 1 - keep, 0)]]
     for path in later[:1]:
@@ -208,10 +206,10 @@ def load_checkpoint(
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
         CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, ranks that find different
-            checkpoints, or one checkpoint was named that is not there; nothing was changed.
+            checkpoints, a folder that cannot be listed, or one checkpoint was named that is not there; nothing was changed.
     """
     folder, own = _check_arguments(folder, student, optimizer, steps), inner(student)
-    found = [folder] if (folder / _STATE).exists() else sorted(_checkpoints(folder), key=_order)
+    found = _checkpoints(folder, CheckpointError, itself=_STATE)
     names = Ranks.current().gather([found[-1].name if found else "none"])
     if differing := [(rank, name) for rank, name in enumerate(names) if name != names[0]]:
         raise CheckpointError(
@@ -219,9 +217,7 @@ def load_checkpoint(
             "folder that all machines share, or copy it to each."
         )
     if not found and _NAME.fullmatch(folder.name) and not folder.exists():
-        raise CheckpointError(
-            f"Checkpoint {folder}: there is no such folder, expected a checkpoint; check the path, or pass the run's folder."
-        )
+        raise CheckpointError(f"Checkpoint {folder}: there is no such folder; check the path, or pass the run's folder.")
     if not found:
         return 0
     path = found[-1]
@@ -241,9 +237,13 @@ def load_checkpoint(
     return int(state["next_step"])
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return those that lopd named; copies and other files beside them are the user's."""
-    return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+def _checkpoints(folder: Path, refusal: type[LopdError], itself: str = "") -> list[Path]:
+    """Return those that lopd named, the newest last, or the folder that holds the file `itself`; other files beside them are the user's."""
+    try:
+        found = [folder / one.name for one in listed(folder) if one.name == itself or (_NAME.fullmatch(one.name) and one.is_dir())]
+    except OSError as error:
+        raise refusal(f"Checkpoint {folder}: it cannot be listed ({error}), and nothing was changed; try again.") from error
+    return [folder] if folder / itself in found else sorted(found, key=_order)
 
 
 def _order(path: Path) -> tuple[int, int]:
