@@ -4,11 +4,16 @@ import errno
 import os
 
 import pytest
+from conftest import TOKENIZER_ID
 from small_runs import small  # noqa: F401
 
-from lopd import load_checkpoint, save_checkpoint
-from lopd.errors import CheckpointError, StoreWriteError
-from lopd.records import Lineage
+from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
+from lopd.backends.files.local import LocalFiles
+from lopd.errors import CheckpointError, ConflictError, StoreWriteError
+from lopd.records import Lineage, ModelId
+from lopd.tools.phases import Run, digest, write_json
+
+WRITTEN = Lineage(ModelId("writer", "1", "float32"))
 
 
 @pytest.fixture
@@ -52,3 +57,44 @@ def test_a_checkpoint_that_stands_elsewhere_is_found_through_its_link(small, tmp
     path.symlink_to(tmp_path / "elsewhere")
     path.with_name("step-00000004.0").symlink_to(tmp_path / "nowhere")
     assert load_checkpoint(tmp_path / "run", *small) == load_checkpoint(path, *small) == 3
+
+
+def test_an_export_does_not_lose_a_folder_that_cannot_be_listed(make_model, tokenizer, unlisted, monkeypatch, tmp_path):
+    out, student = tmp_path / "out", CausalLMStudent(make_model("llama_tied", seed=7), TOKENIZER_ID)
+    student.export(out, tokenizer, WRITTEN)
+    (out / "logs").mkdir()
+    (out / "logs/steps.bin").write_text("1 2 3")
+    before = names(out)
+    unlisted(out / "logs")
+    with pytest.raises(StoreWriteError, match=r"Export .*out: it cannot be written \(.*Permission denied.*logs"):
+        student.export(out, tokenizer, WRITTEN)
+    monkeypatch.undo()
+    assert names(out) == before
+    assert names(out / "logs") == ["steps.bin"]
+
+
+def test_a_run_whose_phases_cannot_be_listed_is_not_claimed_as_unused(unlisted, tmp_path):
+    run = Run(tmp_path)
+    run.claim({"lr": 1}, {})
+    write_json(tmp_path / "seed-0/phases/sft.attempts", 1)
+    with pytest.raises(ConflictError, match=r"lr is 2 now, and was 1 when .*sft\.attempts was written"):
+        run.claim({"lr": 2}, {})
+    unlisted(tmp_path / "seed-0/phases")
+    with pytest.raises(ConflictError, match=r"Run .*: it cannot be listed \(.*Permission denied.*\), expected what a run wrote; try again"):
+        run.claim({"lr": 2}, {})
+
+
+def test_what_cannot_be_listed_is_not_left_out_of_a_digest_or_an_age(unlisted, tmp_path):
+    (tmp_path / "model/part").mkdir(parents=True)
+    (tmp_path / "model/part/weights").write_bytes(b"1")
+    (tmp_path / "model/linked").symlink_to("part")
+    os.utime(tmp_path / "model", (0, 0))
+    os.utime(tmp_path / "model/part", (0, 0))
+    whole = digest(str(tmp_path / "model"))
+    (tmp_path / "model/linked").unlink()
+    assert digest(str(tmp_path / "model")) == whole, "what links lead to is not in the folder"
+    assert LocalFiles(tmp_path).age("model") < 1e6
+    unlisted(tmp_path / "model/part")
+    for ask in (lambda: digest(str(tmp_path / "model")), lambda: LocalFiles(tmp_path).age("model")):
+        with pytest.raises(PermissionError):
+            ask()

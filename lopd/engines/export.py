@@ -24,7 +24,7 @@ from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
-from lopd.records.paths import read_regular
+from lopd.records.paths import read_regular, walked
 from lopd.records.stored import LARGEST_JSON, parse
 from lopd.records.warn import warn_user
 
@@ -166,7 +166,7 @@ def _saving(owner: str, what: str, *, tried: bool = False) -> Iterator[None]:
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(Path(entry).relative_to(folder).as_posix() for entry in walked(folder) if not entry.is_dir(follow_symlinks=False))
 
 
 def _name_files(folder: Path, written: list[str]) -> None:
@@ -195,7 +195,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
         _place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
     _carry(folder, fresh)
-    flush(*(path for path in [*fresh.rglob("*"), fresh] if not path.is_symlink()))
+    flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
     _replace(folder, fresh, old)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -135,6 +135,14 @@ def listed(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
             return list(found)
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def walked(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
+    """Yield what is in a folder and in those below it, but not in those that links lead to; raises as `listed` does for any of them."""
+    for entry in listed(folder):
+        yield entry
+        if entry.is_dir(follow_symlinks=False):
+            yield from walked(entry)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

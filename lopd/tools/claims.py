@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from lopd.errors import ConflictError, LopdError
-from lopd.records.paths import read_regular
+from lopd.records.paths import listed, read_regular
 from lopd.records.stored import read_as
 
 _SETTINGS, _DIGESTS = Mapping[str, Any], Mapping[str, str]
@@ -51,8 +52,11 @@ def _read(path: Path, kind: object) -> Mapping[str, Any] | None:
 
 
 def _check_unused(folder: Path, name: str, ours: object, theirs: object, fixed_by: str) -> None:
-    found = [path for depth in ("", "*/") for path in folder.glob(f"{depth}phases/{fixed_by}")]
-    used = [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+    try:
+        found = [entry for run in (folder, *listed(folder)) for entry in listed(Path(run, "phases")) if fnmatchcase(entry.name, fixed_by)]
+        used = [entry.path for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns)]
+    except OSError as error:
+        raise ConflictError(f"Run {folder}: it cannot be listed ({error}), expected what a run wrote; try again.") from error
     if used:
         ways = ["go back to that", "choose another folder"]
         if "*" not in fixed_by:

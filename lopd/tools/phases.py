@@ -23,7 +23,7 @@ from lopd.protocols.reading import usual_end
 from lopd.records.files import open_anywhere
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
-from lopd.records.paths import without_secrets
+from lopd.records.paths import walked, without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
@@ -152,7 +152,7 @@ def digest(path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return _digest_file(path)
-    names = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()]
+    names = [file.relative_to(folder) for file in sorted(map(Path, walked(folder))) if file.is_file()]
     parts = [f"{name} {_digest_file(str(folder / name))}" for name in names if "/." not in f"/{name}"]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

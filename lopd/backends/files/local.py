@@ -22,7 +22,7 @@ from weakref import finalize
 from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
-from lopd.records.paths import open_regular
+from lopd.records.paths import open_regular, walked
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -185,10 +185,9 @@ class LocalFiles:
     def age(self, folder: str, /) -> float:
         """Return seconds since the newest file in a folder was written."""
         now, times = time.time(), list[float]()
-        for place, _, files in os.walk(self.root / folder):
-            for path in (place, *(f"{place}/{name}" for name in files)):
-                with suppress(FileNotFoundError):  # another process has removed it since
-                    times.append(os.lstat(path).st_mtime)
+        for path in (self.root / folder, *walked(self.root / folder)):
+            with suppress(FileNotFoundError):  # another process has removed it since
+                times.append(os.lstat(path).st_mtime)
         return now - max(times, default=now)
 
     def remove(self, paths: Iterable[str], /) -> None:
