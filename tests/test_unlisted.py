@@ -1,4 +1,4 @@
-"""What the system cannot list for once is not taken for missing, as pathlib takes it in some versions of Python."""
+"""What the system cannot list or look up for once is not taken for missing, as pathlib takes it in some versions of Python."""
 
 import errno
 import os
@@ -11,6 +11,7 @@ from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
 from lopd.backends.files.local import LocalFiles
 from lopd.errors import CheckpointError, ConflictError, StoreWriteError
 from lopd.records import Lineage, ModelId
+from lopd.records.lineage import LINEAGE_FILE
 from lopd.tools.phases import Run, digest, write_json
 
 WRITTEN = Lineage(ModelId("writer", "1", "float32"))
@@ -29,6 +30,24 @@ def unlisted(monkeypatch):
             return real(path)
 
         monkeypatch.setattr(os, "scandir", scandir)
+
+    return refuse
+
+
+@pytest.fixture
+def stale(monkeypatch):
+    """Return `stale(path)`, from which on it cannot be looked up; `Path.exists` answers as in Python 3.14."""
+
+    def refuse(path):
+        real = os.stat
+
+        def stat(place, **options):
+            if not isinstance(place, int) and os.fspath(place) == str(path):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return real(place, **options)
+
+        monkeypatch.setattr(os, "stat", stat)
+        monkeypatch.setattr("pathlib.Path.exists", os.path.exists)
 
     return refuse
 
@@ -98,3 +117,45 @@ def test_what_cannot_be_listed_is_not_left_out_of_a_digest_or_an_age(unlisted, t
     for ask in (lambda: digest(str(tmp_path / "model")), lambda: LocalFiles(tmp_path).age("model")):
         with pytest.raises(PermissionError):
             ask()
+
+
+def test_a_phase_that_cannot_be_looked_up_is_not_done_again_and_those_after_it_stay(stale, monkeypatch, tmp_path):
+    done = []
+    run, work = Run(tmp_path), {name: lambda name=name: done.append(name) or {} for name in ("sft", "opd")}
+    run.phases(work)
+    stale(tmp_path / "phases/sft.json")
+    for ask in (lambda: run.phases(work), lambda: run.phase("sft", work["sft"])):
+        with pytest.raises(OSError, match="Stale"):
+            ask()
+    monkeypatch.undo()
+    run.phases(work)
+    assert done == ["sft", "opd"]
+
+
+def test_a_lineage_that_cannot_be_looked_up_is_neither_empty_nor_replaced(stale, tmp_path):
+    WRITTEN.write(tmp_path)
+    before = (tmp_path / LINEAGE_FILE).read_bytes()
+    stale(tmp_path / LINEAGE_FILE)
+    assert Lineage.read(tmp_path) == WRITTEN
+    with pytest.raises(StoreWriteError, match="Stale"):
+        Lineage().write(tmp_path)
+    assert (tmp_path / LINEAGE_FILE).read_bytes() == before
+
+
+def test_an_export_that_was_cut_short_and_cannot_be_looked_up_keeps_its_owners_files(make_model, tokenizer, stale, tmp_path):
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    student = CausalLMStudent(make_model("llama_tied", seed=7), TOKENIZER_ID)
+    student.export(out, tokenizer, WRITTEN)
+    (out / "notes.txt").write_text("mine")
+    out.rename(old)  # as after a kill between two moves
+    stale(old)
+    with pytest.raises(StoreWriteError, match="Stale"):
+        student.export(out, tokenizer, WRITTEN)
+    assert (old / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_looked_up_is_not_settled(stale, tmp_path):
+    (tmp_path / "log").mkdir()
+    stale(tmp_path / "log")
+    with pytest.raises(StoreWriteError, match=r"Folder .*log: flushing it failed with .*Stale"):
+        LocalFiles(tmp_path).settle("log")

@@ -24,7 +24,7 @@ from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
-from lopd.records.paths import read_regular, walked
+from lopd.records.paths import is_there, read_regular, walked
 from lopd.records.stored import LARGEST_JSON, parse
 from lopd.records.warn import warn_user
 
@@ -127,14 +127,14 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
             model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
             tokenizer.save_pretrained(fresh)
-            if (fresh / "config.json").exists():
+            if is_there(fresh / "config.json"):
                 spell_out(fresh / "config.json", untied=untied)
             generation = getattr(unwrap(model), "generation_config", None)
-            if generation is not None and (fresh / "adapter_config.json").exists():
+            if generation is not None and is_there(fresh / "adapter_config.json"):
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
                 generation.to_json_file(fresh / "generation_config.json")
             ours = exported_files(folder)
-            for path in _processor_files(unwrap(model).config) if (fresh / "config.json").exists() else ():
+            for path in _processor_files(unwrap(model).config) if is_there(fresh / "config.json") else ():
                 if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along
                     shutil.copyfile(path, fresh / path.name)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
@@ -187,9 +187,9 @@ def exported_files(folder: Path) -> set[str]:
 def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
     """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it."""
     old = folder.parent / f".{folder.name}.old"
-    if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
+    if is_there(old) and not is_there(folder):  # an exchange by two moves was cut short between them
         old.rename(folder)
-    objection = _objection(model, Lineage.read(fresh), folder, written) if folder.exists() else None
+    objection = _objection(model, Lineage.read(fresh), folder, written) if is_there(folder) else None
     if objection is not None:
         aside = folder.parent / f"{folder.name}-export"
         _place(owner, model, fresh, written, aside)
@@ -215,7 +215,7 @@ def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -
     if foreign:
         return f"it holds {foreign[0]!r}, which no export is recorded to have written"
     root = folder / LINEAGE_FILE
-    if (folder / "zarr.json").exists() or (root.exists() and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
+    if is_there(folder / "zarr.json") or (is_there(root) and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
         return "it is a store"
     return _other_student(folder, lineage)
 

@@ -15,7 +15,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreW
 from lopd.records.identity import ModelId, mixture_id
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
-from lopd.records.paths import local_path, read_regular
+from lopd.records.paths import is_there, local_path, read_regular
 from lopd.records.stored import LARGEST_JSON, Count, parse, read_as
 
 LINEAGE_FILE = "lopd.json"
@@ -103,8 +103,8 @@ class Lineage:
         """
         self.read(folder := local_path("Lineage", folder))
         path = folder / LINEAGE_FILE
-        there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
         try:
+            there = parse(read_regular(path, LARGEST_JSON)) if is_there(path) else {}
             path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
         except OSError as error:
             raise StoreWriteError(f"Lineage {path}: it cannot be written ({error}); free space or mend permissions.") from error
@@ -121,10 +121,10 @@ class Lineage:
         if not folder.is_dir():
             raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
         path = folder / LINEAGE_FILE
-        if not path.exists():
-            return cls()
         try:
             data = read_as(_Recorded, parse(read_regular(path, LARGEST_JSON)), f"Lineage {path}")
+        except FileNotFoundError:
+            return cls()
         except (OSError, ValueError) as error:
             if isinstance(error, LopdError):
                 raise

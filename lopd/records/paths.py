@@ -52,9 +52,7 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
     if text.startswith("~"):
         raise refusal(f"{owner}: the path is {text!r}, expected a user of this machine behind '~'; write the path in full.")
     try:
-        os.stat(text)  # noqa: PTH116 (`Path.exists` raises some of these, and swallows others)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        is_there(text)
     except OSError as error:
         raise refusal(f"{owner}: the path is {text!r:.80}, which the system refuses ({error.strerror}); check the path.") from error
     return Path(text)
@@ -122,6 +120,19 @@ def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type
         cause = None if secret else error
     # Not in the block above, where Python would chain the error all the same.
     raise refused from cause
+
+
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path leads to something; where the system cannot tell, `Path.exists` returns False from Python 3.14 on.
+
+    Raises:
+        OSError: the system cannot tell.
+    """
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def listed(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:

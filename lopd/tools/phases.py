@@ -23,7 +23,7 @@ from lopd.protocols.reading import usual_end
 from lopd.records.files import open_anywhere
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
-from lopd.records.paths import walked, without_secrets
+from lopd.records.paths import is_there, walked, without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
@@ -73,12 +73,12 @@ class Run:
         A phase that was killed and resumed has more than one attempt, and its wall time is that of the last.
         """
         path = self._row(name)
-        if path.exists():
+        if is_there(path):
             row: dict[str, Any] = json.loads(path.read_text())
         else:
             console.rule(name, align="left")
             begun = path.with_suffix(".attempts")
-            attempts = 1 + (json.loads(begun.read_text()) if begun.exists() else 0)
+            attempts = 1 + (json.loads(begun.read_text()) if is_there(begun) else 0)
             write_json(begun, attempts)
             started = perf_counter()
             row = {"name": name, "response_tokens": 0, "read_tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts}
@@ -101,7 +101,7 @@ class Run:
         """Do the phases that are left, in this order, and return all rows; what was made from a phase that is done again is made again too."""
         rows = list[dict[str, Any]]()
         for name in work:
-            if not self._row(name).exists():
+            if not is_there(self._row(name)):
                 for later in [*work][len(rows) + 1 :]:
                     self._row(later).unlink(missing_ok=True)
             rows.append(self.phase(name, work[name]))

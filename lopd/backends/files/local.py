@@ -22,7 +22,7 @@ from weakref import finalize
 from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
-from lopd.records.paths import open_regular, walked
+from lopd.records.paths import is_there, open_regular, walked
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -165,7 +165,7 @@ class LocalFiles:
         """Flush a folder, and its entry in the one that it stands in, unless this object has done so before."""
         path = self.root / folder
         try:
-            if path.is_dir():
+            if is_there(path):
                 flush(path)
                 if path not in self._durable:
                     flush(path.parent)

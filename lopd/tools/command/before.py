@@ -26,7 +26,7 @@ from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, local_path, path_or_url, without_secrets
+from lopd.records.paths import asked, is_there, local_path, path_or_url, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
@@ -96,7 +96,7 @@ def day_of(s: RunSettings, tokenizer: Any) -> date | None:
     if not asks_for_the_day(tokenizer):
         return None
     path = _day_in(s)
-    return date.fromisoformat(json.loads(path.read_text())) if path.exists() else datetime.now().date()
+    return date.fromisoformat(json.loads(path.read_text())) if is_there(path) else datetime.now().date()
 
 
 def _day_in(s: RunSettings) -> Path:
