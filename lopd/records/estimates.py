@@ -48,8 +48,7 @@ class Estimate:
     clusters: int
     values: int
     ci95: float = field(
-        init=False,
-        default=Factory(lambda self: max(self.mean - self.low, self.high - self.mean) if math.isfinite(self.mean) else math.inf, takes_self=True),
+        init=False, default=Factory(lambda e: max(e.mean - e.low, e.high - e.mean) if math.isfinite(e.mean) else math.inf, takes_self=True)
     )
 
     def __str__(self) -> str:
