@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -84,6 +85,17 @@ def test_saving_leaves_one_checkpoint_and_its_lineage(small, scored, tmp_path):
     assert [p.name for p in (tmp_path / "run").iterdir()] == [path.name] == ["step-00000012.0"]
     assert Lineage.read(path) == lineage
     assert load_checkpoint(tmp_path / "run", *small) == 12
+
+
+def test_the_umask_decides_who_may_read_a_checkpoint(small, tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in path.iterdir()} == dict.fromkeys(
+        ("parameters.safetensors", "optimizer.safetensors", "state.json", "lopd.json"), 0o644
+    )
 
 
 def test_without_a_checkpoint_a_run_starts_at_step_zero(small, tmp_path):

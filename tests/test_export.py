@@ -76,6 +76,22 @@ def test_files_of_its_owner_move_along(full, adapters, tokenizer, tmp_path):
         assert (out / "latest").readlink().name == "logs"
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_the_umask_decides_who_may_read_an_export(mask, full, adapters, tokenizer, tmp_path):
+    private = tmp_path / "out" / "mine" / "own.safetensors"
+    private.parent.mkdir(parents=True)
+    private.touch(0o600)
+    before = os.umask(mask)
+    try:
+        for student in (adapters, full):
+            student.export(tmp_path / "out", tokenizer, FIRST)
+            modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+            assert modes.pop(private) == 0o600, "of its owner"
+            assert set(modes.values()) == {0o666 & ~mask}
+    finally:
+        os.umask(before)
+
+
 @pytest.mark.parametrize("foreign", ["pytorch_model.bin", "other.safetensors", "adapter_config.json", "model.gguf", "config.json"])
 def test_what_no_export_wrote_is_not_replaced_and_the_student_is_not_lost(foreign, full, tokenizer, tmp_path):
     out = tmp_path / "out"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -168,4 +169,16 @@ def test_a_folder_without_a_model_and_adapters_without_their_base_are_one_senten
         folder_model_id(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(EngineError, match=r"it cannot be loaded \('base_model_name_or_path'\)"):
+        folder_model_id(tmp_path)
+
+
+def test_weights_that_this_account_may_not_read_are_called_that(llama, tmp_path, monkeypatch):
+    llama.save_pretrained(tmp_path)
+
+    def refuse(path, *_):
+        raise FileNotFoundError(f"No such file or directory: {path}")  # as safetensors words it
+
+    monkeypatch.setattr("lopd.engines.stored.safe_open", refuse)
+    monkeypatch.setattr("os.access", lambda _, mode: mode == os.F_OK)  # root may read everything
+    with pytest.raises(EngineError, match=r"this account may not read its model\.safetensors\), .*; change the mode of that file"):
         folder_model_id(tmp_path)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from lopd.engines.causal_lm import unwrap
 from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
-from lopd.records.flush import flush
+from lopd.records.flush import flush, share_mode
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import is_there, read_regular, walked
 from lopd.records.stored import LARGEST_JSON, parse
@@ -141,6 +141,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             written = _files(fresh)
             lineage.write(fresh)
             _name_files(fresh, written)
+            share_mode(fresh / LINEAGE_FILE)
             _place(owner, model, fresh, written, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Where is it?  The folder of a model and its tokenizer, or their name in the hub; what goes wrong there is one sentence."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,6 +206,11 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         _refuse_gated(name, error)
+        # safetensors calls a file that it may not read one that is not there
+        named = (file for file in found.glob("*") if file.name in str(error) and os.access(file, os.F_OK))
+        hidden = next((file.name for file in named if not os.access(file, os.R_OK)), None)
+        if hidden:
+            raise _not_loaded(name, f"this account may not read its {hidden}", "change the mode of that file") from error
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
         if isinstance(error, SafetensorError):
             remedy = "its weights are not all there, so save or download them again (`git lfs pull` in a clone)"

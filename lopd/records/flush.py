@@ -1,4 +1,4 @@
-"""Flushing to disk: what was written survives a power cut from then on."""
+"""Flushing to disk: what was written survives a power cut from then on; and whom the umask lets, reads it."""
 
 import errno
 import fcntl
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from functools import cache
+from pathlib import Path
 
 _AT_ONCE = 8
 # Few of those that a process may have open.
@@ -26,6 +27,13 @@ def flush(*paths: str | os.PathLike[str] | int, missing_ok: bool = False) -> Non
     """
     for start in range(0, len(paths), _OPEN):
         _flush(paths[start : start + _OPEN], missing_ok)
+
+
+def share_mode(path: Path) -> None:
+    """Give weights in the folder of a file its mode: safetensors 0.8 keeps what it writes from other users, whatever the umask."""
+    for weights in path.parent.rglob("*.safetensors"):
+        with suppress(OSError):  # of a file system without modes
+            weights.chmod(path.stat().st_mode)
 
 
 def _flush(paths: Sequence[str | os.PathLike[str] | int], missing_ok: bool) -> None:

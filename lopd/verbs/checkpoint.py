@@ -24,7 +24,7 @@ from lopd.errors import CheckpointError, LopdError, StoreWriteError, TrainingWar
 from lopd.protocols import Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least, check_kind
-from lopd.records.flush import flush
+from lopd.records.flush import flush, share_mode
 from lopd.records.lineage import Lineage
 from lopd.records.paths import listed, local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
@@ -158,6 +158,7 @@ def _write(
             save_file(_apart(values), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(state, indent=1))
         lineage.write(partial)
+        share_mode(partial / _STATE)
         flush(*partial.iterdir(), partial)
         for path in superseded:
             if _order(path) > _order(final):
