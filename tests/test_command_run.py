@@ -362,7 +362,7 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
     ("code", "says"),
     [
         ("def right(prompt, rollout):\n    return rollout.response_ids", r"it raised AttributeError\(.*; it takes a prompt and the text"),
-        ("import sys\ndef right(prompt, text):\n    sys.exit(0)", r"it raised SystemExit\(0\) for prompt"),
+        ("def right(prompt, text):\n    exit('http://me:w@host/v1?w')", r"it raised SystemExit\('http://host/v1 for prompt"),
         ("def right(prompt, text):\n    return 3", "it gave 3 for prompt .*; it takes .* and gives a number from 0 to 1"),
         ("def right(prompt, text):\n    return float('nan')", "it gave nan for prompt"),
         ("def right(prompt, text)\n    return 1", r"there is no such function \(SyntaxError\("),

@@ -59,6 +59,7 @@ from lopd.verbs import ScoringReport
 
 PROMPTS = [Prompt(f"p{i}", [4, 10 + i]) for i in range(4)]
 MASK = [True, False, True, True]
+WORD = "hunter2"
 
 
 def rollout_of(prompt, sample, generation=0):
@@ -130,6 +131,10 @@ class Judge:
 
 class Late(BaseException):
     """What some timeouts are: not an Exception."""
+
+
+def told(said):
+    raise OSError(said)
 
 
 def late():
@@ -239,6 +244,9 @@ def test_the_label_of_a_rollout_is_the_mean_over_its_tokens_that_count_and_is_ex
     [
         (lambda: {}["lost"], "the verifier raised KeyError: 'lost'"),
         (late, "the verifier raised Late: 5 s"),
+        (lambda: told(f"400 for url: https://me:{WORD}@host/v1?key={WORD}"), "the verifier raised OSError: 400 for url: https://host/v1"),
+        (lambda: told(f"{'x ' * 94}http://me:{WORD}@host"), "the verifier raised OSError: [x ]*http://host"),
+        (lambda: told(f"gone: /v1?key={WORD}&k={WORD} (refused)"), r"the verifier raised OSError: gone: /v1 \(refused\)"),
         (lambda: sys.exit(0), "the verifier raised SystemExit: 0"),
         (lambda: None, "the verifier gave None, expected a finite number"),
         (lambda: "right", "the verifier gave 'right', expected a finite number"),
@@ -257,6 +265,7 @@ def test_a_verifier_that_fails_on_one_rollout_does_not_stop_the_rest(store, answ
     assert (report.rollouts, list(report.refused)) == (7, ["p2/s1/g0"])
     assert len(judge.asked) == 8, "nothing is judged twice"
     assert list(store.quarantined("label")) == [5]
+    assert WORD not in store.quarantined("label")[5]
     with pytest.warns(QuarantineWarning, match="retry_quarantined"):
         assert label_rollouts(store, judge, PROMPTS).skipped == 1
     with pytest.warns(QuarantineWarning, match=r"1 of 8 rollouts could not be scored into column 'label' and are left out.*row 5"):

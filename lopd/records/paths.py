@@ -94,6 +94,16 @@ def without_secrets(url: str) -> str:
     return re.sub(r"(?s)[?#].*", "", re.sub(f"(?s){user}", "//", url))
 
 
+def said_without_secrets(text: str) -> str:
+    """Return what somebody else's code said as messages show it: URLs in it, and paths with a query, as `without_secrets` has them.
+
+    >>> said_without_secrets("Who? 400 for https://user:word@host/judge?key=1 (/judge?key=1)")
+    'Who? 400 for https://host/judge (/judge'
+    """
+    # so much of it is never shown, and a word of many beginnings of URLs would be read again at each
+    return re.sub(r"\S+", lambda word: without_secrets(word[0]) if "/" in word[0] else word[0], text[:10_000])
+
+
 def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type[Exception] = Exception) -> T:
     """Return what another package answers about a URL; its errors, and what they are raised from, do not contain secrets.
 

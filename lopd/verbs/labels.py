@@ -14,6 +14,7 @@ from lopd.protocols.reading import chosen, evenly, in_batches, rows_of
 from lopd.records.checks import check_at_least, check_call
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
+from lopd.records.paths import said_without_secrets
 from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of
 from lopd.verbs.asking import bounded
 from lopd.verbs.filling import Filling, ScoringReport
@@ -124,7 +125,7 @@ def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Ro
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # some timeouts, and `sys.exit` of a program, are not an Exception
-        raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {error!s:.200}") from error
+        raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {said_without_secrets(str(error)):.200}") from error
     with np.errstate(over="ignore"):
         values = answer.astype(np.float32) if answer.dtype.kind in "biuf" else np.array(np.nan)
     if not np.isfinite(values).all():

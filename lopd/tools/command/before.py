@@ -26,7 +26,7 @@ from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, is_there, local_path, path_or_url, without_secrets
+from lopd.records.paths import asked, is_there, local_path, path_or_url, said_without_secrets, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
@@ -177,7 +177,7 @@ def read_verifier(place: str) -> Callable[[Prompt, str], float]:
         function = runpy.run_path(str(path))[name]
     except (Exception, SystemExit) as error:  # whatever a file does that is run as a program
         raise InvalidRecordError(
-            f"Run: evaluation.verifier is {place}, and there is no such function ({error!r:.200}); correct it."
+            f"Run: evaluation.verifier is {place}, and there is no such function ({said_without_secrets(repr(error)):.200}); correct it."
         ) from error
 
     def verify(prompt: Prompt, text: str) -> float:
@@ -188,7 +188,7 @@ def read_verifier(place: str) -> Callable[[Prompt, str], float]:
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # some timeouts, and `sys.exit` of a program, are not an Exception
-            said, cause = f"it raised {error!r:.200}", error
+            said, cause = f"it raised {said_without_secrets(repr(error)):.200}", error
         if not 0 <= score <= 1:
             raise InvalidRecordError(
                 f"Verifier {place}: {said} for prompt {prompt.prompt_id!r} and the text {text!r:.40}; it takes a prompt and the text of a response, "

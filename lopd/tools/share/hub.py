@@ -3,7 +3,6 @@
 The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`.  It is never an argument, and no message repeats it.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from json import JSONDecodeError
 from pathlib import Path
@@ -16,7 +15,7 @@ from lopd.engines.export import WEIGHTS
 from lopd.errors import HubError, InvalidRecordError, LopdError, StoreExistsError
 from lopd.records.checks import texts_of
 from lopd.records.optional import need
-from lopd.records.paths import without_secrets
+from lopd.records.paths import said_without_secrets, without_secrets
 
 T = TypeVar("T")
 #: The hub puts it into a new repository.
@@ -133,8 +132,7 @@ class Repository:
         if what == "OfflineModeIsEnabled" or need("huggingface_hub", "Hub", "hub").constants.HF_HUB_OFFLINE:
             return HubError(f"{self.owner}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it.")
         causes, endpoint = [*_causes(error)], self._api.endpoint
-        # a presigned URL carries its signature in its query
-        said = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " from ".join(dict.fromkeys(map(_told, (causes[0], causes[-1])))))
+        said = " from ".join(dict.fromkeys(map(_told, (causes[0], causes[-1]))))
         if without_secrets(endpoint) != endpoint or any(token in str(one) for one in causes for token in [self._token()] if token):
             said = what
         answered = "" if status is None else f", status {status}"
@@ -159,7 +157,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__} ({' '.join(str(error).split())[:300].rstrip('.')})"
+    # a presigned URL carries its signature in its query
+    return f"{type(error).__name__} ({' '.join(said_without_secrets(str(error)).split())[:300].rstrip('.')})"
 
 
 def _status(error: Exception) -> int | None:
