@@ -61,8 +61,7 @@ def export(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Pa
 
 
 def head(card: Any) -> dict[str, Any]:
-    data: dict[str, Any] = yaml.safe_load(str(card).split("---\n")[1])
-    return data
+    return dict(yaml.safe_load(str(card).split("---\n")[1]))
 
 
 # a student
@@ -175,6 +174,15 @@ def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, fil
     assert hub.requests == []
 
 
+def test_a_teacher_that_is_named_by_its_path_here_is_pushed_under_that_name(hub: Hub, export: Path, store: MemoryStore) -> None:
+    teacher = ModelId(str(export.parent), "1", "float32")
+    store.append_scores("here", evolve(tiny_provenance(), model=teacher), [tiny_scores(store.read([0])[0].rollout)])
+    Lineage(None, teacher).write(export)
+    push_student(export, "me/student", store=store)
+    pushed = hub.repositories["models/me/student"].files.items()
+    assert [name for name, data in pushed if teacher.name.encode() in data] == ["lopd.json"]
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_damaged_file_of_an_export_is_one_sentence(hub: Hub, export: Path, file: str) -> None:
     (export / file).write_text('{"a": NaN}')
@@ -274,9 +282,7 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_written_over(hub: Hub, store
         push_store(store, "me/rollouts")
 
 
-def test_a_push_needs_a_token_that_may_write_and_sends_nothing_without(
-    hub: Hub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_push_without_a_token_that_may_write_sends_nothing(hub: Hub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", READER)
     with pytest.raises(HubError, match="answers 403"):
         push_store(store, "me/rollouts")
@@ -406,15 +412,11 @@ def test_the_card_of_a_store_is_one_that_datasets_reads(store: MemoryStore) -> N
     assert "| teacher | teacher@rev-teacher, float32 | made-up 1.0 | raw | 4 (2 drawn) | 27 of 30 | not known: " in str(card)
 
 
-def test_a_name_stays_text_on_a_card(export: Path) -> None:
+def test_markup_in_a_name_or_a_store_stays_text_on_its_card(export: Path, store: MemoryStore) -> None:
     Lineage(opd_teacher=ModelId("a | b\n# c <script>", "1", "float32")).write(export)
     assert "| a \\| b # c &lt;script>@1, float32 |" in str(model_card(export))
-
-
-def test_markup_in_a_store_stays_text_on_its_card(store: MemoryStore) -> None:
     engine = r"![x](http://evil.example/t.png) [click](http://evil.example) \[a](b) `c` **d**"
-    rollout = store.read([0])[0].rollout
-    store.append_scores("other", evolve(tiny_provenance(), engine=engine), [tiny_scores(rollout)])
+    store.append_scores("other", evolve(tiny_provenance(), engine=engine), [tiny_scores(store.read([0])[0].rollout)])
     (line,) = (line for line in str(dataset_card(store, "rollouts")).splitlines() if "evil" in line)
     assert r"!\[x\](http://evil.example/t.png) \[click\](http://evil.example) \\\[a\](b) \`c\` \*\*d\*\* |" in line
 
@@ -462,12 +464,10 @@ def test_the_rollouts_that_the_student_was_trained_on_are_recognised(export: Pat
     store.append([tiny_rollout("later")])
     for same in (store, zarr):
         assert "Its lineage records these rollouts." in str(model_card(export, store=same))
-    fewer = fill(MemoryStore(store.manifest), n=20)
     reseeded = fill(MemoryStore(evolve(store.manifest, sampling=evolve(store.manifest.sampling, seed=7))))
-    for other in (fewer, reseeded):
-        with pytest.raises(
-            ManifestMismatchError, match=r"it was trained on 30 other rollouts than those of the store, which has [23]0, of policy@"
-        ):
+    said = r"it was trained on 30 other rollouts than those of the store, which has [23]0, of policy@"
+    for other in (fill(MemoryStore(store.manifest), n=20), reseeded):
+        with pytest.raises(ManifestMismatchError, match=said):
             push_student(export, "me/student", store=other)
 
 

@@ -49,7 +49,8 @@ def push_student(
         endpoint: URL of the hub; None for that of HF_ENDPOINT, or huggingface.co.
 
     Raises:
-        InvalidRecordError: the folder is not an export, the repository's name does not fit, or one of its files names a path of this machine.
+        InvalidRecordError: the folder is not an export, the repository's name does not fit, or one of its files names a path of this machine that
+            is not the name of a teacher.
         CorruptStoreError: a file of the export is missing, is not a file of the folder, or cannot be read.
         ManifestMismatchError: the student was not trained on the store.
         StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
@@ -151,9 +152,9 @@ def _check_names(folder: Path, name: str) -> None:
     except (OSError, ValueError, SafetensorError) as error:
         raise CorruptStoreError(f"Export {folder}: {name} cannot be read ({error}); export the student again.") from error
     for key, text in _texts("", written):
-        # texts that begin with a slash may be anything, also tokens
+        # texts that begin with a slash may be anything, also tokens; the name of a teacher is its identity
         named = key.endswith("name_or_path") and (names_path(text) or os.path.isdir(text))  # noqa: PTH112 (a `Path` may refuse a long text)
-        if named or (name != _TOKENS and is_here(text)):
+        if named or (name != _TOKENS and (name, key) != (LINEAGE_FILE, "name") and is_here(text)):
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
                 "name there."
