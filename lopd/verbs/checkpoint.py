@@ -175,8 +175,7 @@ def _write(
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the same, each with memory of its own: the file format refuses to store shared memory twice."""
-    seen: set[int] = set()
-    made = {}
+    seen, made = set[int](), dict[str, Tensor]()
     for name, tensor in tensors.items():
         place = tensor.untyped_storage().data_ptr()
         made[name] = tensor.clone() if place in seen else tensor
