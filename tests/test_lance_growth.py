@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lance_stores import filled, reopened, table_of  # noqa: F401
+from lancedb.index import BTree
 from zarr_stores import _quick_disk, many, place, rows_of  # noqa: F401
 
 from lopd.backends.growing import Growing
@@ -17,7 +18,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.backends.lance.tiers import crowd
 from lopd.backends.lance.writer import Writer
-from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.errors import CorruptStoreError, InvalidRecordError, StoreWriteError
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -189,6 +190,32 @@ def test_a_merged_file_that_is_cut_changes_nothing(
     assert "merging small files failed, which a later commit repeats" in caplog.text
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]
     assert list(filled.verify()) == []
+
+
+def test_an_index_of_another_tool_stays_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    for i in range(12):
+        store.append(many(i, 1))
+    table_of(store, "rollouts").create_index("row", config=BTree())
+    with pytest.raises(
+        StoreWriteError, match=r"rollouts-\w+.lance: it has an index 'row_idx' of another tool, which a merge would make wrong"
+    ):
+        store.compact()
+    with monkeypatch.context() as patched:
+        patched.setattr(tiers, "FAN", 1)
+        patched.setattr(tiers, "crowd", len)
+        store.append(many(12, 1))
+    assert "merging small files failed" in caplog.text
+    assert "it has an index 'row_idx'" in caplog.text
+    for files in (13, 1):
+        assert fragments_of(store, "rollouts") == files
+        for row in (0, 11, 12):
+            found = store.table().search().where(f"row = {row}").select(["rollout_id"]).to_list()
+            assert [item["rollout_id"] for item in found] == [f"r{row}".encode()]
+        table_of(store, "rollouts").drop_index("row_idx")
+        store.compact()
+        table_of(store, "rollouts").create_index("row", config=BTree())
+        store.refresh()
 
 
 def test_a_reader_and_its_copy_read_on_when_their_versions_are_removed(filled: LanceStore) -> None:

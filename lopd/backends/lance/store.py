@@ -84,7 +84,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         It is at the version that this store sees, which is kept until 128 others have followed, and as long as it has a tag
         (`tags.create("run-1", version)`).  Its `row` is the row of the store, by which the tables join; `rollout_id` is UTF-8 in
-        bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
+        bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.  The files of a table of which another tool has made an index
+        are not merged: drop the index, `compact`, and make it again.
 
         Raises:
             MissingScoresError: no such column, or nothing was appended yet.
@@ -105,7 +106,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         Raises:
             InvalidRecordError: `older_than` is below 0, or not a number.
-            StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
+            StoreWriteError: the write failed, what was merged is not what was there before, or a table has an index of another tool; nothing was
+                lost.
         """
         seconds = to_real(self._owner, "older_than", older_than)
         check_number(self._owner, "older_than", older_than, seconds >= 0, "at least 0 seconds")

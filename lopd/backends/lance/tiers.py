@@ -95,8 +95,14 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
         flush: flushes the written file before it is committed.
 
     Raises:
-        StoreWriteError: what was written is not what was read; nothing is changed then.
+        StoreWriteError: what was written is not what was read, or another tool has made an index; nothing is changed then.
     """
+    if others := dataset.describe_indices():
+        # It finds rows by the numbers of their fragments, and a merge keeps one of these for other rows.
+        raise StoreWriteError(
+            f"Table {dataset.uri}: it has an index {others[0].name!r} of another tool, which a merge would make wrong, expected none; drop it, "
+            "compact the store, and make it again."
+        )
     lance, optimize = (need(name, f"Table {dataset.uri}", "lance") for name in ("lance", "lance.optimize"))
     merged, rows = {fragment.id for fragment in fragments}, sum(fragment.physical_rows for fragment in fragments)
     step = min(rows, _BATCH * rows // max(sum(map(_bytes_of, fragments)), 1) + 1)

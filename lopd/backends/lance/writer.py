@@ -113,11 +113,12 @@ class Writer:
     def _tidy(self, table: LanceTable, commit: int) -> None:
         """Do a share of what `compact` does, after some commits.  They are committed, however this ends."""
         try:
-            if commit % tiers.FAN == 0:
-                tiers.tidy(table.dataset(), table.rows, partial(self._flush_file, table.name))
+            # First what a table that may not be merged needs, too.
             if commit % (tiers.VERSIONS // 2) == 0:
                 self._catalog.check_clock()
                 tiers.drop_versions(table.dataset())
+            if commit % tiers.FAN == 0:
+                tiers.tidy(table.dataset(), table.rows, partial(self._flush_file, table.name))
         except BaseException as error:
             if not isinstance(error, LopdError) and not is_lance_error(error):
                 raise
