@@ -34,6 +34,7 @@ from lopd.errors import (
     StoreExistsError,
     StoreNotFoundError,
     StorePathError,
+    StoreWriteError,
 )
 from lopd.protocols import LogprobStore
 from lopd.records import Lineage, Manifest, ModelId, Scores
@@ -195,6 +196,16 @@ def test_tables_for_queries_stand_at_what_the_store_sees_and_take_no_writes(fill
     assert len(open_store(filled._files.url)) == before + 1
     with pytest.raises(MissingScoresError, match="no table of column 'nobody'"):
         reader.table("nobody")
+
+
+def test_a_column_of_another_tool_that_may_not_be_empty_is_named(filled: LanceStore) -> None:
+    table_of(filled, "rollouts").add_columns({"note": "response_length + 1"})
+    with pytest.raises(StoreWriteError, match="has a column 'note' of another tool that may not be empty"):
+        filled.append(many(10, 1))
+    table_of(filled, "rollouts").alter_columns({"path": "note", "nullable": True})
+    filled.append(many(10, 1))
+    assert rows_of(reopened(filled))[-1] == "r10"
+    assert list(filled.verify()) == []
 
 
 def test_an_empty_store_has_no_table_and_says_so(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import check_fork
 from lopd.backends.lance.failures import is_gone, reading
 from lopd.backends.ragged import LogprobDtype
-from lopd.errors import CorruptStoreError, StorePathError
+from lopd.errors import CorruptStoreError, StorePathError, StoreWriteError
 from lopd.records.optional import need
 
 #: The column that names the commit that added a row, and what makes Lance let only one writer have a number.
@@ -215,6 +215,9 @@ class LanceTable:
         Moves to the latest version either way.
 
         Columns that the table does not have yet are added first, empty.
+
+        Raises:
+            StoreWriteError: another tool has added a column that may not be empty.
         """
         table = self._table
         try:
@@ -222,8 +225,14 @@ class LanceTable:
             if int(table.version) != version:
                 # The rows that these were to follow may have been taken back.
                 return False
-            there = set(table.schema.names)
-            new = [field for field in data.schema if field.name not in there]
+            there = table.schema
+            for field in there:
+                if not (field.nullable or field.name in data.schema.names):
+                    raise StoreWriteError(
+                        f"{self._named()}: it has a column {field.name!r} of another tool that may not be empty, expected only lopd's own; "
+                        "drop it (`drop_columns`), or make it nullable (`alter_columns`)."
+                    )
+            new = [field for field in data.schema if field.name not in there.names]
             if new:
                 table.add_columns(data.select([field.name for field in new]).schema)
             base = int(table.version)
