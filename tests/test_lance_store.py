@@ -121,8 +121,8 @@ def test_another_manifest_is_refused_and_the_field_is_named(filled: LanceStore) 
 
 def test_another_schema_version_is_refused(filled: LanceStore) -> None:
     path = place(filled) / "lopd.json"
-    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
-    with pytest.raises(CorruptStoreError, match="schema_version is 2, expected 1"):
+    path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":3'))
+    with pytest.raises(CorruptStoreError, match="schema_version is 3, expected 1 or 2"):
         LanceStore.open(place(filled))
 
 

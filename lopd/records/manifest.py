@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from operator import index
 from typing import Any, Literal
 
-from attrs import asdict, field, fields, frozen, has
+from attrs import asdict, evolve, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
@@ -15,6 +15,8 @@ from lopd.records.parity import Parity
 from lopd.records.stored import read_as
 
 SCHEMA_VERSION = 1
+#: What roots of stores have in its place: lopd 0.2 refuses it as another version's, and would call what it finds behind a 1 damaged.
+STORE_VERSION = 2
 #: The `Provenance.logprobs_mode` of columns that `lopd.guards.residual` makes.
 RESIDUAL = "residual"
 #: How those of columns begin that `lopd.PrivilegedScorer` makes; what follows is a hash of the prompts.
@@ -122,11 +124,12 @@ class Manifest(Glanced):
             CorruptStoreError: not a manifest, or of another schema version.
         """
         version = data.get("schema_version") if isinstance(data, Mapping) else None
-        if version != SCHEMA_VERSION:
+        if version not in (SCHEMA_VERSION, STORE_VERSION):
             raise CorruptStoreError(
-                f"{owner}: schema_version is {version!r:.80}, expected {SCHEMA_VERSION}; this store was not written by this version of lopd."
+                f"{owner}: schema_version is {version!r:.80}, expected {SCHEMA_VERSION} or {STORE_VERSION}; this store was not written by this "
+                "version of lopd."
             )
-        return read_as(cls, data, owner)
+        return evolve(read_as(cls, data, owner), schema_version=SCHEMA_VERSION)
 
     def difference(self, other: "Manifest") -> str | None:
         """Return the first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""

@@ -26,7 +26,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, seal, unseal, unsealed
 from lopd.errors import CorruptStoreError, StoreWriteError
-from lopd.records.manifest import Manifest
+from lopd.records.manifest import STORE_VERSION, Manifest
 from lopd.records.stored import parse, read_as
 
 LOG, HEAD = "log", ".head"
@@ -39,12 +39,13 @@ _MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
 
 
 def _encode_root(root: Root) -> bytes:
-    return seal({"manifest": root.manifest.to_json(), "log": {"logprob_dtype": root.logprob_dtype}, "by": uuid4().hex})
+    manifest = {**root.manifest.to_json(), "schema_version": STORE_VERSION}
+    return seal({"manifest": manifest, "log": {"logprob_dtype": root.logprob_dtype}, "by": uuid4().hex})
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
     document, owner = parse(data), f"Store {url}: lopd.json"
-    # An older lopd, which would not see the log, finds no `logprob_dtype` where it looks for it, and refuses the store.
+    # Stores that an older lopd made have no log, or one that was begun later.
     dtype = document["log"]["logprob_dtype"] if "log" in document else document["logprob_dtype"]
     root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, dtype, owner))
     return root if unseal(data) is not None else None

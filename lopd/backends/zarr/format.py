@@ -19,7 +19,7 @@ from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
 from lopd.errors import StoreNotFoundError
 from lopd.records.checks import check_number
-from lopd.records.manifest import Manifest
+from lopd.records.manifest import STORE_VERSION, Manifest
 from lopd.records.optional import need
 from lopd.records.stored import Count, parse, read_as
 
@@ -140,7 +140,7 @@ def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
 
 def _encode_root(root: Root) -> bytes:
     storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW, "chained": root.chained}
-    ours = {_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation}
+    ours = {_MANIFEST: {**root.manifest.to_json(), "schema_version": STORE_VERSION}, _STORAGE: storage, _CREATION: root.creation}
     # The checksum is an attribute of its own because Zarr allows no other keys in a group.
     return dump(group_document({**ours, "lopd_about": _ABOUT, _CHECKSUM: checksum(dump(ours))}))
 
