@@ -4,8 +4,10 @@ Each holds what `ROLLOUTS`, `SCORES` and `REASONS` say, in several commits of wh
 arrays could still be compressed; it is float16.
 """
 
+import shutil
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import lancedb
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 
 from lopd import LanceStore, ZarrStore, open_store
 from lopd.backends.lance import encode as lance_encode
+from lopd.backends.lance.catalog import Catalog
+from lopd.backends.sealing import unseal
 from lopd.backends.zarr import encode as zarr_encode
 from lopd.backends.zarr.segment import encode_segment
 from lopd.errors import CorruptStoreError
@@ -143,6 +147,46 @@ def test_an_old_store_takes_log_probs_of_the_sampler(place: Path, kind: str) -> 
         assert seen.read([EXTRA], ["behavior/sampler"])[0].scores["behavior/sampler"].tolist() == [-0.5, -1.0, 0.0]
         assert list(seen.verify()) == []
         stores[0].compact()
+
+
+def refused(path: Path) -> list[str]:
+    """Return names of files that lopd 0.2 reads whenever it opens a store on LanceDB or writes to it, and takes for damaged."""
+    files = [file for folder in ("columns", "generations", "compactions", "quarantine", ".") for file in (path / folder).glob("*.json")]
+    return [file.name for file in files if unseal(file.read_bytes()) is None]
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_an_older_lopd_refuses_a_store_on_lancedb_that_was_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool
+) -> None:
+    with tarfile.open(DATA / "lance.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path, late = tmp_path / "lance", tmp_path / "late.json"
+    (path / "columns/spare.json").rename(late)
+    if empty:
+        root = (path / "lopd.json").read_bytes()
+        shutil.rmtree(path)
+        path.mkdir()
+        (path / "lopd.json").write_bytes(root)
+    before = sorted(path.rglob("*"))
+    store, stale, killed = (LanceStore.open(path, MANIFEST) for _ in range(3))
+    assert (len(killed), list(killed.verify()), sorted(path.rglob("*"))) == (0 if empty else EXTRA, [], before)
+    with monkeypatch.context() as patched:
+        patched.setattr(Catalog, "_put", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            killed.begin_generation(2, LATER)
+    assert refused(path) == ["update-lopd.json"]
+    assert set(LanceStore.open(path).columns) == (set() if empty else {"teacher", "ref"})
+    if not empty:  # an older lopd, which had looked before that
+        late.rename(path / "columns/spare.json")
+    for i, writer in enumerate((store, stale)):
+        writer.begin_generation(1, LATER)
+        writer.append([*ROLLOUTS[:EXTRA], tiny_rollout(f"after {i}")])
+        writer.append_scores(f"late-{i}", provenance("late"), [scores(row) for row in range(5)])
+    assert refused(path) == ["update-lopd.json"]
+    for seen in (stale, LanceStore.open(path, MANIFEST)):
+        assert set(seen.columns) == {"late-0", "late-1"} | (set() if empty else {"teacher", "ref", "spare"})
+        assert (len(seen), list(seen.verify())) == (EXTRA + 2, [])
 
 
 def test_without_log_probs_of_the_sampler_a_store_is_written_as_before(tmp_path: Path) -> None:

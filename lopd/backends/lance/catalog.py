@@ -9,7 +9,8 @@ Each record has a checksum of itself and that of the record before it, the first
 another store's, is noticed.  They are files and not rows because creating a LanceDB table is not atomic: two concurrent creators can both
 be told that they succeeded.
 
-An older store has folders of files without numbers instead.  They are read, and the first record that is added to it lists them.
+An older store has folders of files without numbers instead.  They are read, and the first record that is added to it lists them.  Before that
+a file is put beside them that an older lopd must read and cannot: it would not see the log, and remove tables that only the log names.
 """
 
 import re
@@ -34,6 +35,9 @@ LOG, HEAD = "log", ".head"
 _CLOCKS = 3600.0
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
+# An older lopd names it as damaged; no round has this name.
+_UPDATE = "generations/update-lopd.json"
+_UPDATE_TEXT = b"A newer lopd went on with this store, which an older one would damage: update lopd.\n"
 _RECORD_NAME = re.compile(r"[0-9]{10}\.json")
 _MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
 
@@ -47,7 +51,7 @@ def _decode_root(url: str, data: bytes) -> Root | None:
     document, owner = parse(data), f"Store {url}: lopd.json"
     # Stores that an older lopd made have no log, or one that was begun later.
     dtype = document["log"]["logprob_dtype"] if "log" in document else document["logprob_dtype"]
-    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, dtype, owner))
+    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, dtype, owner), chained="log" in document)
     return root if unseal(data) is not None else None
 
 
@@ -60,11 +64,12 @@ class Catalog:
     """The catalog of one store, as it was at the last `refresh`.
 
     Args:
-        files: the store's files.   state: what was seen so far.
+        files: the store's files.   state: what was seen so far.   chained: whether it was made with a log.
     """
 
-    def __init__(self, files: Files, state: CatalogState) -> None:
+    def __init__(self, files: Files, state: CatalogState, chained: bool) -> None:
         self._files = files
+        self._chained = chained
         self._owner = f"Store {files.url}"
         self.state = state
 
@@ -83,7 +88,9 @@ class Catalog:
             paths = [f"{LOG}/{name}" for name in records]
             ahead = dict(zip(paths, self._files.run([partial(self._read, path) for path in paths]), strict=True))
             state.last = checksum(self._read(ROOT.name) or b"")
-            self._read_old(names)
+        if not (self._chained or state.number):
+            # Until the log begins, an older lopd may add to it.
+            self._read_old(names or self._names(""))
         while (data := ahead.get(path := _path(state.number)) or self._read(path)) is not None:
             document = unsealed(self._owner, path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
@@ -102,7 +109,7 @@ class Catalog:
         paths += [
             f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")
         ]
-        found = {path: self._read(path) or b"" for path in paths}
+        found = {path: self._read(path) or b"" for path in paths if path != _UPDATE and path not in self.state.old}
         documents = {path: unsealed(self._owner, path, data) for path, data in found.items()}
         for path, document in documents.items():
             folder, _, name = path.removesuffix(".json").rpartition("/")
@@ -112,7 +119,7 @@ class Catalog:
             read_as(Record, document, f"{self._owner}: {path}")
         for path, document in sorted(documents.items(), key=lambda item: item[1]["when"]):
             self.state.add(document, f"{self._owner}: {path}", old=True)
-        self.state.old = {path: checksum(data) for path, data in found.items()}
+        self.state.old |= {path: checksum(data) for path, data in found.items()}
 
     def _broken(self, path: str, what: str, wanted: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._owner}: {path} {what}, expected {wanted}; restore the store from a backup.")
@@ -139,10 +146,14 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        if self.state.old and not self.state.number:
-            # What others have put meanwhile is to be seen first.
-            self._put("old", {"files": self.state.old})
-            return False
+        if not self._chained:
+            with writing(self._owner, f"writing {_UPDATE}"):
+                self._files.put_if_absent(_UPDATE, _UPDATE_TEXT)
+            if not self.state.number:
+                # What others have put until then is to be seen first.
+                self._read_old(self._names(""))
+                self._put("old", {"files": self.state.old})
+                return False
         return self._put(kind, document)
 
     def _put(self, kind: Kind, document: Mapping[str, Any]) -> bool:

@@ -123,10 +123,17 @@ class CatalogState:
         elif kind == "compaction":
             merged = read_as(_Compaction, document, owner)
             rows, tokens = merged["rows"], merged["tokens"]
-        elif differing := sorted(read_as(_Old, document, owner)["files"].items() ^ self.old.items()):
-            raise CorruptStoreError(
-                f"{owner}: {differing[0][0]} is not the file that was there when the log began; restore the store from a backup."
-            )
+        else:
+            files = read_as(_Old, document, owner)["files"]
+            if added := sorted(self.old.keys() - files):
+                raise CorruptStoreError(
+                    f"{owner}: an older lopd wrote {added[0]} after a newer one went on with the store; update lopd everywhere, move that file away, "
+                    "and repeat what was appended or scored."
+                )
+            if differing := sorted(files.items() ^ self.old.items()):
+                raise CorruptStoreError(
+                    f"{owner}: {differing[0][0]} is not the file that was there when the log began; restore the store from a backup."
+                )
         if kind in ("generation", "quarantine", "compaction"):
             self.events.append(Commit(0, kind, rows, tokens, column, document["when"]))
 

@@ -55,7 +55,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         super().__init__(files, root)
         self._database = Database(files)
         state, versions = seen or (self._nothing_seen(), {})
-        self._catalog = Catalog(files, state)
+        self._catalog = Catalog(files, state, self._root.chained)
         if seen is None:
             self._catalog.refresh()
         self._snapshot = Snapshot(self._database, self._catalog, versions)
@@ -134,7 +134,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         """Yield one sentence for each problem found; reads every row of the current versions, and the catalog."""
         try:
             # Not what was read before, but what is stored now.
-            catalog = Catalog(self._files, self._nothing_seen())
+            catalog = Catalog(self._files, self._nothing_seen(), self._root.chained)
             catalog.refresh()
             Snapshot(Database(self._files), catalog, {})
         except LopdError as error:
