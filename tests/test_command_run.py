@@ -218,11 +218,11 @@ def test_the_example_does_every_phase_and_the_student_knows_its_teacher(unbroken
     found, hashes, _ = results(unbroken)
     assert sorted(found) == sorted(PHASES)
     assert (len(hashes), len(found["OPD"]["losses"])) == (80, 16)
+    assert [ZarrStore.open(unbroken / f"seed-0/{name}.zarr").manifest.sampling.seed for name in ("text", "rollouts")] == [1_000_000, 0]
     lineage = Lineage.read(unbroken / "seed-0/opd")
     assert lineage.sft_teacher == lineage.opd_teacher == Lineage.of(unbroken.parent / "tiny/teacher").sft_teacher
     page = (unbroken / "seed-0/report.html").read_text()
-    assert "Lightning OPD, seed 0" in page
-    assert all(name in page for name in PHASES)
+    assert all(name in page for name in [*PHASES, "Lightning OPD, seed 0"])
 
 
 def test_a_second_call_finds_everything_done_and_json_is_the_summary(unbroken, here, capsys):

@@ -195,6 +195,12 @@ def drawn(seed=0, tokens=4096, samples=1, **given):
     return SamplingParams(tokens, samples_per_prompt=samples, seed=seed, **given)
 
 
+def sampled(seed=0, *tokens, **given):
+    """Return what the text of SFT and the rollouts are drawn with: never from the same random numbers."""
+    seeds = {"SFT text": seed + 1_000_000, "rollouts": seed}
+    return {f"{phase}: HFSource: sampling": drawn(own, *tokens, **given) for phase, own in seeds.items()}
+
+
 def stores(at):
     return {f"{phase}: ZarrStore: url": f"{at}/{'text' if 'SFT' in phase else 'rollouts'}.zarr" for phase in (*STORES.split("|"), LAST)}
 
@@ -218,9 +224,9 @@ CASES = [
         {},
         stores("runs/a/seed-3")
         | students("runs/a/seed-3")
+        | sampled(3)
         | {
             "SFT|OPD: train: seed": 3,
-            "SFT text|rollouts: HFSource: sampling": drawn(3),
             f"{FIRST}|{LAST}: HFSource: sampling": drawn(1003),
         },
     ),
@@ -240,7 +246,7 @@ CASES = [
         VLLM_TEACHER,
         {
             **dict.fromkeys(("SFT text: VLLMSource: settings", "scores: VLLMScorer: settings"), VLLMSettings(None, 1 + 77 + 1)),
-            "SFT text: VLLMSource: sampling": drawn(0, 77),
+            "SFT text: VLLMSource: sampling": drawn(1_000_000, 77),
             "rollouts: HFSource: sampling": drawn(0, 77),
             f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, 77),
         },
@@ -273,29 +279,26 @@ CASES = [
         "sampling__max_new_tokens",
         77,
         {},
-        {"SFT text|rollouts: HFSource: sampling": drawn(0, 77), f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, 77)},
+        sampled(0, 77) | {f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, 77)},
     ),
-    ("sampling__samples_per_prompt", 3, {}, {"SFT text|rollouts: HFSource: sampling": drawn(samples=3)}),
+    ("sampling__samples_per_prompt", 3, {}, sampled(samples=3)),
     (
         "sampling__samples_per_prompt",
         3,
         VLLM_STUDENT,
         {
-            "SFT text: HFSource: sampling": drawn(samples=3),
+            "SFT text: HFSource: sampling": drawn(1_000_000, samples=3),
             "rollouts: VLLMSource: sampling": drawn(samples=3),
             "rollouts: collect_rollouts: prompts_per_batch": 341,
         },
     ),
-    ("sampling__temperature", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(temperature=0.5)}),
-    ("sampling__top_p", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(top_p=0.5)}),
+    ("sampling__temperature", 0.5, {}, sampled(temperature=0.5)),
+    ("sampling__top_p", 0.5, {}, sampled(top_p=0.5)),
     (
         "sampling__stop_ids",
         [7, 9],
         {},
-        {
-            "SFT text|rollouts: HFSource: sampling": drawn(stop_ids=[7, 9]),
-            f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, stop_ids=[7, 9]),
-        },
+        sampled(stop_ids=[7, 9]) | {f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, stop_ids=[7, 9])},
     ),
     ("sampling__rows", 2, {}, {f"SFT text|rollouts|{FIRST}|{LAST}: HFSource: rows_per_batch": 2}),
     (

@@ -78,6 +78,7 @@ def test_math_then_code_from_the_base_model_to_the_evaluated_student(monkeypatch
     store = ZarrStore.open(str(out / "opd.zarr"))
     sampling = store.manifest.sampling
     assert (len(store), sampling.temperature, sampling.top_p, sampling.seed) == (10, 0.8, 1.0, 42)
+    assert ZarrStore.open(str(out / "sft.zarr")).manifest.sampling.seed == 1_000_042
     assert store.scored("teacher").all()
     lineage = Lineage.read(out / "opd")
     assert lineage.sft_teacher.same_weights(lineage.opd_teacher)

@@ -34,7 +34,7 @@ from lopd.engines.hf import HFScorer, HFSource, load_tokenizer
 from lopd.guards import check_vocabulary
 from lopd.records import Prompt, fingerprint_tokenizer, read_prompts
 from lopd.tools.console import RichProgress
-from lopd.tools.phases import Run, console, counted_in, digest
+from lopd.tools.phases import TEXT_SEEDS, Run, console, counted_in, digest
 from lopd.tools.plan import trained_gb
 from recipes.estimate import describe, estimate, work_of
 from recipes.grading import MathGrader
@@ -131,7 +131,7 @@ def problems_of(path: str, recipe: Recipe, model: str) -> list[Prompt]:
 
 def sft_sampling(recipe: Recipe) -> SamplingParams:
     """Return how the teacher writes what SFT imitates; the paper does not state the temperature, so it is the policy itself."""
-    return SamplingParams(recipe.sft_tokens, seed=recipe.seed)
+    return SamplingParams(recipe.sft_tokens, seed=recipe.seed + TEXT_SEEDS)
 
 
 def opd_sampling(recipe: Recipe) -> SamplingParams:

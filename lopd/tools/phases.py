@@ -36,6 +36,9 @@ from lopd.verbs.showing import UNWATCHED_S
 from lopd.verbs.train import opd_steps
 
 console = PlainConsole()
+#: Added to the seed of a run, with which rollouts are drawn.  Random numbers of a prompt are the same for all models, and from those that drew the
+#: text of SFT a student draws that text again, far more often than its policy does.
+EVALUATION_SEEDS, TEXT_SEEDS = 1_000, 1_000_000
 _HIDDEN = ("name", "peak_rss_gib")
 _BETWEEN_CHECKPOINTS = 5
 #: Seconds of training for each of saving, where that takes more than one: a large student is written for longer than a few steps take.

@@ -17,7 +17,7 @@ _SAMPLING = (
     ("samples-per-prompt", int, "responses to each prompt"),
     ("temperature", float, "of the sampling distribution"),
     ("top-p", float, "keep the most likely tokens that hold this much probability"),
-    ("seed", int, "of the random streams"),
+    ("seed", int, "of the random streams; a text for SFT needs another one than the rollouts of the student that was trained on it"),
     ("candidates", int, "most likely tokens that are kept beside each response token"),
     ("drawn", int, "tokens that are drawn and kept beside it"),
 )

@@ -26,7 +26,7 @@ from lopd.tools.command.before import day_of, prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
 from lopd.tools.console import RichProgress, table
-from lopd.tools.phases import Run, console, counted_in, train_phase, write_json, write_page
+from lopd.tools.phases import EVALUATION_SEEDS, TEXT_SEEDS, Run, console, counted_in, train_phase, write_json, write_page
 from lopd.verbs import StepStream
 
 _BEFORE, _AFTER = "evaluation before OPD", "evaluation after OPD"
@@ -135,7 +135,7 @@ class _Seeded:
             start = str(self.run.folder / "sft")
         if s.evaluation:
             work[_BEFORE] = partial(self._evaluate, s.evaluation, start)
-        work["rollouts"] = partial(self._sample, evolve(s.student, model=start), "rollouts")
+        work["rollouts"] = partial(self._sample, evolve(s.student, model=start), "rollouts", self.seed)
         work |= {"scores": self._score, "OPD": partial(self._opd, start)}
         if s.evaluation:
             work[_AFTER] = partial(self._evaluate, s.evaluation, str(self.run.folder / "opd"))
@@ -149,7 +149,7 @@ class _Seeded:
     def _text(self) -> _Phase:
         """Return what SFT trains on: the teacher's responses, or a file."""
         if self.s.text is None:
-            return self._sample(self.s.teacher, "text")
+            return self._sample(self.s.teacher, "text", self.seed + TEXT_SEEDS)
         writer, teacher, tokenizer = self.s.text.written_by, self.s.teacher, self.s.student.tokenizer()
         of_prompts = "{prompt}" if isinstance(self.s.prompts, list) else self.s.prompts.template
         store = lopd.import_text(
@@ -164,8 +164,8 @@ class _Seeded:
         )
         return {**counted_in(store), "rollouts": len(store)}
 
-    def _sample(self, model: Model, name: str) -> _Phase:
-        with running(model.fitted(self._longest).source(self.s.sampling.params(self.seed), self.s.sampling.rows)) as source:
+    def _sample(self, model: Model, name: str, seed: int) -> _Phase:
+        with running(model.fitted(self._longest).source(self.s.sampling.params(seed), self.s.sampling.rows)) as source:
             store = lopd.ZarrStore.open_or_create(self._url(name), source.manifest)
             together = model.together(self.s.sampling.samples_per_prompt)
             report = lopd.collect_rollouts(source, self.prompts, store, prompts_per_batch=together, progress=RichProgress(console))
@@ -227,10 +227,10 @@ class _Seeded:
         return found
 
     def _evaluate(self, asked: Evaluation, folder: str) -> _Phase:
-        """Evaluate a model on transformers, in float32 as it is trained, at temperature 1; with another seed than that of the rollouts."""
+        """Evaluate a model on transformers, in float32 as it is trained, at temperature 1."""
         plain = evolve(self.s.sampling, temperature=1.0, top_p=1.0, samples_per_prompt=asked.samples_per_prompt)
         source = HFSource.from_folder(
-            folder, plain.params(self.seed + 1000), torch.float32, self.s.student.place, rows_per_batch=plain.rows
+            folder, plain.params(self.seed + EVALUATION_SEEDS), torch.float32, self.s.student.place, rows_per_batch=plain.rows
         )
         found = _Phase()
         if asked.verifier:
