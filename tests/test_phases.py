@@ -1,17 +1,19 @@
-"""The phases of a run: what they ask of a GPU, and how often a training is saved."""
+"""The phases of a run: what they ask of a GPU, what is kept of them, and how often a training is saved."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from small_runs import scored, small, teacher_model  # noqa: F401
 
-from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts
-from lopd.errors import StoreWriteError
+from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts, save_checkpoint
+from lopd.errors import ConflictError, StoreWriteError
 from lopd.losses.variants import add_labels
 from lopd.records import Lineage, Ranks, StepMetrics
 from lopd.tools import phases
-from lopd.tools.phases import Run, digest, resumably, train_phase
+from lopd.tools.phases import Run, digest, resumably, train_phase, write_json
 
 
 def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
@@ -67,6 +69,29 @@ def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch):
     monkeypatch.setattr(phases, "save_checkpoint", lambda *_, **__: pytest.fail("it waits for rank 0"))
     with pytest.raises(StoreWriteError, match="the disk is full"):
         resumably(tmp_path, None, None, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5)
+
+
+def test_what_a_run_keeps_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name))
+    write_json(tmp_path / "phases/sft.json", {})
+    assert flushed == ["sft.partial", "phases"]
+
+
+@pytest.mark.parametrize("file", ["sft.json", "sft.attempts"])
+def test_what_is_kept_of_a_phase_and_cannot_be_read_is_named(tmp_path, file):
+    write_json(tmp_path / "phases" / file, 1)
+    (tmp_path / "phases" / file).write_bytes(b"")
+    with pytest.raises(ConflictError, match=rf"File .*phases/{file}: it cannot be read .*, expected what a run wrote; remove it"):
+        Run(tmp_path).phase("SFT", dict)
+
+
+def test_a_checkpoint_without_the_metrics_of_its_steps_is_not_gone_on_with(tmp_path, small):
+    save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
+    for damage in (lambda path: None, Path.touch):
+        damage(tmp_path / "history.json")
+        with pytest.raises(ConflictError, match=rf"File .*history.json: it cannot be read .*; restore it, or remove {tmp_path}\.$"):
+            resumably(tmp_path, *small, Lineage(), lambda _: [], total=9)
 
 
 def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, scored):

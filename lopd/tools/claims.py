@@ -25,7 +25,7 @@ def check_claim(
     Raises:
         ConflictError: it is one.
     """
-    was, had = _read(folder / "settings.json", _SETTINGS), _read(folder / "inputs.json", _DIGESTS)
+    was, had = read_kept(folder / "settings.json", _SETTINGS), read_kept(folder / "inputs.json", _DIGESTS)
     if was is not None and had is None:
         raise ConflictError(
             f"Run {folder}: it has a settings.json without the inputs.json of a run, expected a folder of its own; choose another folder."
@@ -38,17 +38,20 @@ def check_claim(
                 _check_unused(folder, name, ours.get(name), theirs.get(name), fixed_by(name))
 
 
-def _read(path: Path, kind: object) -> Mapping[str, Any] | None:
-    """Return what a run keeps in this file; None where it is not there."""
+def read_kept(path: Path, kind: object, remedy: str = "choose another folder", *, needed: bool = False) -> Any:
+    """Return what a run keeps in this file; None where it is not there, unless it is needed.
+
+    Raises:
+        ConflictError: it cannot be read, or holds something else; the message ends with the remedy.
+    """
     try:
-        found: Mapping[str, Any] = read_as(kind, json.loads(read_regular(path)), f"File {path}", ConflictError, "choose another folder")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+        return read_as(kind, json.loads(read_regular(path)), f"File {path}", ConflictError, remedy)
     except (OSError, ValueError) as error:
         if isinstance(error, LopdError):
             raise
-        raise ConflictError(f"File {path}: it cannot be read ({error}), expected what a run wrote; choose another folder.") from error
-    return found
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not needed:
+            return None
+        raise ConflictError(f"File {path}: it cannot be read ({error}), expected what a run wrote; {remedy}.") from error
 
 
 def _check_unused(folder: Path, name: str, ours: object, theirs: object, fixed_by: str) -> None:

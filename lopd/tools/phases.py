@@ -21,13 +21,14 @@ from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.protocols.reading import usual_end
 from lopd.records.files import open_anywhere
+from lopd.records.flush import flush
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.paths import is_there, walked, without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
-from lopd.tools.claims import check_claim
+from lopd.tools.claims import check_claim, read_kept
 from lopd.tools.console import PlainConsole, table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
@@ -74,14 +75,17 @@ class Run:
         """Return what `work` gives, with its wall time and the number of attempts; it is computed once, and read back afterwards.
 
         A phase that was killed and resumed has more than one attempt, and its wall time is that of the last.
+
+        Raises:
+            ConflictError: what is kept of it cannot be read.
         """
         path = self._row(name)
         if is_there(path):
-            row: dict[str, Any] = json.loads(path.read_text())
+            row: dict[str, Any] = read_kept(path, Mapping[str, Any], "remove it, to do its phase again")
         else:
             console.rule(name, align="left")
             begun = path.with_suffix(".attempts")
-            attempts = 1 + (json.loads(begun.read_text()) if is_there(begun) else 0)
+            attempts = 1 + (read_kept(begun, int, "remove it") or 0)
             write_json(begun, attempts)
             started = perf_counter()
             row = {"name": name, "response_tokens": 0, "read_tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts}
@@ -91,10 +95,8 @@ class Run:
                 torch.cuda.empty_cache()
             with noting() as said:
                 row |= work()
-            row |= {"warnings": said, "wall_s": round(perf_counter() - started, 2)}
-            row["peak_rss_gib"] = round(
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20), 2
-            )
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+            row |= {"warnings": said, "wall_s": round(perf_counter() - started, 2), "peak_rss_gib": round(peak, 2)}
             write_json(path, row)
         shown = {k.replace("_", " "): v for k, v in row.items() if k not in _HIDDEN and v is not None and not isinstance(v, list | dict)}
         console.print(table(name, list(shown), [list(shown.values())]))
@@ -166,7 +168,7 @@ def _digest_file(path: str) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write all of it or nothing.
+    """Write all of it or nothing, wherever a process or a machine ends.
 
     Raises:
         StoreWriteError: the operating system refuses.
@@ -175,7 +177,9 @@ def write_json(path: Path, data: Any) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(data, indent=1) + "\n")
+        flush(partial)
         partial.replace(path)
+        flush(path.parent)
     except OSError as error:
         raise StoreWriteError(
             f"File {path}: it cannot be written ({error}); free space or mend permissions, or choose another folder."
@@ -279,7 +283,8 @@ def resumably(
     steps = trained_on if isinstance(trained_on, StepStream) else None
     lineage = trained_on.lineage if isinstance(trained_on, StepStream) else trained_on
     done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
-    history = [StepMetrics.from_json(row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    kept = read_kept(checkpoints / "history.json", list[Any], f"restore it, or remove {checkpoints}", needed=True) if done else []
+    history = [StepMetrics.from_json(row) for row in kept[:done]]
     saved, took = monotonic(), 0.0
     for metrics in _follow(begin(done), total):
         history.append(metrics)

@@ -1,6 +1,5 @@
 """What `lopd run` looks at before anything is done: whether a run can end well, and whether it goes on with what is there."""
 
-import json
 import math
 import runpy
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, is_there, local_path, path_or_url, said_without_secrets, without_secrets
+from lopd.records.paths import asked, local_path, path_or_url, said_without_secrets, without_secrets
 from lopd.records.warn import warn_user
+from lopd.tools.claims import read_kept
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
 
@@ -95,8 +95,8 @@ def day_of(s: RunSettings, tokenizer: Any) -> date | None:
     """Return what the chat template reads as today: the day on which the run was begun.  None where it does not ask."""
     if not asks_for_the_day(tokenizer):
         return None
-    path = _day_in(s)
-    return date.fromisoformat(json.loads(path.read_text())) if is_there(path) else datetime.now().date()
+    kept = read_kept(_day_in(s), str)
+    return datetime.now().date() if kept is None else date.fromisoformat(kept)
 
 
 def _day_in(s: RunSettings) -> Path:
