@@ -277,7 +277,7 @@ def online(run: Run, teacher_dir: str | Path, prompts: list[Prompt], settings: S
             start=done,
             tokens_per_batch=settings.tokens_per_batch,
             weighting=by_token,
-            schedule=lambda step: set_rate(optimizer, learning_rate(step, settings.opd_lr, settings.opd_steps)),
+            schedule=lambda step: set_rate(optimizer, learning_rate(step, settings.opd_lr, settings.opd_steps), settings.opd_lr),
         )
 
     history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)

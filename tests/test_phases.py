@@ -10,6 +10,7 @@ from small_runs import scored, small, teacher_model  # noqa: F401
 
 from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts, save_checkpoint
 from lopd.errors import ConflictError, StoreWriteError
+from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels
 from lopd.records import Lineage, Ranks, StepMetrics
 from lopd.tools import phases
@@ -92,6 +93,14 @@ def test_a_checkpoint_without_the_metrics_of_its_steps_is_not_gone_on_with(tmp_p
         damage(tmp_path / "history.json")
         with pytest.raises(ConflictError, match=rf"File .*history.json: it cannot be read .*; restore it, or remove {tmp_path}\.$"):
             resumably(tmp_path, *small, Lineage(), lambda _: [], total=9)
+
+
+def test_a_rate_that_a_decay_made_low_is_not_told_to_be_raised(tmp_path, small, scored):
+    steps = batches(scored, teacher=None, rollouts_per_step=7)[:10_000]
+    save_checkpoint(tmp_path, *small, next_step=9_999, steps=steps)
+    write_json(tmp_path / "history.json", [])
+    found = train_phase(tmp_path, *small, steps, SFTLoss(), rate=lambda step: 1e-8 * (1 - step / 10_000))
+    assert [metrics["step"] for metrics in found["history"]] == [9_999]
 
 
 def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, scored):

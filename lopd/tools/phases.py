@@ -207,9 +207,11 @@ def train_phase(
             student.stop_at(end)
             console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
 
+    peak = max(map(rate, range(steps.stop or 0)), default=0.0)
+
     def paced(done: int) -> Iterator[Step]:
         for step in evolve(steps, start=done):
-            set_rate(optimizer, rate(step.index))
+            set_rate(optimizer, rate(step.index), peak)
             yield step
 
     def begin(done: int) -> Iterator[StepMetrics]:
@@ -228,10 +230,10 @@ def train_phase(
     return {**counted(history), "history": [asdict(m) for m in history]}
 
 
-def set_rate(optimizer: Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters."""
+def set_rate(optimizer: Optimizer, rate: float, peak: float = 0.0) -> None:
+    """Set the learning rate of all parameters; no warning asks for a higher one while it is less than half of its peak."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group.update(lr=rate, initial_lr=max(rate, peak))
 
 
 def write_page(folder: Path, store: LogprobReader, title: str) -> None:
