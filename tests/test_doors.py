@@ -147,6 +147,9 @@ DATA = {
     ),
     "rows of a path": (lambda source, scorer, store, prompts: rows_of("x", prompts), f"Store: it is a str.*{OPEN}"),
     "rows of a round": (lambda source, scorer, store, prompts: rows_of(store, prompts, 1), r"Rounds: it was given an int \(1\).*`\[1\]`"),
+    "rows of one prompt": (lambda source, scorer, store, prompts: rows_of(store, prompts[0]), "Prompts: it is a Prompt, expected a list"),
+    "rows of an iterator": (lambda source, scorer, store, prompts: rows_of(store, iter(prompts)), "Prompts: it is a list_iterator"),
+    "rows of no prompts": (lambda source, scorer, store, prompts: rows_of(store, None), "Prompts: it is None, expected a list"),
     "advantages of a path": (lambda source, scorer, store, prompts: stored_advantages("x"), f"Store: it is a str.*{OPEN}"),
     "drift of steps": (lambda source, scorer, store, prompts: next(watch_drift([3])), "Metrics: it is an int"),
     "drift of a number": (lambda source, scorer, store, prompts: next(watch_drift(3)), "Metrics: it is an int"),
@@ -179,6 +182,13 @@ def test_collecting_scoring_and_evaluating_check_what_they_were_given(case, sour
     with pytest.raises(ModelError if case == "scorer of a folder" else ArgumentError, match=message):
         call(source, scorer, store, prompts)
     assert len(store) == 0
+
+
+def test_the_prompts_of_one_of_several_teachers_are_a_list(scored, prompts):
+    for wrong, what in ((filter(lambda prompt: True, prompts), "a filter"), (prompts[0], "a Prompt"), (None, "None")):
+        with pytest.raises(ArgumentError, match=f"Prompts: it is {what}, expected a list"):
+            batches(scored, teacher={"teacher": wrong})
+    assert rows_of(scored, []).tolist() == []
 
 
 @pytest.mark.parametrize("rows", ["abc", [0.5], np.array([True, False]), [[0, 1]]])

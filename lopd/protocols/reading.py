@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols import LogprobReader, StatesName
 from lopd.protocols.doors import check_noun
-from lopd.records.checks import a_kind
+from lopd.records.checks import a_kind, check_list
 from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, rollout_id
@@ -150,6 +150,7 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         ArgumentError: the store, the prompts or the rounds are something else.
     """
     check_noun(reader, LogprobReader)
+    check_list("Prompts", prompts)
     if wrong := [prompt for prompt in prompts if not isinstance(prompt, Prompt)]:
         raise ArgumentError(
             f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
