@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -185,6 +186,19 @@ def test_steps_that_were_made_otherwise_are_refused_by_name_unless_they_are_mean
         load_checkpoint(tmp_path, *small, steps=changed)
     assert all(torch.equal(a, b) for a, b in zip(before, small[0].parameters(), strict=True))
     assert load_checkpoint(tmp_path, *small, steps=changed, changed=[name]) == 2
+
+
+def first(mask, by, count):
+    return by(mask) * (np.arange(mask.size) < count)
+
+
+def test_another_argument_of_a_weighting_is_refused_by_name(small, scored, tmp_path):
+    three, also, one = (batches(scored, **ASKED, weighting=partial(first, by=by_token, count=count)) for count in (3, 3, 1))
+    save_checkpoint(tmp_path, *small, next_step=2, steps=three)
+    with pytest.raises(CheckpointError, match=r"weighting of its steps is 'first\(by=<function by_token>, count=3\)', expected .*count=1"):
+        load_checkpoint(tmp_path, *small, steps=one)
+    assert load_checkpoint(tmp_path, *small, steps=also) == 2
+    assert batches(scored, **ASKED).settings["weighting"] == "by_rollout"
 
 
 def test_the_same_steps_are_the_same_however_they_are_split_and_wherever_they_end(small, scored, tmp_path):

@@ -1,8 +1,10 @@
 """Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
 from collections.abc import Iterable
+from functools import partial
 from inspect import signature
 from numbers import Integral, Real
+from re import sub
 from typing import Any, TypeVar
 
 from attrs import fields
@@ -114,6 +116,19 @@ def name_of(function: object) -> str:
     """Return the name of a function, also inside a `functools.partial`."""
     inside = getattr(function, "func", function)
     return str(getattr(inside, "__name__", type(inside).__name__))
+
+
+def call_of(function: object) -> str:
+    """Return the qualified name of a function, and of a `functools.partial` what it passes too: the same text in every process.
+
+    >>> call_of(partial(round, ndigits=2))
+    'round(ndigits=2)'
+    """
+    if not isinstance(function, partial):
+        return str(getattr(function, "__qualname__", type(function).__qualname__))
+    passed = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in sorted(function.keywords.items()))]
+    # the address of a function among them is another in each process
+    return sub(r" at 0x\w+", "", f"{call_of(function.func)}({', '.join(passed)})")
 
 
 def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:

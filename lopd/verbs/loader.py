@@ -18,7 +18,7 @@ from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantage
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named
-from lopd.records.checks import check_at_least
+from lopd.records.checks import call_of, check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
 from lopd.records.lineage import Lineage, StoreId
@@ -82,7 +82,7 @@ class StepStream(Glanced):
             "top_k": of.top_k,
             "label": of.label and f"{of.label}, {_digest(np.stack(labels), '<f4')}",
             **({} if of.place is None else {"shares of teachers": _digest(of.place[self.rows], "<i8")}),
-            "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
+            "weighting": call_of(self.weighting),
         }
 
     def __iter__(self) -> Iterator[Step]:
