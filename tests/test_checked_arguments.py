@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from chat_tokenizers import byte_tokenizer
 from small_runs import adamw, make_store, scored, small, teacher_model  # noqa: F401
 
 from lopd import (
+    ConsistencyPolicy,
     FusedOPDLoss,
     LanceStore,
+    MemoryStore,
     ModelId,
     Prompt,
     ZarrStore,
@@ -35,6 +38,7 @@ from lopd.errors import (
     StorePathError,
 )
 from lopd.records import Lineage, Scores, StoreId
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 TEACHER = ModelId("teacher", "1", "float32")
 
@@ -94,6 +98,23 @@ def test_a_norm_that_would_turn_or_spoil_gradients_is_refused(norm, small, score
 def test_a_list_of_teachers_is_no_teacher(scored):
     with pytest.raises(ArgumentError, match="Teacher: it is a list, expected the name of a column"):
         batches(scored, teacher=["teacher"])
+
+
+@pytest.mark.parametrize("top_k", [20, 1, None, "20"])
+def test_how_many_likely_tokens_come_along_is_not_asked(top_k, scored):
+    with pytest.raises(ArgumentError, match=rf"Steps: top_k is {top_k!r}, expected True or False; pass `top_k=True`, how many"):
+        batches(scored, top_k=top_k)
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")
+def test_a_truth_of_numpy_is_one():
+    store, rollouts = MemoryStore(tiny_manifest()), [tiny_rollout("p/s0/g0")]
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(r), top_k=tiny_top_k(3)) for r in rollouts])
+    for truth in (True, False):
+        steps = batches(store, top_k=np.bool_(truth), consistency=ConsistencyPolicy.WARN)
+        assert steps.settings["top_k"] is truth
+        assert (steps.step(1).batches[0].top_k_ids is not None) is truth
 
 
 @pytest.mark.parametrize("wrong", [{"text": 3}, {"answer": 3}, {"answer": 1.0}])

@@ -76,7 +76,7 @@ def choose(
     """Return the columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
-        ArgumentError: `teacher` is neither a name nor a mapping of names, or `ref` or `label` is not a name.
+        ArgumentError: `teacher` is neither a name nor a mapping of names, `ref` or `label` is not a name, or `top_k` not a bool.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, a rollout has two teachers, or labels are given for log-probs or the other way round.
@@ -92,6 +92,9 @@ def choose(
     for name, column in (("Reference", ref), ("Label", label)):
         if not isinstance(column, str | None):
             raise ArgumentError(f"{name}: it is {a_kind(column)}, expected the name of a column; pass a str.")
+    if not isinstance(top_k, bool | np.bool_):
+        raise ArgumentError(f"Steps: top_k is {top_k!r:.80}, expected True or False; pass `top_k=True`, how many is the column's.")
+    top_k = bool(top_k)
     refuse_labels(store, ref, *(teacher if isinstance(teacher, Mapping) else [teacher]))
     if label is not None:
         check_labels(store, label)

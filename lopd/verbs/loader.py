@@ -186,7 +186,7 @@ def batches(
         label: column of labels (`lopd.label_rollouts`), for `add_labels` and `weigh_labels` of `lopd.losses.variants`.  They come with the mean over
             all labelled rollouts of the same prompt and policy, those outside of `rows` too; it is read once, here.
         weighting: what a token counts (`by_rollout` or `by_token`).
-        top_k: bring the teacher's most likely tokens along, for losses on them.
+        top_k: whether to bring the teacher's most likely tokens along, as many as its column keeps, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
         ranks: which share of each step is this process's; None takes torch.distributed's, or all.  The shares of a step are of like
             sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
