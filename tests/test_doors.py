@@ -150,6 +150,8 @@ DATA = {
     "rows of one prompt": (lambda source, scorer, store, prompts: rows_of(store, prompts[0]), "Prompts: it is a Prompt, expected a list"),
     "rows of an iterator": (lambda source, scorer, store, prompts: rows_of(store, iter(prompts)), "Prompts: it is a list_iterator"),
     "rows of no prompts": (lambda source, scorer, store, prompts: rows_of(store, None), "Prompts: it is None, expected a list"),
+    "a tuple for ranks": (lambda source, scorer, store, prompts: batches(store, ranks=(0, 2)), r"Ranks: it is a tuple.*`Ranks\(0, 2\)`"),
+    "a number for ranks": (lambda source, scorer, store, prompts: batches(store, ranks=0), "Ranks: it is an int"),
     "advantages of a path": (lambda source, scorer, store, prompts: stored_advantages("x"), f"Store: it is a str.*{OPEN}"),
     "drift of steps": (lambda source, scorer, store, prompts: next(watch_drift([3])), "Metrics: it is an int"),
     "drift of a number": (lambda source, scorer, store, prompts: next(watch_drift(3)), "Metrics: it is an int"),
@@ -195,6 +197,12 @@ def test_the_prompts_of_one_of_several_teachers_are_a_list(scored, prompts):
 def test_rows_that_are_not_numbers_are_refused_and_a_mask_is_not_taken_for_rows(rows, scored):
     with pytest.raises(InvalidRecordError, match=r"expected a vector of whole numbers; of a mask pass `np.flatnonzero"):
         batches(scored, teacher=None, rows=rows)
+
+
+def test_rows_in_parts_of_unlike_lengths_are_to_be_joined(scored):
+    for read in (lambda rows: batches(scored, teacher=None, rows=rows), scored.read):
+        with pytest.raises(InvalidRecordError, match=r"rows are of unlike lengths; join them with `np.concatenate`"):
+            read([np.array([0, 1]), np.array([2])])
 
 
 @pytest.mark.parametrize("verifier", [lambda rollout: 1.0, lambda: 1.0, lambda a, b, c: 1.0, None, 0.5])

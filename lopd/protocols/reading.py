@@ -107,7 +107,10 @@ def row_numbers(owner: str, rows: Any) -> NDArray[np.int64]:
     Raises:
         InvalidRecordError: they are not whole numbers; a mask of rows is not.
     """
-    given = np.asarray(rows)
+    try:
+        given = np.asarray(rows)
+    except ValueError as error:
+        raise InvalidRecordError(f"{owner}: rows are of unlike lengths; join them with `np.concatenate`.") from error
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise InvalidRecordError(
             f"{owner}: rows have dtype {given.dtype} and shape {given.shape}, expected a vector of whole numbers; of a mask "

@@ -18,7 +18,7 @@ from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantage
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named
-from lopd.records.checks import call_of, check_at_least
+from lopd.records.checks import call_of, check_at_least, check_kind
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
 from lopd.records.lineage import Lineage, StoreId
@@ -199,7 +199,7 @@ def batches(
             without `sampler_logprobs`: it states how the gradient is biased.
 
     Raises:
-        ArgumentError: the store is something else, such as its path.
+        ArgumentError: an argument is something else, such as the path of a store.
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
@@ -207,6 +207,8 @@ def batches(
             log-probs or the other way round, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
     check_noun(store, LogprobReader)
+    if ranks is not None:
+        check_kind("Ranks", ranks, Ranks, "pass `Ranks(0, 2)`")
     if rollouts_per_step is not None:
         rollouts_per_step = check_at_least("Steps", "rollouts_per_step", rollouts_per_step, 1)
     seed = check_at_least("Steps", "seed", seed, 0)
