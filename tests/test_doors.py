@@ -40,7 +40,16 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.engines.server import Servers, ServerScorer, ServerSource
-from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
+from lopd.errors import (
+    ArgumentError,
+    ContextOverflowError,
+    EngineError,
+    InvalidRecordError,
+    LopdError,
+    MissingScoresError,
+    ModelError,
+    TrainingWarning,
+)
 from lopd.losses.divergences import reverse_kl
 from lopd.records import Lineage, ModelId
 from lopd.tools.doctor import check_store
@@ -203,6 +212,12 @@ def test_rows_in_parts_of_unlike_lengths_are_to_be_joined(scored):
     for read in (lambda rows: batches(scored, teacher=None, rows=rows), scored.read):
         with pytest.raises(InvalidRecordError, match=r"rows are of unlike lengths; join them with `np.concatenate`"):
             read([np.array([0, 1]), np.array([2])])
+
+
+def test_rows_that_are_named_again_are_trained_on_once_and_that_is_said(scored):
+    with pytest.warns(TrainingWarning, match=r"2 of 4 rows are named again, and .* once an epoch; pass `np.unique\(rows\)`") as caught:
+        steps = batches(scored, teacher=None, rows=[1, 0, 1, 1])
+    assert (steps.rows.tolist(), caught[0].filename) == ([0, 1], __file__)
 
 
 @pytest.mark.parametrize("verifier", [lambda rollout: 1.0, lambda: 1.0, lambda a, b, c: 1.0, None, 0.5])

@@ -7,7 +7,7 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning, TrainingWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
 from lopd.protocols.reading import chosen, elsewhere, named, rows_of, way_to
@@ -75,6 +75,9 @@ def choose(
 ) -> tuple[Columns, NDArray[np.int64]]:
     """Return the columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
+    Warns:
+        TrainingWarning: a row is named more than once.
+
     Raises:
         ArgumentError: `teacher` is neither a name nor a mapping of names, `ref` or `label` is not a name, or `top_k` not a bool.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
@@ -98,7 +101,14 @@ def choose(
     refuse_labels(store, ref, *(teacher if isinstance(teacher, Mapping) else [teacher]))
     if label is not None:
         check_labels(store, label)
-    parts = _parts(store, teacher, chosen(store, rows))
+    wanted = chosen(store, rows)
+    if rows is not None and len(wanted) < len(rows):
+        warn_user(
+            f"{named(store)}: {len(rows) - len(wanted)} of {len(rows)} rows are named again, and each is trained on once an epoch; pass "
+            "`np.unique(rows)`, and sample more prompts of a kind that shall count more.",
+            TrainingWarning,
+        )
+    parts = _parts(store, teacher, wanted)
     usable = []
     for column, part in parts.items():
         usable.append(_usable(store, part, [name for name in (column, ref, label) if name is not None], ref))

@@ -175,7 +175,7 @@ def batches(
         tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: seed of the shuffle; step k depends on (seed, k) alone.
-        rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
+        rows: train on these only, each once an epoch, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
             rollouts learn from it; rollouts of other prompts are left out.  For SFT, and for privileged scores, rows of several rounds are read
             once, here, to know whose they are.
@@ -192,6 +192,7 @@ def batches(
             sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
 
     Warns:
+        TrainingWarning: a row is named more than once, and counts once.
         RepeatedRolloutsWarning: a step is larger than what there is to train on.
         AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages of a teacher are far below
             0, on the rollouts that learn from it (`lopd.guards.watch`).
