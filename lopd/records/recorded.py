@@ -59,6 +59,8 @@ def reason_of(record: Mapping[str, Any], where: str) -> FinishReason | None:
 def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
     """Return the turns of one record that has token ids; None if its keys are of no form that is known.
 
+    What a call has behind its last turn follows as one that was not drawn, and so does a call that drew nothing.
+
     Raises:
         PromptError: parts of it do not fit together, or its policy drew nothing.
         InvalidRecordError: something is not token ids, a mask or log-probs.
@@ -76,7 +78,7 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
     if keys is None:
         return None
     turns = [turn for at, call in calls for turn in _sequence(at, call, keys)]
-    if not turns:
+    if not any(turn.drawn for turn in turns):
         raise PromptError(f"{where}: its policy drew 0 tokens, expected at least 1; look at its mask, or drop the record.")
     return turns
 
@@ -115,18 +117,21 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
         prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
         drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))
         drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
+        kept = kept if kept.size else np.ones(prompt.size + response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
     except InvalidRecordError as error:
         raise InvalidRecordError(f"{where}: {error}") from error
     size, whole = response.size, prompt.size + response.size
-    wanted = {keys.drawn: (drawn, size), keys.logprobs: (logprobs, size), "attention_mask": (kept if kept.size else None, whole)}
+    wanted = {keys.drawn: (drawn, size), keys.logprobs: (logprobs, size), "attention_mask": (kept, whole)}
     for key, (values, wants) in wanted.items():
         if values is not None and values.shape != (wants,):
             raise PromptError(f"{where}: {key!r} has {values.size} entries, expected {wants}, one for each token; record it again.")
     if before.any():
         raise PromptError(f"{where}: its prompt_mask has a 1, expected 0 at tokens that were read; move what was drawn behind the prompt.")
-    ids_S, drawn_S = np.concatenate([prompt, response]), np.concatenate([np.zeros(prompt.size, np.bool_), drawn])
-    logprobs_S = None if logprobs is None else np.concatenate([np.zeros(prompt.size, np.float32), logprobs])
-    if kept.size:
-        ids_S, drawn_S, logprobs_S = ids_S[kept], drawn_S[kept], None if logprobs_S is None else logprobs_S[kept]
-    return split(ids_S, drawn_S, logprobs_S, reason_of(call, where))
+    ids_S, drawn_S = np.concatenate([prompt, response])[kept], np.concatenate([np.zeros(prompt.size, np.bool_), drawn])[kept]
+    logprobs_S = None if logprobs is None else np.concatenate([np.zeros(prompt.size, np.float32), logprobs])[kept]
+    reason, stop = reason_of(call, where), max([int(kept[: prompt.size].sum()), *(np.flatnonzero(drawn_S)[-1:] + 1).tolist()])
+    turns = split(ids_S, drawn_S, logprobs_S, reason)
+    if turns and stop == ids_S.size:
+        return turns
+    return [*turns, Turn(ids_S[:stop], ids_S[stop:], None, None if turns else reason, drawn=False)]

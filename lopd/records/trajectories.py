@@ -23,6 +23,8 @@ from lopd.records.turns import Turn, join
 Turns = Literal["together", "each"] | Sequence[int]
 #: Which distribution recorded log-probs are of: the policy's at temperature 1, or the one that drew.
 Recorded = Literal["behavior", "sampler"]
+#: Keys of messages for what was thought before the answer.
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 @frozen
@@ -97,11 +99,12 @@ def make_trajectories(called: tuple[str, str], records: Iterable[tuple[int, Any]
     for i, content in records:
         where = f"{item} {i}"
         record = _record(content, where)
-        turns = turns_in(record, where)
-        if turns is None:
+        calls = turns_in(record, where)
+        if calls is None:
             turns = _render(record, where, rendering)
         else:
-            _check_recorded(record, where, turns, rendering.tokenizer)
+            turns = [turn for turn in calls if turn.drawn]
+            _check_recorded(record, where, turns, calls, rendering.tokenizer)
         groups = choice.of(turns)
         without += not groups
         given = plain(record.get("id"), where)
@@ -149,22 +152,39 @@ def _render(record: Mapping[str, Any], where: str, rendering: Rendering) -> list
     return turns
 
 
-def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn], tokenizer: Any) -> None:
+def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn], calls: Sequence[Turn], tokenizer: Any) -> None:
     """Refuse padding in front, and ids that do not read as the text that stands beside them."""
-    first, last, pad = turns[0].prompt_ids, turns[-1], getattr(tokenizer, "pad_token_id", None)
+    first, pad = turns[0].prompt_ids, getattr(tokenizer, "pad_token_id", None)
     if first[:2].tolist() == [pad, pad]:
         raise PromptError(f"{where}: its prompt begins with padding tokens; leave them out, or give its `attention_mask`.")
-    whole = np.concatenate([last.prompt_ids, last.response_ids])
-    text, followed = record.get("output"), whole[first.size :]
-    if isinstance(text, str) and not _reads(tokenizer, followed, folded(text).startswith):
+    text, followed = record.get("output"), _whole(turns[-1])[first.size :]
+    if isinstance(text, str) and not _begins(tokenizer, followed, folded(text)):
         raise _other_text(where, tokenizer, followed, text)
-    drawn = np.concatenate([turn.response_ids for turn in turns])
+    drawn = np.concatenate([call.response_ids for call in calls])
     raw = [message for step in record.get("triplets") or () for message in _messages(step["response"].get("raw_content"))]
     # messages may begin with answers that were only read
-    for ids, messages in ((whole, record.get("messages")), (drawn, record.get("completion")), (drawn, raw)):
-        answers = [folded(_text(message)) for message in _messages(messages) if message.get("role", "assistant") == "assistant"]
-        if not _reads(tokenizer, ids, partial(_in_order, answers)):
-            raise _other_text(where, tokenizer, ids, " ... ".join(answers))
+    for ids, messages in ((_whole(calls[-1]), record.get("messages")), (drawn, record.get("completion")), (drawn, raw)):
+        answers = [message for message in _messages(messages) if message.get("role", "assistant") == "assistant"]
+        texts = [folded(_text(message)) for message in answers]
+        there = partial(_in_order, texts[: len(texts) - _cut(tokenizer, calls, answers)])
+        if not _reads(tokenizer, ids, there):
+            raise _other_text(where, tokenizer, ids, " ... ".join(texts))
+
+
+def _whole(turn: Turn) -> Int32Array:
+    return np.concatenate([turn.prompt_ids, turn.response_ids])
+
+
+def _cut(tokenizer: Any, calls: Sequence[Turn], answers: Sequence[Mapping[str, Any]]) -> int:
+    """Return how many of the last answers may be whole beside ids that were cut, as in verifiers: the ids read as their beginnings."""
+    count = 0
+    for call, answer in zip(reversed(calls), reversed(answers), strict=False):
+        # how a template writes what was thought is not known, and it may be all that is left
+        thought = any(answer.get(key) for key in _THOUGHTS)
+        if call.finish_reason != "length" or not (thought or _begins(tokenizer, call.response_ids, folded(_text(answer)))):
+            break
+        count += 1
+    return count
 
 
 def _messages(value: Any) -> list[Mapping[str, Any]]:
@@ -195,10 +215,15 @@ def _reads(tokenizer: Any, ids: Int32Array, fits: Callable[[str], bool]) -> bool
     return any(fits(folded(tokenizer.decode(ids.tolist(), skip_special_tokens=skip))) for skip in (False, True))
 
 
+def _begins(tokenizer: Any, ids: Int32Array, text: str) -> bool:
+    """Return whether ids read as the beginning of a text; they may end within a character."""
+    return _reads(tokenizer, ids, lambda read: text.startswith(read.rstrip("\ufffd")))
+
+
 def _other_text(where: str, tokenizer: Any, ids: Int32Array, text: str) -> PromptError:
     return PromptError(
         f"{where}: its tokens read {tokenizer.decode(ids.tolist())!r:.80}, expected {text!r:.80}, the text that stands beside them; pass the "
-        "policy's own tokenizer, or look for rows that were mixed up."
+        "policy's own tokenizer, look for rows that were mixed up, or state the finish_reason 'length' of one that was cut."
     )
 
 

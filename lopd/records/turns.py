@@ -28,12 +28,14 @@ class Turn:
         response_ids: (T,) int32, what it drew.
         logprobs: (T,) float32, nats, of what it drew, as they were recorded; or None.
         finish_reason: how it ended; None where that was not recorded.
+        drawn: whether it counts; what was not drawn is kept to be compared with the text that stands beside it.
     """
 
     prompt_ids: Int32Array
     response_ids: Int32Array
     logprobs: Float32Array | None = None
     finish_reason: FinishReason | None = None
+    drawn: bool = True
 
 
 def split(ids_S: Int32Array, drawn_S: BoolArray, logprobs_S: Float32Array | None, finish_reason: FinishReason | None) -> list[Turn]:

@@ -1,0 +1,76 @@
+"""Text that stands beside recorded ids: an answer that was cut and a history that was rewritten are no other text, and other text is refused."""
+
+import pytest
+from chat_tokenizers import byte_tokenizer
+from test_trajectories import imported, rollouts_of
+
+from lopd.errors import PromptError
+
+TOKENIZER = byte_tokenizer()
+OTHER = "the text that stands beside them"
+
+
+def ids(text):
+    return TOKENIZER(text)["input_ids"]
+
+
+def said(*texts):
+    """Return messages: the policy and others take turns."""
+    return [{"role": role, "content": text} for role, text in zip(["assistant", "tool"] * len(texts), texts, strict=False)]
+
+
+def step(prompt, drawn, *, cut=False):
+    tokens = {"prompt_ids": prompt, "completion_ids": drawn, "completion_mask": [1] * len(drawn), "is_truncated": cut}
+    return {"tokens": tokens}
+
+
+ASKED, CALLED, TOLD, ANSWERED = ids("2+3?"), ids("I add.<|im_end|>"), ids("5"), ids("It is fünf.<|im_end|>")
+READ = ASKED + CALLED + TOLD
+SAID = said("I add.", "5", "It is fünf.")
+
+
+def cut(kept, *, stated=True):
+    return {"trajectory": [step(ASKED, CALLED), step(READ, ANSWERED[:kept], cut=stated)]}
+
+
+@pytest.mark.parametrize("kept", [0, 5, len(ids("It is f")) + 1])  # the last ends within a character
+def test_an_answer_that_was_cut_may_stand_whole_beside_its_ids(kept):
+    for beside in ({"completion": SAID}, {"messages": [{"role": "user", "content": "2+3?"}, *SAID]}):
+        (rollout,) = rollouts_of(imported([{**cut(kept), **beside}], TOKENIZER))
+        assert rollout.response_ids.tolist() == CALLED + (TOLD + ANSWERED[:kept] if kept else [])
+        assert rollout.finish_reason == ("length" if kept else "stop")
+        with pytest.raises(PromptError, match=f"{OTHER}; .* or state the finish_reason 'length' of one that was cut"):
+            imported([{**cut(kept, stated=False), **beside}], TOKENIZER)
+    whole = {"prompt_ids": READ, "response_ids": ANSWERED[:kept], "response_mask": [1] * kept, "output": "It is fünf."}
+    if kept:
+        assert len(imported([whole], TOKENIZER)) == 1
+
+
+def test_other_text_is_refused_also_where_an_answer_was_cut():
+    for other in (said("I ask.", "5", "It is fünf."), said("I add.", "5", "It was fünf.")):
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**cut(5), "completion": other}], TOKENIZER)
+
+
+def test_all_steps_behind_the_first_cut_may_have_drawn_less_than_they_say():
+    steps = [*cut(5)["trajectory"], step(READ + ANSWERED[:5], [], cut=True)]
+    (rollout,) = rollouts_of(imported([{"trajectory": steps, "completion": [*SAID, *said("Sure.")]}], TOKENIZER))
+    assert (rollout.response_ids.tolist(), rollout.finish_reason) == (CALLED + TOLD + ANSWERED[:5], "length")
+
+
+def test_an_answer_that_was_cut_within_its_thoughts_is_not_compared():
+    record = {"trajectory": [step(ASKED, ids("<think>2 + 3 i"), cut=True)]}
+    answer = {"role": "assistant", "content": "5"}
+    assert len(imported([{**record, "completion": [{**answer, "reasoning_content": "2 + 3 is 5"}]}], TOKENIZER)) == 1
+    with pytest.raises(PromptError, match=OTHER):
+        imported([{**record, "completion": [answer]}], TOKENIZER)
+
+
+def test_a_last_answer_that_does_not_count_is_compared_all_the_same():
+    mask = [1] * len(CALLED) + [0] * len(TOLD + ANSWERED)
+    record = {"prompt_ids": ASKED, "completion_ids": CALLED + TOLD + ANSWERED, "completion_mask": mask}
+    for key in ("completion", "messages"):
+        (rollout,) = rollouts_of(imported([{**record, key: SAID}], TOKENIZER))
+        assert rollout.response_ids.tolist() == CALLED
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**record, key: said("I add.", "5", "It was fünf.")}], TOKENIZER)
