@@ -74,3 +74,16 @@ def test_a_last_answer_that_does_not_count_is_compared_all_the_same():
         assert rollout.response_ids.tolist() == CALLED
         with pytest.raises(PromptError, match=OTHER):
             imported([{**record, key: said("I add.", "5", "It was fünf.")}], TOKENIZER)
+
+
+def test_answers_that_later_turns_read_rewritten_may_stand_whole_beside_them():
+    drawn = [ids("<think>greet</think>hi<|im_end|>"), ids("so long<|im_end|>")]
+    steps = [step(ids("hello"), drawn[0]), step(ids("hello") + ids("hi<|im_end|>bye"), drawn[1])]
+    record = {"trajectory": steps, "messages": said("<think>greet</think>hi", "bye", "so long")}
+    made = rollouts_of(imported([record], TOKENIZER, turns="each"))
+    assert [rollout.response_ids.tolist() for rollout in made] == drawn
+    with pytest.raises(PromptError, match=r'the history was rewritten .*so pass `turns="each"`'):
+        imported([record], TOKENIZER)
+    for other in (said("<think>greet</think>ho", "bye", "so long"), said("<think>greet</think>hi", "bye", "good day")):
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**record, "messages": other}], TOKENIZER, turns="each")

@@ -162,13 +162,14 @@ def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn]
         raise _other_text(where, tokenizer, followed, text)
     drawn = np.concatenate([call.response_ids for call in calls])
     raw = [message for step in record.get("triplets") or () for message in _messages(step["response"].get("raw_content"))]
-    # messages may begin with answers that were only read
-    for ids, messages in ((_whole(calls[-1]), record.get("messages")), (drawn, record.get("completion")), (drawn, raw)):
+    # messages may begin with answers that were only read, and have whole answers where later turns read them rewritten
+    read = (_whole(calls[-1]), np.concatenate([first, drawn]))
+    for either, messages in ((read, record.get("messages")), ((drawn,), record.get("completion")), ((drawn,), raw)):
         answers = [message for message in _messages(messages) if message.get("role", "assistant") == "assistant"]
         texts = [folded(_text(message)) for message in answers]
         there = partial(_in_order, texts[: len(texts) - _cut(tokenizer, calls, answers)])
-        if not _reads(tokenizer, ids, there):
-            raise _other_text(where, tokenizer, ids, " ... ".join(texts))
+        if not any(_reads(tokenizer, ids, there) for ids in either):
+            raise _other_text(where, tokenizer, either[0], " ... ".join(texts))
 
 
 def _whole(turn: Turn) -> Int32Array:
