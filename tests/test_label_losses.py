@@ -67,6 +67,18 @@ def test_the_mixed_objective_has_the_gradient_of_the_formula_on_full_logits(kind
     assert not hidden.grad[3].any(), "the label shuts the gate"
 
 
+def test_a_reward_that_has_lost_its_baseline_weighs_a_constant_advantage_as_it_is_added_to_none():
+    logits, batch = logits_batch()
+    less = evolve(batch, label_values=batch.label_values - batch.label_means, label_means=None)
+    gradients = []
+    for given, advantage, transform in ((batch, 0.0, add_labels), (less, 1.0, partial(weigh_labels, by=lambda label: label))):
+        hidden = logits.clone().requires_grad_()
+        loss = FusedOPDLoss(advantage=advantage, ratio_to_ref=True, transforms=(transform,))
+        loss(hidden, LMHead(torch.eye(5).double()), given).loss_sum.backward()
+        gradients.append(hidden.grad)
+    torch.testing.assert_close(*gradients)
+
+
 class Fixed(torch.nn.Module):
     """A student whose hidden states are its parameters."""
 

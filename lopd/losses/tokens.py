@@ -115,7 +115,10 @@ class Tokens:
     def labels(self, *, centred: bool = False) -> Tensor:
         """Return the labels, less the mean of their group if that is asked for; MissingScoresError where the batch has none."""
         found_M = _present(self.label_values, "Batch: label_values", "a column of labels; name it in `batches(label=...)`")
-        expected = "the mean of several rollouts of a prompt; sample with `samples_per_prompt` of at least 2"
+        expected = (
+            "the mean of several rollouts of a prompt; sample with `samples_per_prompt` of at least 2, and import trajectories with "
+            '`turns="together"`, for each turn alone has a prompt of its own'
+        )
         return found_M - _present(self.label_means, "Batch: label_means", expected) if centred else found_M
 
     def entropies(self, *, gradient: bool = False) -> Tensor:
