@@ -25,7 +25,7 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer
-from lopd.errors import ArgumentError, ConflictError, InvalidRecordError, PromptError, PromptWarning
+from lopd.errors import ArgumentError, ConflictError, EngineError, InvalidRecordError, PromptError, PromptWarning
 
 POLICY, TEACHER = ModelId("policy", "1", "float32"), ModelId("teacher", "1", "float32")
 SAMPLING = SamplingParams(max_new_tokens=64)
@@ -454,6 +454,8 @@ def test_the_policy_is_a_folder_and_its_lineage_is_read_there(tokenizer, make_mo
     assert (manifest.policy, manifest.sft_teacher) == (Lineage.of(tmp_path / "policy").sft_teacher, TEACHER)
     assert imported([VERL], tokenizer).manifest.sft_teacher is None
     assert imported([VERL], tokenizer, lineage=Lineage.of(TEACHER)).manifest.sft_teacher == TEACHER
+    with pytest.raises(EngineError):  # before any record is looked at
+        imported([{}], tokenizer, policy=tmp_path / "none")
 
 
 @pytest.mark.filterwarnings("ignore:.*it is not the policy that sampled:lopd.errors.DriftWarning")  # another model than that of the record

@@ -74,9 +74,9 @@ def import_trajectories(
     choice = Choice(turns, sampling, logprobs)
     called, records = records_of("Trajectory", trajectories)
     rendering = Rendering(called[0], tokenizer, verbatim=False, tools=tools, variables=chat_template_kwargs, day=date)
+    drew = Lineage.of(policy).sft_teacher or UNKNOWN
     rollouts = make_trajectories(called, records, rendering, choice)
     rendering.warn()
-    drew = Lineage.of(policy).sft_teacher or UNKNOWN
     return fill(store, Manifest(of, drew, sampling, _trained(policy, lineage).sft_teacher), rollouts)
 
 
