@@ -94,6 +94,28 @@ def test_moments_in_float32_of_bfloat16_weights_keep_their_dtype(llama, tmp_path
         assert_same(other_optimizer.state[theirs]["exp_avg"], optimizer.state[mine]["exp_avg"])
 
 
+class Wrapping(torch.optim.AdamW):
+    """Wraps its moments in one dict, as bitsandbytes does with what FSDP should not gather."""
+
+    def state_dict(self):
+        whole = super().state_dict()
+        return {**whole, "state": {i: {"step": entry.pop("step"), "wrapped": entry} for i, entry in copy.deepcopy(whole["state"]).items()}}
+
+    def load_state_dict(self, whole):
+        super().load_state_dict({**whole, "state": {i: {"step": entry["step"], **entry["wrapped"]} for i, entry in whole["state"].items()}})
+
+
+def test_an_optimizer_that_wraps_its_state_in_a_dict_is_resumed_bit_for_bit(llama, tmp_path):
+    pairs = [(student, Wrapping(student.parameters(), lr=1e-3)) for student in (fresh(llama)[0] for _ in range(2))]
+    step(*pairs[0])
+    save_checkpoint(tmp_path, *pairs[0], next_step=1, lineage=Lineage())
+    load_checkpoint(tmp_path, *pairs[1])
+    for pair in pairs:
+        step(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(*(student.parameters() for student, _ in pairs), strict=True))
+    assert_same(pairs[1][1].state_dict()["state"][0], pairs[0][1].state_dict()["state"][0])
+
+
 def test_tensors_that_share_memory_are_saved(small, llama, tmp_path):
     student, optimizer = small
     step(student, optimizer)

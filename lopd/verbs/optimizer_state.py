@@ -99,17 +99,22 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
     # older checkpoints wrote tuples as lists: the live groups (betas) show which were tuples
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(v, g.get(k)) for k, v in s.items()} for s, g in zip(groups, live, strict=True)]
-    taken = {i: {k: v for k, v in entry.items() if isinstance(v, Tensor | bool | int | float)} for i, entry in entries.items()}
+    taken = {i: {k: v for k, v in entry.items() if _carried(v)} for i, entry in entries.items()}
     optimizer.load_state_dict({"state": taken, "param_groups": groups})
     # torch casts what it is given to the dtype of the weights, and calls the type of what it can iterate over: put those as they were
     for place, entry in entries.items():
         parameter, state = parameters[place], optimizer.state[parameters[place]]
         for label, value in entry.items():
             there = state.get(label)
-            if label not in taken[place]:
+            if label not in taken[place] or isinstance(there, dict):  # bitsandbytes wraps its states in one, and takes them out again
                 state[label] = moved(value, parameter.device)
             elif isinstance(there, Tensor) and there.dtype != value.dtype:
                 state[label] = value.to(there.device)
+
+
+def _carried(value: Any) -> bool:
+    """Return whether `load_state_dict` of torch leaves this what it is, its dtype apart."""
+    return all(map(_carried, value.values())) if isinstance(value, dict) else isinstance(value, Tensor | bool | int | float | None)
 
 
 def _like(value: Any, live: Any) -> Any:
