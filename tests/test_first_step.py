@@ -11,6 +11,7 @@ import torch
 from attrs import evolve
 from conftest import TOKENIZER_ID
 from small_runs import scored, small, teacher_model  # noqa: F401
+from transformers.optimization import Adafactor
 
 from lopd import (
     CausalLMStudent,
@@ -145,6 +146,13 @@ def test_trained_parameters_that_nothing_depends_on_are_named(llama, scored):
     )
     with pytest.warns(TrainingWarning, match=named):
         sft(student, optimizer, scored)
+
+
+def test_an_optimizer_that_finds_its_rates_by_itself_trains(llama, scored):
+    student = student_in(llama)
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    sft(student, Adafactor(student.parameters()), scored)
+    assert not any(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
 
 
 def test_adapters_whose_first_gradient_is_zero_are_not_spoken_of(llama, scored):

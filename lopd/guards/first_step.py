@@ -182,9 +182,9 @@ def judge_ends(optimizer: Optimizer, student: object, batches: Sequence[Batch]) 
 def at_full_rate(optimizer: Optimizer) -> bool:
     """Return whether a step moves weights as far as it is meant to: a warm-up begins, and a decay ends, with rates that are lower, or 0.
 
-    They are lower than `initial_lr`, by the name that schedulers of torch write into an optimizer.
+    They are lower than `initial_lr`, by the name that schedulers of torch write into an optimizer.  Adafactor's own are None.
     """
-    rates = [(float(group.get("lr", 1.0)), float(group.get("initial_lr", 0.0))) for group in optimizer.param_groups]
+    rates = [(float(group.get("lr", 1.0) or 0.0), float(group.get("initial_lr", 0.0))) for group in optimizer.param_groups]
     return all(rate > 0 and rate >= initial / 2 for rate, initial in rates)
 
 
