@@ -83,7 +83,7 @@ class ModelError(LopdError, TypeError):
 class ModelWarning(LopdWarning):
     """A model that computes at random, with an attention that was changed to keep what it computes, without a cache, in a bfloat16 that its card
     lacks, or with rounded logits; or whose export vLLM will not start.
-    To do: Make the model compute one function (`model.eval()`, no dropout), accept that sampling is slow, or do what the message names.
+    To do: Make the model compute one function (set dropout to 0), accept that sampling is slow, or do what the message names.
     """
 
 

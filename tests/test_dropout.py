@@ -62,7 +62,8 @@ def test_dropout_beside_a_ref_column_draws_one_warning(make, said, make_model, l
     with pytest.warns(ModelWarning, match=said):
         CausalLMStudent(make(make_model, llama), TOKENIZER_ID)(batch, ReferenceOPDLoss(ratio_to_ref=True))
     (message,) = warned(CausalLMStudent(make(make_model, llama), TOKENIZER_ID), batch, ReferenceOPDLoss(ratio_to_ref=True))
-    assert "set dropout to 0, or call `student.model.eval()`" in message
+    assert "set dropout to 0" in message
+    assert "eval()" not in message, "in eval mode layers recompute nothing"
 
 
 def test_dropout_that_no_ratio_meets_draws_no_warning(make_model, llama, batch, rollouts):
@@ -72,6 +73,17 @@ def test_dropout_that_no_ratio_meets_draws_no_warning(make_model, llama, batch, 
     evaluated.model.eval()
     assert warned(evaluated, batch, ReferenceOPDLoss()) == []
     assert warned(CausalLMStudent(adapted(llama), TOKENIZER_ID), batch, ReferenceOPDLoss()) == []
+
+
+def test_a_student_whose_dropout_was_set_to_0_draws_no_warning_and_recomputes(make_model, batch):
+    student, calls = CausalLMStudent(make_model("gpt2_dropout"), TOKENIZER_ID, gradient_checkpointing=True), []
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert warned(student, batch, ReferenceOPDLoss()) == []
+    student.model.transformer.h[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    student(batch, ReferenceOPDLoss()).loss_sum.backward()
+    assert len(calls) == 2
 
 
 def test_a_student_leaves_modules_in_eval_that_its_owner_put_there(make_model, tokenizer, prompts, rollouts, batch):

@@ -156,7 +156,7 @@ def warn_of_dropout(model: Any) -> None:
     )
     warnings.warn(
         f"Student {type(unwrap(model)).__name__}: {what}, so its log-probs differ from the policy's by chance, and importance ratios and drift are "
-        "noise; set dropout to 0, or call `student.model.eval()`.",
+        "noise; set dropout to 0, and a router's jitter.",
         ModelWarning,
         stacklevel=2,
     )
