@@ -317,10 +317,14 @@ def test_adapters_with_gradient_checkpointing_get_the_same_gradients(models, rec
 
 
 @pytest.mark.parametrize("kind", ["llama_tied", "gemma2_softcap", "gpt2"])
-def test_gradient_checkpointing_recomputes_and_changes_no_gradient(kind, models, records):
+@pytest.mark.parametrize(("own", "asked"), [(None, True), ({"use_reentrant": True}, False), ({"use_reentrant": True}, True), ({}, False)])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(own, asked, kind, models, records):
     results = {}
     for checkpointing in (False, True):
-        student = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID, gradient_checkpointing=checkpointing)
+        model = copy.deepcopy(models(kind))
+        if checkpointing and own is not None:
+            model.gradient_checkpointing_enable(own)
+        student = CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=checkpointing and asked)
         decoder, calls = student.model.get_decoder(), []
         layer = (decoder.h if kind == "gpt2" else decoder.layers)[0]
         # the attention, not the MLP: recomputation stops as soon as it has what the backward pass needs

@@ -6,6 +6,7 @@ Shape suffixes: N tokens, D hidden size.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,6 +135,14 @@ def drops_cap(model: Any) -> bool:
     config = text_config(model)
     capped = any("att" in name and "cap" in name and isinstance(value, int | float) and value for name, value in vars(config).items())
     return capped and str(getattr(config, "_attn_implementation", "sdpa")) == "sdpa"
+
+
+def recompute_plainly(model: Any) -> None:
+    """Take torch's reentrant form, in which no gradient can be asked for by itself, from a model that recomputes; its other options stay."""
+    for module in unwrap(model).modules():
+        for name, form in [*vars(module).items()]:
+            if name.endswith("_checkpointing_func") and isinstance(form, partial):
+                setattr(module, name, partial(form, use_reentrant=False))
 
 
 def warn_of_dropout(model: Any) -> None:

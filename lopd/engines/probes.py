@@ -25,7 +25,7 @@ from lopd.engines.causal_lm import (
     row_hidden_states,
     unwrap,
 )
-from lopd.engines.conditions import check_causal_lm, keep_caps, randomly, warn_of_bfloat16
+from lopd.engines.conditions import check_causal_lm, keep_caps, randomly, recompute_plainly, warn_of_bfloat16
 from lopd.engines.structure import is_exact, once
 from lopd.errors import LopdError, ModelError
 
@@ -55,6 +55,8 @@ def check_scoring(model: Any, vocab_size: int) -> None:
 def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> _Hidden:
     """Return `check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
 
+    A model that recomputes does so in torch's other form afterwards, if it was the reentrant one.
+
     Returns:
         The first way that is right: packed, or, for a hybrid whose other layers know no lengths and for Llama 4, each rollout in a row of its own.
 
@@ -65,6 +67,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
     probe = _prepare(model, vocab_size, "training", autocast)
+    recompute_plainly(model)
     return once(("training", vocab_size, autocast), model, lambda: _find_way(probe, autocast))
 
 

@@ -43,7 +43,8 @@ class CausalLMStudent(nn.Module):
             vocabulary are padding and get no mass; neither do added tokens beyond the rows, which a fingerprint does not tell from others.
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.  Pass it to `load_model` too,
             which then finds an attention for it.
-        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.  A model that does so already
+            keeps its own options, except `use_reentrant`, which becomes False.
 
     Warns:
         ModelWarning: torch.compile is around the model as a whole, where it does nothing; the model also reads images, and the files of its
