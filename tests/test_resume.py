@@ -116,6 +116,33 @@ def test_an_optimizer_that_wraps_its_state_in_a_dict_is_resumed_bit_for_bit(llam
     assert_same(pairs[1][1].state_dict()["state"][0], pairs[0][1].state_dict()["state"][0])
 
 
+class Packed(torch.Tensor):
+    """Has no memory of its own, as the low-bit states of torchao."""
+
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, args=(), kwargs=None):
+        return cls(function(args[0].inner, *args[1:], **(kwargs or {})))
+
+
+def test_a_state_of_a_class_that_wraps_tensors_is_named_and_nothing_is_written(small, tmp_path):
+    step(*small)
+    small[1].state[next(small[0].parameters())]["exp_avg"] = Packed(torch.ones(3))
+    with pytest.raises(InvalidRecordError, match=r"AdamW 0\.exp_avg: it is a Packed, expected a plain tensor; use an optimizer"):
+        save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+    assert not list(tmp_path.iterdir())
+
+
 def test_tensors_that_share_memory_are_saved(small, llama, tmp_path):
     student, optimizer = small
     step(student, optimizer)

@@ -95,7 +95,7 @@ def save_checkpoint(
 
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
-        InvalidRecordError: `next_step` is less than 0, `keep` less than 1, or the optimizer holds something else than numbers, text and tensors.
+        InvalidRecordError: `next_step` is less than 0, `keep` less than 1, or the optimizer holds more than numbers, text and plain tensors.
         CheckpointError: the optimizer holds a parameter that the student does not have, or there is neither lineage nor steps; nothing was written.
         StoreWriteError: the disk refused; the checkpoints before this one are as they were.
     """

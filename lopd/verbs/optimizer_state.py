@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.protocols import Student
+from lopd.records.checks import a_kind
 from lopd.records.nested import moved, pack, unpack_all
 from lopd.records.ranks import alike
 
@@ -62,9 +63,15 @@ def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[s
     kind = type(optimizer).__name__
     others = {key: pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
     groups = [{k: pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
-    sparse = next((key for key, tensor in tensors.items() if tensor.layout is not torch.strided), None)
-    if sparse is not None:
-        raise InvalidRecordError(f"{owner}, {kind} {sparse}: it is a sparse tensor, expected a dense one; make it so.")
+    for key, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise InvalidRecordError(f"{owner}, {kind} {key}: it is a sparse tensor, expected a dense one; make it so.")
+        # one that wraps others, as torchao's low-bit states do, has no memory of its own; of torch's sharded ones the part counts
+        part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if hasattr(part, "__tensor_flatten__"):
+            raise InvalidRecordError(
+                f"{owner}, {kind} {key}: it is {a_kind(part)}, expected a plain tensor; use an optimizer that keeps such."
+            )
     return tensors, {"class": kind, "groups": groups, "others": others}
 
 
