@@ -258,6 +258,16 @@ def test_an_engine_that_is_not_healthy_is_down_even_if_its_server_answers(stub, 
     assert not sick.requests
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_answers_a_probe_with_a_nan_is_down_and_others_go_on(stub, start, status):
+    sick = start()
+    sick.fail(10**6, refused(status, "Out of range float values are not JSON compliant: nan"))
+    alone, both = (source_of(*stubs, temperature=0.5).sample(make_prompts()) for stubs in ([stub], [sick, stub]))
+    assert [r.response_ids.tolist() for r in both] == [r.response_ids.tolist() for r in alone]
+    with pytest.raises(EngineError, match=rf"Server {sick.url}: .*answers {status} \(.*nan\) to a probe, which is a NaN of its model"):
+        source_of(servers=servers_of(sick, patience_s=0.3), temperature=0.5).sample(make_prompts())
+
+
 def test_when_all_servers_are_dead_the_call_ends_with_one_of_them_and_what_to_do(start):
     stubs = [start(), start()]
     scorer = scorer_of(*stubs, patience_s=0.3)

@@ -243,7 +243,7 @@ class _Endpoint:
             self._rests_until = monotonic() + rest
             if rest > QUIET_S:
                 _LOG.warning("%s rests for %.0f s: it reports that nothing is left of its limit", self.name, rest)
-        answer = accepted(owner, url, response, self._servers.key)
+        answer = accepted(owner, url, response, self._servers.key, probed=owner == self.name)
         self.spent.append(self._servers.dialect.costs(answer))
         return answer
 
