@@ -19,6 +19,7 @@ from lopd.losses.top_k import TopKObjective
 from lopd.losses.variants import entropy_advantage, extrapolate, importance_ratio, log_compress, power, ppo_clip, window_ratio
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
+from lopd.records.steps import Batch, LMHead, LossOutput
 from lopd.testing import loss_case
 
 both_paths = pytest.mark.parametrize("path", [ReferenceLoss, FusedLoss])
@@ -120,6 +121,16 @@ def test_an_objective_is_refused_where_a_loss_is_wanted(objective: Any) -> None:
         check_noun(objective, OPDLoss)
     with pytest.raises(ArgumentError, match=message):
         WeightedLoss([(1.0, FusedOPDLoss()), (0.5, objective)])
+
+
+def test_a_loss_of_ones_own_may_have_a_name_of_an_objective() -> None:
+    class Own:
+        wants_entropy = True
+
+        def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+            return FusedOPDLoss()(hidden_ND, head, batch)
+
+    check_noun(Own(), OPDLoss)
 
 
 @pytest.mark.parametrize("wrong", ["reverse_kl", None, lambda student, teacher: student])

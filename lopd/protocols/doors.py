@@ -41,7 +41,7 @@ def check_noun(value: object, noun: type) -> None:
     name, remedy = _NOUNS[noun]
     check_kind(name, inner(value), _Optimizer if noun is Optimizer else noun, remedy)
     # it can be called, and would end in the first step
-    if noun is OPDLoss and hasattr(value, "wants_entropy"):
+    if noun is OPDLoss and hasattr(value, "ids") and hasattr(value, "wants_entropy"):
         raise ArgumentError(f"{name}: it is {a_kind(value)}, which is an objective; pass a loss on it: `FusedLoss(...)`.")
 
 
