@@ -112,7 +112,8 @@ class FusedOPDLoss(OPDSettings):
         epsilon: tokens whose advantage times (1 - probability) is at most this skip two of the three products (see `FusedLoss`); 0 is exact.
 
     Raises:
-        InvalidRecordError: `clip` is neither None nor finite and more than 0, or epsilon is less than 0 or not finite.
+        InvalidRecordError: epsilon is less than 0 or not finite, or a setting is refused by `OPDSettings`.
+        ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Memory: `chunking.chunk_bytes`, and float32 sums of the gradients; tokens that do not count take none.
     """
@@ -125,7 +126,7 @@ class FusedOPDLoss(OPDSettings):
 
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
-            InvalidRecordError: hidden states of another size than the head's.
+            InvalidRecordError: hidden states of another size than the head's; or a transform gives another shape than one value a token.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         return FusedLoss(self.objective(), self.chunking, self.epsilon)(hidden_ND, head, batch)

@@ -186,7 +186,8 @@ class OPDSettings:
 
     Raises:
         InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio;
-            or two of its parts have the ratio, or two make the advantage.
+            or two of its parts have the ratio, or `kl_baseline` is beside a transform that replaces the advantage, or two such transforms are
+            together.
         ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.

@@ -59,6 +59,7 @@ class ReferenceOPDLoss(OPDSettings):
 
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
+            InvalidRecordError: a transform gives another shape than one value a token.
         """
         return ReferenceLoss(self.objective())(hidden_ND, head, batch)
 
