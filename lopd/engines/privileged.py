@@ -32,7 +32,7 @@ class PrivilegedScorer:
         score_rollouts(store, PrivilegedScorer(HFScorer.from_folder("student"), prompts, told), column="told")
 
     A prompt is found by its tokens, which are all that stands before a response.  Where turns of a trajectory are rollouts of their own
-    (`import_trajectories(turns="each")`), a prompt is only the beginning of that: state it with `continued=True`.
+    (`import_trajectories(turns="each")`, or numbers), a prompt is only the beginning of that: state it with `continued=True`.
 
     The column has an identity of its own (`Provenance.logprobs_mode`): that of the plain scorer, or of other prompts, does not continue it.
     `batches` draws a warning unless `ConsistencyPolicy.PRIVILEGED` states that it is meant.
