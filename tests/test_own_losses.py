@@ -153,6 +153,12 @@ def test_a_weighted_loss_refuses_pairs_that_are_not_a_number_and_a_loss(wrong: A
         WeightedLoss([(1.0, FusedOPDLoss()), wrong])
 
 
+@pytest.mark.parametrize("terms", [[FusedOPDLoss(), FusedOPDLoss()], FusedOPDLoss(), [(1.0,)], (1.0, FusedOPDLoss())])
+def test_a_weighted_loss_refuses_what_is_not_pairs(terms: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"WeightedLoss: its terms are .*, expected .*pairs; pass"):
+        WeightedLoss(terms)
+
+
 @pytest.mark.parametrize("kind", [OPDObjective, ReferenceOPDLoss, FusedOPDLoss])
 @pytest.mark.parametrize(
     ("transforms", "message"),

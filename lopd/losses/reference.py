@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import OfObjective, check_objective, ignores_labels, is_baselined, is_uncorrected
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, counted_rows
@@ -82,7 +82,11 @@ class SFTLoss:
 def _to_terms(terms: Sequence[tuple[float, OPDLoss]]) -> tuple[tuple[float, OPDLoss], ...]:
     if not terms:
         raise InvalidRecordError("WeightedLoss: it has 0 terms, expected at least 1; pass (coefficient, loss) pairs.")
-    pairs = tuple((to_real("WeightedLoss", "coefficient", coefficient), loss) for coefficient, loss in terms)
+    try:
+        unpacked = [(coefficient, loss) for coefficient, loss in terms]
+    except (TypeError, ValueError):
+        raise ArgumentError(f"WeightedLoss: its terms are {terms!r:.80}, expected (coefficient, loss) pairs; pass such pairs.") from None
+    pairs = tuple((to_real("WeightedLoss", "coefficient", coefficient), loss) for coefficient, loss in unpacked)
     for coefficient, loss in pairs:
         check_number("WeightedLoss", "coefficient", coefficient, math.isfinite(coefficient), "finite")
         check_noun(loss, OPDLoss)
@@ -99,7 +103,7 @@ class WeightedLoss:
 
     Raises:
         InvalidRecordError: there are 0 terms, or a coefficient is not a finite number.
-        ArgumentError: a loss is something else, such as an objective.
+        ArgumentError: the terms are not pairs, or a loss is something else, such as an objective.
     """
 
     terms: tuple[tuple[float, OPDLoss], ...] = field(converter=_to_terms)
