@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import constants
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from lopd.engines.finding import load_tokenizer
 from lopd.records import make_prompts
@@ -24,10 +24,10 @@ TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt 
 
 
 def save(folder: Path, kind: str, *parts: pre_tokenizers.PreTokenizer, **settings: object) -> Path:
-    """Save a tokenizer of bytes, and of one pair of digits, as models of the Llama family have it."""
+    """Save a tokenizer of bytes, of one pair of digits, as models of the Llama family have it, and of one pair of letters."""
     folder.mkdir(parents=True)
-    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", END])}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2")]))
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "xY", END])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("1", "2"), ("x", "Y")]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([*parts]), decoders.ByteLevel() if parts else decoders.Fuse()
     backend.add_special_tokens(["<s>", "</s>", END])
     backend.save(str(folder / "tokenizer.json"))
@@ -51,6 +51,19 @@ def test_prompts_are_split_as_the_file_has_it(kind: str, named: bool, tmp_path: 
     (prompt,) = make_prompts(["what is 12?"], tokenizer)
     assert tokenizer.decode(prompt.token_ids.tolist()) == "<s>what is 12?<think>\n"
     assert tokenizer.convert_tokens_to_ids("12") not in prompt.token_ids
+
+
+def test_text_is_normalised_as_the_file_has_it(tmp_path: Path) -> None:
+    """The class of Qwen2 would make one letter of a letter and its accent."""
+    tokenizer = load_tokenizer(save(tmp_path / "model", "Qwen2Tokenizer", DIGITS, BYTES))
+    assert tokenizer.decode(tokenizer.encode("cafe\u0301", add_special_tokens=False)) == "cafe\u0301"
+
+
+def test_a_split_is_the_files_whatever_tokens_the_vocabulary_has(tmp_path: Path) -> None:
+    """The class of GPT-2 would leave capitals in their word, which shows in one pair of letters alone."""
+    capitals = pre_tokenizers.Split(Regex(r"\p{Lu}"), "isolated")
+    tokenizer = load_tokenizer(save(tmp_path / "model", "GPT2Tokenizer", capitals, BYTES))
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("xY", add_special_tokens=False)) == ["x", "Y"]
 
 
 def test_problems_of_a_recipe_are_split_as_the_file_has_it(tmp_path: Path) -> None:

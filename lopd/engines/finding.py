@@ -28,8 +28,8 @@ _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _COPIES = ("*/*.safetensors", "consolidated*.safetensors")
 _ADAPTERS = "adapter_config.json"
 _CONFIGS, _TOKENIZERS = ("config.json", _ADAPTERS), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-#: Where tokenizers split texts in different ways.  It begins with a space, which some classes may be asked to add.
-_PROBE = " It's 12345 + 6,\n\n\tcafé (don't)\n"
+#: Where tokenizers split or normalise texts in different ways.  It begins with a space, which some classes may be asked to add.
+_PROBE = " It's 12345 + 6,\n\n\tcafé (don't)\nIT'S cafe\u0301 ½ oneTwo://a_b/\n/ हिन्दी ภาษาที่ مُحَمَّد 中文 ❤️ 1️⃣\n"
 
 
 def check_described(folder: str | Path) -> None:
@@ -150,7 +150,8 @@ def _as_stored(loaded: Any, found: Path) -> Any:
     """Return the tokenizer as tokenizer.json has it, where that is byte-level.
 
     Many classes of transformers take its vocabulary alone, and split texts as they do for their own family: under that of Llama other tokens than
-    Llama's lose spaces, and under that of GPT-2 they part numbers otherwise.  What is not byte-level has settings beside the file that count.
+    Llama's lose spaces, under that of GPT-2 they part numbers otherwise, and under that of Qwen2 marks from letters.  What is not byte-level has
+    settings beside the file that count.
     """
     file = found / _TOKENIZERS[0] if found.is_dir() else try_to_load_from_cache(str(found), _TOKENIZERS[0])
     backend = getattr(loaded, "backend_tokenizer", None)
@@ -159,8 +160,9 @@ def _as_stored(loaded: Any, found: Path) -> Any:
     stored = Tokenizer.from_file(str(file))
     if not isinstance(stored.decoder, decoders.ByteLevel):
         return loaded
-    theirs, ours = (one.encode(_PROBE, add_special_tokens=False).ids for one in (stored, backend))
-    if theirs == ours:
+    theirs, ours = (one.encode(_PROBE, add_special_tokens=False) for one in (stored, backend))
+    # ids alone hide a split across which no token of the probe would go
+    if (theirs.ids, theirs.word_ids) == (ours.ids, ours.word_ids):
         return loaded
     # a class may state tokens that the files leave to it
     stated = {name: token for name, token in loaded.special_tokens_map.items() if isinstance(token, str)}
