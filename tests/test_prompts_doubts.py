@@ -3,6 +3,7 @@
 import datetime
 import json
 import warnings
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -98,12 +99,13 @@ def test_text_that_carries_the_template_already_is_doubted_and_verbatim_text_has
     assert (texts(tokenizer, prompts), sentences) == ([text], [])
 
 
-def test_messages_as_json_text_are_doubted(tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", [{"messages": json.dumps([{"role": "user", "content": "hi"}])}])
+@pytest.mark.parametrize("write", [json.dumps, partial(json.dumps, indent=2), str])
+def test_messages_as_text_are_doubted(write, tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"messages": write([{"role": "user", "content": "hi"}])}])
     prompts, sentences = doubts(lambda: read_prompts(path, byte_tokenizer()))
-    assert prompts[0].text.startswith("[{")
+    assert prompts[0].text.startswith("[")
     assert sentences == [
-        f"Prompt file {path}, line 1: it is a list of messages as JSON text, which is read as text; decode it for the chat template."
+        f"Prompt file {path}, line 1: it is a list of messages that was written as text, and is read as text; decode it for the chat template."
     ]
 
 

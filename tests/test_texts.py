@@ -43,11 +43,13 @@ def test_pairs_messages_records_files_and_datasets_give_the_same_rollouts(tokeni
     (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in MESSAGES))
     pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "t.parquet")
     dataset = datasets.Dataset.from_list([{"messages": messages} for messages in MESSAGES])
+    kept = [{"messages": json.dumps(messages)} for messages in MESSAGES]
     completions = [{"prompt": messages[:1], "response": messages[1:]} for messages in MESSAGES]
     forms = [
         PAIRS,
         MESSAGES,
         RECORDS,
+        kept,
         completions,
         iter(RECORDS),
         tmp_path / "t.jsonl",
@@ -180,6 +182,15 @@ def test_verbatim_text_gets_nothing_but_an_end():
     assert texts_of(plain, import_text([("q: ", "a")], plain, teacher=WRITER)) == [("<s>q: ", "a<|im_end|>")]
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_that_were_written_as_text_are_named(write):
+    tokenizer, (prompt, response) = byte_tokenizer(CHATML), (write(messages) for messages in (MESSAGES[0][:1], MESSAGES[0][1:]))
+    with pytest.warns(PromptWarning, match="^Text number 0: it is a list of messages that was written as text"):
+        import_text([(prompt, "5")], tokenizer, teacher=WRITER)
+    with pytest.warns(PromptWarning, match="^Text number 0: its response is a list of messages that was written as text"):
+        import_text([("q", response)], tokenizer, teacher=WRITER)
+
+
 def test_a_template_around_a_template_and_a_response_of_one_draw_warnings():
     tokenizer = byte_tokenizer(CHATML)
     with pytest.warns(PromptWarning, match="as if it carried a chat template already"):
@@ -259,6 +270,7 @@ def test_texts_that_are_left_out_leave_no_gap_among_the_samples_of_their_prompt(
         ([{"prompt": "q", "response": "a<|eos|>", "finish_reason": "length"}], r"ends with '<\|eos\|>', and its finish_reason is 'length'"),
         ("nothing.jsonl", "Text file nothing.jsonl: it cannot be read"),
         ({"train": []}, "Texts: they are a dict, expected a list"),
+        ([{"messages": str(MESSAGES[0])}], "Text number 0: 'messages' is text that is not JSON"),
         ([], "Texts: there are 0, expected at least 1"),
     ],
 )

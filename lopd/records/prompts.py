@@ -132,8 +132,6 @@ def _make(
             )
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
         content = in_template(template, checked(known[used], field, where), where)
-        if isinstance(content, str) and content.startswith("[{") and '"role"' in content:
-            rendering.doubt(where, "it is a list of messages as JSON text, which is read as text; decode it for the chat template")
         ids = rendering.tokenise(where, content, known["tools"], known["chat_template_kwargs"])
         name = as_id(known["id"], where) or _name(ids, seen)
         if max_tokens is not None and len(ids) > max_tokens:

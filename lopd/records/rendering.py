@@ -1,5 +1,6 @@
 """Text or messages -> token ids, with or without a chat template, and what looks wrong about them."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from functools import cached_property
@@ -12,6 +13,9 @@ from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
 from lopd.records.warn import warn_user
+
+#: Messages that a table keeps as text, as JSON or as pandas writes them.
+_MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
 
 
 class Rendering:
@@ -64,6 +68,8 @@ class Rendering:
         ids = self._converse(self._template, where, *given) if self._template else self._encode(where, content, bare=self._verbatim)
         if not ids:
             raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+        if isinstance(content, str) and _MESSAGES.match(content):
+            self.doubt(where, "it is a list of messages that was written as text, and is read as text; decode it for the chat template")
         self._doubt_ends(where, ids)
         return ids
 
@@ -100,6 +106,8 @@ class Rendering:
             self.doubt(
                 where, f"its response contains {self._special[inside]!r}, as if a chat template had written it; drop that from the text"
             )
+        if _MESSAGES.match(response) and "assistant" in response:
+            self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
         if not self._compared:
             self._compared = True
             messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None

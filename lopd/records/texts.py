@@ -11,7 +11,7 @@ from lopd.records.arrays import Int32Array, to_ids
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
 from lopd.records.contents import KEYS, Names, check_message, check_roles, checked, in_template, with_value
-from lopd.records.plain import plain
+from lopd.records.plain import from_json, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
 
@@ -104,10 +104,12 @@ def _record(content: Any, where: str, fields: Fields) -> Mapping[str, Any]:
 
 def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str | Messages, str, set[str]]:
     """Return prompt, response, and the keys that they were found under."""
-    prompt, response, messages = (plain(record.get(key), where) for key in (fields.prompt, fields.response, "messages"))
+    prompt, response = (plain(record.get(key), where) for key in (fields.prompt, fields.response))
     used = {fields.prompt, fields.response}
     if response is None:
-        messages, used = (prompt, {fields.prompt}) if isinstance(prompt, list) else (messages, {"messages"})
+        messages, used = prompt, {fields.prompt}
+        if not isinstance(messages, list):
+            messages, used = plain(from_json(record.get("messages"), where, "messages"), where), {"messages"}
         if not isinstance(messages, list) or not messages:
             raise PromptError(
                 f"{where}: its keys with a value are {with_value(record)}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "

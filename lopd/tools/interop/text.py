@@ -40,9 +40,9 @@ def import_text(
     """Import texts for SFT into a store, one rollout each: `batches(import_text(...), teacher=None)` trains on the tokens of the responses.
 
     A text is a pair (prompt, response), a list of messages that ends with the assistant's, or a record, such as a row of a Hugging Face dataset,
-    whole or streamed.  A record has `record[field]` and `record[response]`, or messages under `field` or "messages".  Prompts are what
-    `make_prompts` makes of them, with "id", "tools" and "chat_template_kwargs"; of several answers the last is trained, and the others are read.
-    A "finish_reason" of "length" means that a response was cut: it gets no end token.
+    whole or streamed.  A record has `record[field]` and `record[response]`, or messages under `field` or "messages", which may be JSON text there.
+    Prompts are what `make_prompts` makes of them, with "id", "tools" and "chat_template_kwargs"; of several answers the last is trained, and the
+    others are read.  A "finish_reason" of "length" means that a response was cut: it gets no end token.
 
     The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the tokens with
     which the template ends an answer, or else EOS, unless it has them.  A `PromptWarning` states where the template itself would write the response
