@@ -70,6 +70,17 @@ def test_an_end_in_the_text_or_of_a_template_without_a_generation_prompt_is_doub
     assert doubts(lambda: make_prompts(["hi"], byte_tokenizer(STRICT)))[1] == [], "its generation prompt is the end of the user's turn"
 
 
+@pytest.mark.parametrize("text", ["one <|im_end|> two", "<s>one<|im_end|> two </s> three\n"])
+def test_a_special_token_inside_a_text_is_doubted_also_without_a_template(text):
+    tokenizer = byte_tokenizer(None, eos="</s>")
+    _, sentences = doubts(lambda: make_prompts(["hi", text, text, "<s>ho"], tokenizer))
+    (sentence,) = sentences
+    assert sentence.startswith("Prompt number 1 and 1 more: its text contains '<|im_end|>', as if from a chat template; ")
+    assert doubts(lambda: make_prompts([text], tokenizer, verbatim=True))[1] == []
+    (sentence,) = doubts(lambda: make_prompts(["one</s>\n"], tokenizer))[1]
+    assert "it ends with '</s>'" in sentence
+
+
 def test_the_end_of_an_answer_is_doubted_also_where_it_is_not_eos():
     _, sentences = doubts(lambda: make_prompts(["hi"], byte_tokenizer(CLOSED, eos="</s>")))
     (sentence,) = sentences

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_tokenizers import CHATML, CONCLUDED, PARTS, STRICT, TWICE_ENDED, byte_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps, rows_of
 from lopd.engines.hf import folder_model_id
@@ -180,6 +182,15 @@ def test_verbatim_text_gets_nothing_but_an_end():
     assert texts_of(tokenizer, store) == [("<s>q: ", "a<|im_end|>"), ("<s>r: ", "b<|im_end|>")]
     plain = byte_tokenizer(None, before="<s>")
     assert texts_of(plain, import_text([("q: ", "a")], plain, teacher=WRITER)) == [("<s>q: ", "a<|im_end|>")]
+
+
+def test_an_unknown_character_is_no_special_token_of_a_text():
+    named = {"unk_token": "<unk>", "eos_token": "<eos>"}
+    backend = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2, "<eos>": 3}, unk_token=named["unk_token"]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.warns(PromptWarning, match=r"^Text number 0: its response begins .*<unk>") as caught:
+        import_text([("a z b", "a z b")], PreTrainedTokenizerFast(tokenizer_object=backend, **named), teacher=WRITER)
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("write", [json.dumps, str])

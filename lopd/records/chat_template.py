@@ -31,14 +31,18 @@ def text_of(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
-def check_tokenizer(owner: str, tokenizer: Any) -> None:
-    """Refuse what cannot tokenise, such as the name of a model.
+def special_of(owner: str, tokenizer: Any) -> dict[int, str]:
+    """Return the special tokens of a tokenizer, token id -> text.
 
     Raises:
-        ArgumentError: it cannot.
+        ArgumentError: it cannot tokenise, as the name of a model cannot.
     """
     if isinstance(tokenizer, type) or not (callable(tokenizer) or hasattr(tokenizer, "apply_chat_template")):
         raise ArgumentError(f"{owner}: the tokenizer is {a_kind(tokenizer)}, which cannot tokenise; `load_model` gives one.")
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    # mistral-common has a method of this name, which raises
+    return {**dict(named), **({id_: str(token) for id_, token in added.items() if token.special} if isinstance(added, dict) else {})}
 
 
 def formats_chats(tokenizer: Any) -> bool:

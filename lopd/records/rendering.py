@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages, asks_for_the_day, check_tokenizer, folded, formats_chats, text_of
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, asks_for_the_day, folded, formats_chats, special_of, text_of
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
@@ -36,9 +36,8 @@ class Rendering:
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
         self._doubts, self._unread, self._compared = dict[str, tuple[str, int]](), dict[str, None](), False
-        check_tokenizer(owner, tokenizer)
+        self._special = special_of(owner, tokenizer)
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
-        self._special = _special_tokens(tokenizer)
         has_template = not verbatim and formats_chats(tokenizer)
         self._template = ChatTemplate(owner, tokenizer, self._special, day) if has_template else None
         if day is not None:
@@ -70,6 +69,11 @@ class Rendering:
             raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
         if isinstance(content, str) and _MESSAGES.match(content):
             self.doubt(where, "it is a list of messages that was written as text, and is read as text; decode it for the chat template")
+        if isinstance(content, str) and not (self._template or self._verbatim):
+            # what stands at the ends of a text is judged with what is added there
+            between = self._encode(where, content.strip(), bare=True)[1:-1]
+            if inside := self._inside(between, content):
+                self.doubt(where, f"its text contains {inside!r}, as if from a chat template; pass `verbatim=True` if it is, or drop that")
         self._doubt_ends(where, ids)
         return ids
 
@@ -101,11 +105,8 @@ class Rendering:
                 f"{where}: its response ends with {self._special.get(whole[-1], str(whole[-1]))!r}, and its finish_reason is 'length', expected "
                 "'stop'; correct the record."
             )
-        inside = next((token for token in ids if token in self._special), None)
-        if inside is not None:
-            self.doubt(
-                where, f"its response contains {self._special[inside]!r}, as if a chat template had written it; drop that from the text"
-            )
+        if inside := self._inside(ids, response):
+            self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; drop that from the text")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
         if not self._compared:
@@ -275,6 +276,10 @@ class Rendering:
             raise PromptError(f"{where}: it has {what}, which only a chat template reads, but {why}; pass text alone, or {remedy}.")
         return self._template
 
+    def _inside(self, ids: Sequence[int], text: str) -> str | None:
+        """Return the first special token that the text has; that for unknown characters is among the ids alone."""
+        return next((self._special[token] for token in ids if token in self._special and self._special[token] in text), None)
+
     def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:
         if ids[0] in self._special and ids[1:2] == ids[:1]:
             self.doubt(
@@ -289,11 +294,3 @@ class Rendering:
                 f"it ends with {self._special.get(last, str(last))!r}, after which a response seldom goes on; give the template a generation prompt, "
                 "or pass `verbatim=True` for text to which nothing is added",
             )
-
-
-def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Return token id -> text."""
-    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    # mistral-common has a method of this name, which raises
-    return {**dict(named), **({id_: str(token) for id_, token in added.items() if token.special} if isinstance(added, dict) else {})}
