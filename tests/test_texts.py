@@ -220,6 +220,27 @@ def test_a_response_that_the_template_would_write_otherwise_draws_one_warning():
         import_text([("q", "a")], byte_tokenizer(thinking), teacher=WRITER)
 
 
+@pytest.mark.parametrize(
+    "other", [{"response": " ok"}, {"response": "ok\n"}, {"response": "<think>hm</think>ok"}, {"tools": [{"name": "f"}]}]
+)
+def test_a_response_of_another_kind_is_compared_too(other):
+    """Trimmed, without what was thought, and behind what only prompts with tools have, as templates write answers."""
+    answer = "{{ '#' if tools else '' }}{{ m['content'].split('</think>')[-1] | trim }}"
+    written = "{% if m['role'] == 'assistant' %}" + answer + "{% else %}{{ m['content'] }}{% endif %}"
+    tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", written))
+    records = [{"prompt": "q", "response": "ok"}, {"prompt": "q", "response": "ok", **other}]
+    with pytest.warns(PromptWarning, match=r"^Text number 1: its response begins '.*', expected '#?ok<\|im_end\|>") as caught:
+        import_text([*records, *records], tokenizer, teacher=WRITER)
+    assert len(caught) == 1
+
+
+def test_what_a_template_does_with_a_switch_is_compared_for_each_of_its_settings():
+    thinking = CHATML.replace("{% endif %}", "{% if enable_thinking %}<think>\n{% endif %}{% endif %}")
+    records = [{"prompt": "q", "response": "a", "chat_template_kwargs": {"enable_thinking": on}} for on in (False, True, True)]
+    with pytest.warns(PromptWarning, match="^Text number 1: the chat template writes its prompt otherwise where an answer follows"):
+        import_text(records, byte_tokenizer(thinking), teacher=WRITER)
+
+
 def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
     pairs = [("q", "xyz"), ("q", "xyzxyz"), ("q", "xyzxyzxyz")]
     (short, _, long) = (len(r) for r in rollouts_of(import_text(pairs, tokenizer, teacher=WRITER)))

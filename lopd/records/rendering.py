@@ -35,7 +35,7 @@ class Rendering:
     """
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
-        self._doubts, self._unread, self._compared = dict[str, tuple[str, int]](), dict[str, None](), False
+        self._doubts, self._unread, self._compared = dict[str, tuple[str, int]](), dict[str, None](), set[Any]()
         self._special = special_of(owner, tokenizer)
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         has_template = not verbatim and formats_chats(tokenizer)
@@ -109,8 +109,11 @@ class Rendering:
             self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; drop that from the text")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
-        if not self._compared:
-            self._compared = True
+        # a template may treat each kind otherwise; the last part tells `enable_thinking` apart
+        outside = (response[0].isspace(), response[-1].isspace(), response.lstrip().startswith("<think>"))
+        kind = (*outside, bool(given["tools"]), repr(given["variables"])[:60])
+        if kind not in self._compared:
+            self._compared.add(kind)
             messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None
             self._compare(where, messages, [*prompt_ids], ids, response)
         return [*ids, *self._written_end[:-1], whole[-1] if ended else self._end] if given["ended"] else ids
@@ -167,21 +170,20 @@ class Rendering:
         return int(end)
 
     def _compare(self, where: str, asked: Any, prompt_ids: list[int], ids: list[int], response: str) -> None:
-        """Note a doubt if tokens do not read as the chat template has the response, or as its text; one response is enough, as it concerns all."""
+        """Note a doubt if tokens do not read as the chat template has the response, or as its text; one response stands for its kind."""
         read = self.tokenizer.decode([*prompt_ids, *ids])[len(self.tokenizer.decode(prompt_ids)) :]
         written = self._template.written(response, *asked) if self._template else response
-        if written is None:
-            self.doubt(
-                where,
-                "the chat template writes its prompt otherwise where an answer follows than where one is asked for, and responses go on from the "
-                "second; see that they begin as the model is to begin",
-            )
-        elif not written.startswith(read):
-            self.doubt(
-                where,
-                f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it is, so "
-                "correct the texts or the template if that is not meant",
-            )
+        if written is not None and written.startswith(read):
+            return
+        doubt = (
+            "the chat template writes its prompt otherwise where an answer follows than where one is asked for, and responses go on from the "
+            "second; see that they begin as the model is to begin"
+            if written is None
+            else f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it is, so "
+            "correct the texts or the template if that is not meant"
+        )
+        # others of its kind are not counted
+        self._doubts.setdefault(doubt, (where, 1))
 
     def doubt(self, where: str, doubt: str) -> None:
         """Note what may be wrong with one prompt, or with all."""

@@ -46,7 +46,7 @@ def import_text(
 
     The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the tokens with
     which the template ends an answer, or else EOS, unless it has them.  A `PromptWarning` states where the template itself would write the response
-    otherwise, and all that `make_prompts` doubts.
+    otherwise, by one response of each kind (spaces around it, a thought, tools, variables of the template), and all that `make_prompts` doubts.
 
     The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
 
