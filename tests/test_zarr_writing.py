@@ -12,13 +12,14 @@ from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from zarr_stores import _quick_disk, filled, many, place, rows_of, start  # noqa: F401
 
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import ConflictError, StoreWriteError
+from lopd.errors import ConflictError, StoreReadError, StoreWriteError
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -252,6 +253,57 @@ def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: Za
     filled.append(many(50, 2))
     assert rows_of(filled) == rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r50", "r51"]
     assert len(list(place(filled).glob("segments/*/"))) == 4
+
+
+@pytest.mark.parametrize("column", [None, "ref"])
+def test_a_writer_that_loses_the_race_twice_adds_no_row_under_an_old_number(
+    column: str | None, filled: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, writer = ZarrStore.open(place(filled)), filled._writer
+    publish, remove = writer._publish, writer._remove
+    rollouts = [record.rollout for record in filled.read([0, 1, 2])] if column else many(50, 3)
+
+    def add(store: ZarrStore, part: slice) -> None:
+        if column:
+            store.append_scores(column, tiny_provenance("ref"), [tiny_scores(rollout) for rollout in rollouts[part]])
+        else:
+            store.append(rollouts[part])
+
+    def lose(*record: Any) -> bool:
+        monkeypatch.setattr(writer, "_publish", publish)
+        add(other, slice(0, 1))
+        return publish(*record)
+
+    def remove_late(paths: list[str]) -> None:
+        monkeypatch.setattr(writer, "_remove", remove)
+        add(other, slice(1, 2))
+        remove(paths)
+
+    monkeypatch.setattr(writer, "_publish", lose)
+    monkeypatch.setattr(writer, "_remove", remove_late)
+    add(filled, slice(0, 3))
+    again = ZarrStore.open(place(filled))
+    assert rows_of(filled) == rows_of(again) == ["m", "b", "r0", "r1"] + ([] if column else ["r50", "r51", "r52"])
+    assert [commit.rows for commit in again.history()[3:]] == [1, 1, 1]
+    assert list(again.verify()) == []
+
+
+def test_a_commit_that_was_answered_as_lost_keeps_its_segment_where_the_log_cannot_be_read(
+    filled: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, commit = filled._log, filled._log.commit
+
+    def answer_late(*record: Any) -> None:  # the second of two requests, and a client of NFS that shows an old count of names
+        commit(*record)
+        patch.setattr(log, "next", Mock(side_effect=StoreReadError("Stale file handle")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "commit", answer_late)
+        with pytest.raises(StoreReadError):
+            filled.append(many(10, 1))
+    filled.append([*many(10, 1), *many(20, 1)])
+    again = ZarrStore.open(place(filled))
+    assert (rows_of(again)[4:], list(again.verify())) == (["r10", "r20"], [])
 
 
 def test_a_segment_of_a_call_that_was_interrupted_is_not_committed_by_a_later_one(

@@ -98,7 +98,10 @@ class Writer:
 
     def end(self) -> None:
         """Remove what was written for a call that is over: nothing keeps a sweep from it."""
-        self._take_spare("", ())
+        with suppress(OSError, LopdError):
+            if self._spare:
+                self._state.refresh()  # the call may have failed at this
+                self._take_spare("", ())
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
         """Return the segment that lost the race for a number, if it was made of these very records and no sweep has taken it; any other is
@@ -180,11 +183,10 @@ class Writer:
         return True
 
     def _remove(self, paths: Sequence[str]) -> None:
-        # What a record names stays, whatever the storage answered; what cannot be removed now is for a sweep.
-        with suppress(OSError, LopdError):
-            if paths:
-                self._state.refresh()
-                self._files.remove(set(paths) - self._state.paths())
+        # What a record names stays, whatever the storage answered; what cannot be removed now is for a sweep.  It does not look into the log:
+        # the rows that a call is about to commit are those of its own look.
+        with suppress(OSError):
+            self._files.remove(set(paths) - self._state.paths())
 
     @contextmanager
     def _writing(self, paths: Sequence[str]) -> Iterator[None]:
@@ -196,7 +198,10 @@ class Writer:
                 # The record is there, only its durability is in doubt: its segments must stay.
                 raise
             except (OSError, StorePathError):
-                self._remove(paths)
+                with suppress(OSError, LopdError):
+                    if paths:
+                        self._state.refresh()
+                        self._remove(paths)
                 raise
 
     def compact(self, target_tokens: int) -> None:
