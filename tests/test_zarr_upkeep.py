@@ -155,6 +155,23 @@ def test_a_compaction_whose_segments_others_merge_and_remove_looks_again(tmp_pat
     assert list(store.verify()) == []
 
 
+def test_of_two_compactions_one_commits_each_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path / "run", 12)
+    log, real, others = store._log, store._log.commit, iter([ZarrStore.open(place(store))])
+
+    def commit(*record: Any) -> Any:
+        for other in others:
+            other.compact(target_tokens=12)
+        return real(*record)
+
+    monkeypatch.setattr(log, "commit", commit)
+    store.compact(target_tokens=12)
+    assert len(store._state.segments) > 2, "several merges of rollouts"
+    for seen in (store, ZarrStore.open(place(store))):
+        assert_whole(seen, 12)
+        assert list(seen.verify()) == []
+
+
 def test_what_is_moved_while_it_is_verified_is_verified_where_it_is_now(tmp_path: Path) -> None:
     store = grown(tmp_path / "run", 15)
     problems = ZarrStore.open(place(store)).verify()

@@ -233,12 +233,13 @@ class Writer:
             raise
         paths = [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [asdict(meta) for meta in added]}
-        while not self._publish(record, paths):
+        # Another merge of the same plan may have met what others did before this one.
+        while set(gone) <= self._state.paths() and self._state.condemned.isdisjoint(paths):
+            if self._publish(record, paths):
+                return True
             self._state.refresh()
-            if not set(gone) <= self._state.paths() or not self._state.condemned.isdisjoint(paths):
-                self._remove(paths)
-                return False
-        return True
+        self._remove(paths)
+        return False
 
     def sweep(self, older_than: float) -> list[str]:
         """Remove segments that nothing needs; gives their paths.
