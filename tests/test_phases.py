@@ -65,7 +65,7 @@ def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s,
 def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch):
     full = StoreWriteError("Metrics: the disk is full, expected space; free some.")
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(1, 2))
-    monkeypatch.setattr(Ranks, "gather", lambda _, mine: mine or [full])  # rank 0 has nothing else than an error that this one has not
+    monkeypatch.setattr(Ranks, "gather", lambda _, mine: [full, *mine])
     monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
     monkeypatch.setattr(phases, "save_checkpoint", lambda *_, **__: pytest.fail("it waits for rank 0"))
     with pytest.raises(StoreWriteError, match="the disk is full"):

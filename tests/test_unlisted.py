@@ -9,8 +9,8 @@ from small_runs import small  # noqa: F401
 
 from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
 from lopd.backends.files.local import LocalFiles
-from lopd.errors import CheckpointError, ConflictError, StoreWriteError
-from lopd.records import Lineage, ModelId
+from lopd.errors import CheckpointError, ConflictError, LopdError, StoreWriteError
+from lopd.records import Lineage, ModelId, Ranks
 from lopd.records.lineage import LINEAGE_FILE
 from lopd.tools.phases import Run, digest, write_json
 
@@ -68,6 +68,25 @@ def test_a_folder_that_cannot_be_listed_is_not_one_without_checkpoints(small, un
     monkeypatch.undo()
     assert names(run) == ["step-00000003.0", "step-00000012.0"]
     assert load_checkpoint(run, *small) == 12
+
+
+@pytest.mark.parametrize("mine", [True, False])
+def test_no_rank_waits_for_one_that_cannot_list_its_checkpoints(mine, small, unlisted, monkeypatch, tmp_path):
+    run, told = tmp_path / "run", []
+    save_checkpoint(run, *small, next_step=3, lineage=Lineage())
+
+    def gather(_, answers):
+        told.extend(answers)
+        return [(run, []), *answers] if mine else [CheckpointError("Rank 0 cannot list it."), *answers]
+
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(1, 2))
+    monkeypatch.setattr(Ranks, "gather", gather)
+    if mine:
+        unlisted(run)
+    for act in (lambda: load_checkpoint(run, *small), lambda: save_checkpoint(run, *small, next_step=4, lineage=Lineage())):
+        with pytest.raises(LopdError, match=r"it cannot be listed \(.*Permission denied" if mine else "Rank 0 cannot list it"):
+            act()
+    assert [isinstance(answer, LopdError) for answer in told] == [mine] * 2
 
 
 def test_a_checkpoint_that_stands_elsewhere_is_found_through_its_link(small, tmp_path):

@@ -56,27 +56,33 @@ class Ranks:
         dist.all_gather_object(parts, mine)
         return list(chain.from_iterable(parts))
 
+    def each(self, act: Callable[[], _Item]) -> list[_Item]:
+        """Return what this gives on each rank, in the order of ranks; every rank must call, and raises the first error that one of them met.
+
+        Raises:
+            LopdError: whichever the action raised.
+        """
+        mine: list[_Item | LopdError] = []
+        try:
+            mine.append(act())
+        except LopdError as error:
+            if self.size == 1:
+                raise
+            mine.append(error)
+        found: list[_Item] = []
+        for answer in self.gather(mine):
+            if isinstance(answer, LopdError):
+                raise answer
+            found.append(answer)
+        return found
+
     def first(self, act: Callable[[], None]) -> None:
         """Let rank 0 act; every rank must call, and goes on when that is done, or raises the error that rank 0 met.
 
         Raises:
             LopdError: whichever the action raised.
         """
-        errors: list[LopdError] = []
-        try:
-            if self.rank == 0:
-                act()
-        except LopdError as error:
-            if self.size == 1:
-                raise
-            errors.append(error)
-        for first in self.gather(errors):
-            raise first
-
-    def wait(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            dist.barrier()
+        self.each(act if self.rank == 0 else lambda: None)
 
 
 def inner(student: Any) -> Any:

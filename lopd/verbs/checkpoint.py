@@ -99,7 +99,8 @@ def save_checkpoint(
         CheckpointError: the optimizer holds a parameter that the student does not have, or there is neither lineage nor steps; nothing was written.
         StoreWriteError: the disk refused; the checkpoints before this one are as they were.
     """
-    folder, ranks, own = _check_arguments(folder, student, optimizer, steps), Ranks.current(), inner(student)
+    ranks, own = Ranks.current(), inner(student)
+    folder, others = ranks.each(lambda: _look(folder, student, optimizer, steps, StoreWriteError))[ranks.rank]
     next_step = check_at_least("Checkpoint", "next_step", next_step, 0)
     keep = None if keep is None else check_at_least("Checkpoint", "keep", keep, 1)
     owner = f"Checkpoint of step {next_step}"
@@ -111,23 +112,31 @@ def save_checkpoint(
         raise CheckpointError(f"{owner}: there is no lineage; pass `steps=`, what it was trained on, or `lineage=`.")
     trained = parameter_labels(owner, own, optimizer)
     parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
-    others = _checkpoints(folder, StoreWriteError)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
-    ranks.wait()  # all have seen which checkpoints there are
     state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": None if steps is None else dict(steps.settings)}
     tensors = {"parameters": parameters, "optimizer": {**on_first(entries), _RNG: torch.get_rng_state()}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
 
 
-def _check_arguments(folder: str | Path, student: object, optimizer: object, steps: object) -> Path:
+def _look(
+    folder: str | Path, student: object, optimizer: object, steps: object, refusal: type[LopdError], *, itself: str = ""
+) -> tuple[Path, list[Path]]:
+    """Check arguments; return the folder, and checkpoints in it that lopd named, the newest last, or itself where it holds the file `itself`.
+
+    Other files beside them are the user's.
+    """
     path = local_path("Checkpoint", folder, CheckpointError)
     check_noun(student, Student)
     if optimizer is not None:
         check_noun(optimizer, Optimizer)
     if steps is not None:
         check_kind("Steps", steps, Described, "pass what `lopd.batches` gave, or a slice of it")
-    return path
+    try:
+        found = [path / one.name for one in listed(path) if one.name == itself or (_NAME.fullmatch(one.name) and one.is_dir())]
+    except OSError as error:
+        raise refusal(f"Checkpoint {path}: it cannot be listed ({error}), and nothing was changed; try again.") from error
+    return path, [path] if path / itself in found else sorted(found, key=_order)
 
 
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
@@ -208,9 +217,9 @@ def load_checkpoint(
         CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, ranks that find different
             checkpoints, a folder that cannot be listed, or one checkpoint was named that is not there; nothing was changed.
     """
-    folder, own = _check_arguments(folder, student, optimizer, steps), inner(student)
-    found = _checkpoints(folder, CheckpointError, itself=_STATE)
-    names = Ranks.current().gather([found[-1].name if found else "none"])
+    ranks, own = Ranks.current(), inner(student)
+    looks = ranks.each(lambda: _look(folder, student, optimizer, steps, CheckpointError, itself=_STATE))
+    (folder, found), names = looks[ranks.rank], [there[-1].name if there else "none" for _, there in looks]
     if differing := [(rank, name) for rank, name in enumerate(names) if name != names[0]]:
         raise CheckpointError(
             f"Checkpoint {folder}: the newest that rank {differing[0][0]} finds there is {differing[0][1]}, expected {names[0]} as on rank 0; use a "
@@ -235,15 +244,6 @@ def load_checkpoint(
     for name, tensor in saved.items():
         current[name].copy_(alike(tensor, current[name]))
     return int(state["next_step"])
-
-
-def _checkpoints(folder: Path, refusal: type[LopdError], itself: str = "") -> list[Path]:
-    """Return those that lopd named, the newest last, or the folder that holds the file `itself`; other files beside them are the user's."""
-    try:
-        found = [folder / one.name for one in listed(folder) if one.name == itself or (_NAME.fullmatch(one.name) and one.is_dir())]
-    except OSError as error:
-        raise refusal(f"Checkpoint {folder}: it cannot be listed ({error}), and nothing was changed; try again.") from error
-    return [folder] if folder / itself in found else sorted(found, key=_order)
 
 
 def _order(path: Path) -> tuple[int, int]:
