@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from lopd import LanceStore, ZarrStore, open_store
+from lopd.backends.files.local import LocalFiles
 from lopd.backends.lance import encode as lance_encode
 from lopd.backends.lance.catalog import Catalog
 from lopd.backends.sealing import unseal
@@ -187,6 +188,28 @@ def test_an_older_lopd_refuses_a_store_on_lancedb_that_was_gone_on_with(
     for seen in (stale, LanceStore.open(path, MANIFEST)):
         assert set(seen.columns) == {"late-0", "late-1"} | (set() if empty else {"teacher", "ref", "spare"})
         assert (len(seen), list(seen.verify())) == (EXTRA + 2, [])
+
+
+def test_what_an_older_lopd_may_have_added_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tarfile.open(DATA / "lance.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    path, late, asked = tmp_path / "lance", tmp_path / "late.json", list[str]()
+    (path / "columns/spare.json").rename(late)
+    store, reader = LanceStore.open(path), LanceStore.open(path)
+    late.rename(path / "columns/spare.json")
+    names, put = LocalFiles.names, LocalFiles.put_if_absent
+    monkeypatch.setattr(LocalFiles, "names", lambda files, folder: asked.append(folder) or names(files, folder))
+    monkeypatch.setattr(LocalFiles, "put_if_absent", lambda files, file, data: asked.append(file) or put(files, file, data))
+    store.append(ROLLOUTS)
+    reader.refresh()
+    assert (len(reader), set(reader.columns)) == (EXTRA + 1, {"teacher", "ref"})
+    assert {"", "columns", "generations", "quarantine", "compactions"}.isdisjoint(asked)
+    for generation in (7, 8):
+        store.begin_generation(generation, LATER)
+    assert asked.count("generations/update-lopd.json") == 1
+    reader.refresh()
+    for seen in (store, reader, LanceStore.open(path)):
+        assert set(seen.columns) == {"teacher", "ref", "spare"}
 
 
 def test_without_log_probs_of_the_sampler_a_store_is_written_as_before(tmp_path: Path) -> None:

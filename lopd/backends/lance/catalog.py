@@ -11,6 +11,7 @@ be told that they succeeded.
 
 An older store has folders of files without numbers instead.  They are read, and the first record that is added to it lists them.  Before that
 a file is put beside them that an older lopd must read and cannot: it would not see the log, and remove tables that only the log names.
+What an older lopd adds until then, an open store sees when the log begins, or at its own next record: looking each time would be six listings.
 """
 
 import re
@@ -70,6 +71,8 @@ class Catalog:
     def __init__(self, files: Files, state: CatalogState, chained: bool) -> None:
         self._files = files
         self._chained = chained
+        # whether an older lopd refuses the store, as far as this object knows
+        self._refused = chained
         self._owner = f"Store {files.url}"
         self.state = state
 
@@ -87,14 +90,16 @@ class Catalog:
             expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in records))
             paths = [f"{LOG}/{name}" for name in records]
             ahead = dict(zip(paths, self._files.run([partial(self._read, path) for path in paths]), strict=True))
+            if not (self._chained or paths):
+                self._read_old(names)
             state.last = checksum(self._read(ROOT.name) or b"")
-        if not (self._chained or state.number):
-            # Until the log begins, an older lopd may add to it.
-            self._read_old(names or self._names(""))
         while (data := ahead.get(path := _path(state.number)) or self._read(path)) is not None:
             document = unsealed(self._owner, path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
                 raise self._broken(path, "does not follow the record before it", "one that does")
+            if not (self._chained or state.number):
+                # Until the log began, an older lopd may have added to it.
+                self._read_old(self._names(""))
             state.add(document, f"{self._owner}: {path}")
             state.number, state.last = state.number + 1, checksum(data)
         if state.number < expected:
@@ -146,14 +151,15 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        if not self._chained:
+        if not self._refused:
             with writing(self._owner, f"writing {_UPDATE}"):
                 self._files.put_if_absent(_UPDATE, _UPDATE_TEXT)
-            if not self.state.number:
-                # What others have put until then is to be seen first.
-                self._read_old(self._names(""))
-                self._put("old", {"files": self.state.old})
-                return False
+            self._refused = True
+        if not (self._chained or self.state.number):
+            # What others have put until then is to be seen first.
+            self._read_old(self._names(""))
+            self._put("old", {"files": self.state.old})
+            return False
         return self._put(kind, document)
 
     def _put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
