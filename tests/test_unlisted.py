@@ -118,7 +118,8 @@ def test_a_run_whose_phases_cannot_be_listed_is_not_claimed_as_unused(unlisted, 
     with pytest.raises(ConflictError, match=r"lr is 2 now, and was 1 when .*sft\.attempts was written"):
         run.claim({"lr": 2}, {})
     unlisted(tmp_path / "seed-0/phases")
-    with pytest.raises(ConflictError, match=r"Run .*: it cannot be listed \(.*Permission denied.*\), expected what a run wrote; try again"):
+    said = r"Run .*: it cannot be listed \(.*Permission denied.*\), expected what a run wrote; try again, .* or choose another folder"
+    with pytest.raises(ConflictError, match=said):
         run.claim({"lr": 2}, {})
 
 

@@ -59,7 +59,8 @@ def _check_unused(folder: Path, name: str, ours: object, theirs: object, fixed_b
         found = [entry for run in (folder, *listed(folder)) for entry in listed(Path(run, "phases")) if fnmatchcase(entry.name, fixed_by)]
         used = [entry.path for entry in sorted(found, key=lambda entry: entry.stat().st_mtime_ns)]
     except OSError as error:
-        raise ConflictError(f"Run {folder}: it cannot be listed ({error}), expected what a run wrote; try again.") from error
+        remedy = "try again, mend its permissions, or choose another folder"  # the folder of a disk has a lost+found
+        raise ConflictError(f"Run {folder}: it cannot be listed ({error}), expected what a run wrote; {remedy}.") from error
     if used:
         ways = ["go back to that", "choose another folder"]
         if "*" not in fixed_by:
