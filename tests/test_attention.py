@@ -267,20 +267,26 @@ def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):
             load_model(folder, attention=name)
 
 
-def test_float32_and_old_cards_on_cuda_get_a_kernel_that_keeps_no_scores(monkeypatch):
+@pytest.mark.parametrize(
+    "asks", [lambda attention_mask, key: True, lambda attention_mask, key, value: True], ids=["before 5.13", "from 5.13 on"]
+)
+def test_float32_and_old_cards_on_cuda_get_a_kernel_that_keeps_no_scores(asks, monkeypatch):
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", asks)
     with known_rows():
         pass
-    in_groups = sdpa_attention.use_gqa_in_sdpa
-    shape = (1, 2, 7, 64)
+    values = asks.__code__.co_argcount - 2
 
-    def key(dtype, *, is_cuda, major=8):
+    def in_groups(dtype, *, is_cuda=True, major=8):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major))
-        return SimpleNamespace(is_cuda=is_cuda, device=torch.device("cuda" if is_cuda else "cpu"), dtype=dtype, shape=shape)
+        key = SimpleNamespace(is_cuda=is_cuda, device=torch.device("cuda" if is_cuda else "cpu"), dtype=dtype)
+        found = sdpa_attention.use_gqa_in_sdpa(None, key, *[key] * values)
+        assert sdpa_attention.use_gqa_in_sdpa(attention_mask=None, key=key, **{"value": key} if values else {}) == found
+        return found
 
     for dtype in (torch.float32, torch.float64):
-        assert not in_groups(None, key(dtype, is_cuda=True), key(dtype, is_cuda=True))
-        assert in_groups(None, key(dtype, is_cuda=False), key(dtype, is_cuda=False))
-    assert in_groups(None, key(torch.bfloat16, is_cuda=True), key(torch.bfloat16, is_cuda=True))
-    assert not in_groups(None, key(torch.float16, is_cuda=True, major=7), key(torch.float16, is_cuda=True, major=7))
+        assert not in_groups(dtype)
+        assert in_groups(dtype, is_cuda=False)
+    assert in_groups(torch.bfloat16)
+    assert not in_groups(torch.float16, major=7)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
-    assert in_groups(None, key(torch.float32, is_cuda=True), key(torch.float32, is_cuda=True)), "autocast gives it 16 bits"
+    assert in_groups(torch.float32), "autocast gives it 16 bits"

@@ -35,15 +35,18 @@ def _known() -> Any:
     return getattr(_here, "rollouts", _UNKNOWN)
 
 
-def _borders(look: _Function, position_ids_BS: Any) -> Any:
-    return look(position_ids_BS) if (known := _known()) is _UNKNOWN else known
+def _borders(look: _Function, *given: Any, **named: Any) -> Any:
+    return look(*given, **named) if (known := _known()) is _UNKNOWN else known
 
 
-def _in_groups(asks: _Function, mask: Any, key: Any, value: Any) -> bool:
-    """Return whether attention reads heads in groups.  Not on CUDA in float32, or without FlashAttention: what is left for it keeps all scores."""
+def _in_groups(asks: _Function, attention_mask: Any, key: Any, *others: Any, **named: Any) -> bool:
+    """Return whether attention reads heads in groups.  Not on CUDA in float32, or without FlashAttention: what is left for it keeps all scores.
+
+    transformers before 5.13 passes no values.
+    """
     wide = key.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cuda")
     kept = key.is_cuda and (wide or not has_bfloat16(key.device))
-    return not kept and asks(mask, key, value)
+    return not kept and asks(attention_mask, key, *others, **named)
 
 
 def _stand_before(module: str, name: str, answer: _Function) -> None:
@@ -52,8 +55,8 @@ def _stand_before(module: str, name: str, answer: _Function) -> None:
     if asked is None or hasattr(asked, "stands_before"):
         return
 
-    def stand(*given: Any) -> Any:
-        return answer(asked, *given)
+    def stand(*given: Any, **named: Any) -> Any:
+        return answer(asked, *given, **named)
 
     stand.stands_before = asked  # type: ignore[attr-defined]
     setattr(sys.modules[f"transformers.{module}"], name, stand)
