@@ -4,6 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+from test_public_api import MODULES
+
+from lopd.errors import MissingDependencyError
+from lopd.records.optional import needing
+
 FOREIGN = (
     "zarr",
     "lancedb",
@@ -23,6 +29,19 @@ FOREIGN = (
     "httpx2",
     "tenacity",
 )
+#: What cannot be imported without a package -> that package, and the extra that brings it.
+LACKING = {
+    "lopd.engines.hf": ("transformers", "hf"),
+    "lopd.engines.identity": ("transformers", "hf"),
+    "lopd.engines.on_ray": ("ray", "ray"),
+    "lopd.engines.server": ("httpx2", "server"),
+    "lopd.engines.vllm": ("transformers", "vllm"),
+    "lopd.testing": ("hypothesis", "test"),
+    "lopd.tools.console": ("rich", "hf"),
+    "lopd.tools.phases": ("rich", "hf"),
+    "lopd.tools.report": ("jinja2", "hf"),
+    "lopd.tools.share": ("transformers", "hub"),
+}
 
 
 def imported_by(statement: str) -> set[str]:
@@ -48,3 +67,29 @@ def test_import_lopd_alone_waits_for_nothing_and_says_which_names_there_are():
     loaded = imported_by("import lopd\nassert {'batches', 'ZarrStore'} <= set(dir(lopd))\nassert not hasattr(lopd, 'batch')")
     assert not loaded & {"torch", "numpy"}
     imported_by("import lopd\nassert lopd.records.Prompt is lopd.Prompt")
+
+
+def test_what_cannot_be_imported_without_an_extra_says_what_to_install():
+    script = f"""
+import sys
+from importlib import import_module
+import torch
+from lopd.errors import MissingDependencyError
+for package in {[*FOREIGN, *(package for package, _ in LACKING.values())]}:
+    sys.modules[package] = None
+for module in {sorted({*MODULES, *LACKING})}:
+    try:
+        import_module(module)
+    except MissingDependencyError as error:
+        print(module, *str(error).split(": ")[1:])
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == [f"{module} {package} is not installed; pip install 'lopd[{extra}]'." for module, (package, extra) in LACKING.items()]
+
+
+def test_a_package_of_another_version_is_not_called_missing():
+    with (
+        pytest.raises(MissingDependencyError, match=r"^Cards: attrs is there in another version; pip install 'lopd\[hub\]'\.$"),
+        needing("x", "Cards", "hub"),
+    ):
+        from attrs import of_another_version  # noqa: F401

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from attrs import define
 from safetensors import safe_open
 from torch import Tensor
+
+from lopd.records.optional import needing
+
+with needing("transformers", __name__):
+    import transformers
 
 from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap

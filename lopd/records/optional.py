@@ -1,5 +1,8 @@
 """Packages that only some parts need."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -15,10 +18,22 @@ def need(package: str, owner: str, extra: str = "hf") -> Any:
         extra: the extra of lopd that brings it.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: it is not installed, or lacks what other versions have.
+    """
+    with needing(package, owner, extra):
+        return import_module(package)
+
+
+@contextmanager
+def needing(package: str, owner: str, extra: str = "hf") -> Iterator[None]:
+    """Raise the error of `need`, whose arguments these are, where an import within fails: for a module that is of no use without the package.
+
+    Raises:
+        MissingDependencyError: it is not installed, or lacks what other versions have.
     """
     try:
-        return import_module(package)
+        yield
     except ImportError as error:
-        lacking = getattr(error, "name", None) or package
-        raise MissingDependencyError(f"{owner}: {lacking.partition('.')[0]} is not installed; pip install 'lopd[{extra}]'.") from error
+        lacking = (error.name or package).partition(".")[0]
+        state = "there in another version" if sys.modules.get(lacking) else "not installed"
+        raise MissingDependencyError(f"{owner}: {lacking} is {state}; pip install 'lopd[{extra}]'.", name=lacking) from error

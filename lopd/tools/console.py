@@ -6,14 +6,17 @@ from signal import SIGPIPE
 from typing import final
 
 from attrs import define, field
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 from lopd.errors import printable
 from lopd.protocols import Counted
+from lopd.records.optional import needing
 from lopd.verbs.showing import Pace, Showing
+
+with needing("rich", __name__):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
 
 
 class PlainConsole(Console):

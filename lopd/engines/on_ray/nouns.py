@@ -11,17 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, final
 
+import ray
 from attrs import define, field
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
-from lopd.errors import EngineError, InvalidRecordError, MissingDependencyError
+from lopd.errors import EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
-
-try:
-    import ray
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
-except ImportError as error:
-    raise MissingDependencyError(f"Ray workers: {error.name} is not installed; pip install 'lopd[ray]'.") from error
 
 _DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
