@@ -220,6 +220,16 @@ def test_metrics_with_drift_go_through_json(scored, llama):
     assert StepMetrics.from_json(written_before) == evolve(metrics, response_tokens=0)
 
 
+def test_metrics_are_read_as_loggers_keep_them():
+    metrics = metrics_of(1.0, step=3, gain=(0.1, 0.2, 0.3, 0.4, 0.5))
+    flat = {"step": 3, **metrics.numbers()}
+    assert StepMetrics.from_json(dict(reversed(flat.items()))) == metrics
+    read = StepMetrics.from_json({**flat, "_timestamp": 1.0, "mean_label": None, "drift/chi2": "Infinity", "drift/lr": 0.1})
+    assert read == evolve(metrics, drift=evolve(metrics.drift, chi2=math.inf))
+    with pytest.raises(TypeError, match="'step'"):  # or all of them would be the first
+        StepMetrics.from_json(metrics.numbers())
+
+
 ADVANTAGES = ["mean", "negative", "tail", "tokens", "q01", "q05", "q50", "q95", "q99"]
 DRIFT = ["rollouts", "tokens", "ratio_mean", "ratio_std", "ess", "chi2", "kl", "gap_bound"]
 NUMBERS = ["loss", "reverse_kl", "clip_fraction", "grad_norm", "rollouts", "read_tokens", "seconds", "response_tokens"]

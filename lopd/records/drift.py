@@ -61,9 +61,7 @@ class AdvantageSummary:
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float]) -> "AdvantageSummary":
         """Return the inverse of `numbers`."""
-        quantiles = tuple(numbers[f"q{level * 100:02.0f}"] for level in LEVELS)
-        plain = {name: value for name, value in numbers.items() if not name.startswith("q")}
-        return cls(**{**plain, "quantiles": quantiles, "tokens": int(numbers["tokens"])})  # type: ignore[arg-type]
+        return cls(**known_numbers(cls, numbers), quantiles=tuple(float(numbers[f"q{level * 100:02.0f}"]) for level in LEVELS))
 
 
 @frozen
@@ -118,10 +116,8 @@ class Drift:
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float]) -> "Drift":
         """Return the inverse of `numbers`."""
-        plain: dict[str, Any] = {name: value for name, value in numbers.items() if "/" not in name}
-        counts = {name: int(plain[name]) for name in ("rollouts", "tokens")}
-        advantages = AdvantageSummary.from_numbers(below("advantages", numbers))
-        return cls(**{**plain, **counts, "advantages": advantages, "gain": tuple(below("gain", numbers).values())})
+        gain = tuple(float(numbers[f"gain/fifth{place}"]) for place in range(1, _BINS + 1))
+        return cls(**known_numbers(cls, numbers), advantages=AdvantageSummary.from_numbers(below("advantages", numbers)), gain=gain)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Drift":
@@ -154,6 +150,16 @@ def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
     {'kl': 0.5}
     """
     return {name.removeprefix(f"{group}/"): value for name, value in numbers.items() if name.startswith(f"{group}/")}
+
+
+def known_numbers(kind: type[Any], numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that these numbers have, also as text; loggers add names of their own, which are left out.
+
+    >>> known_numbers(TokenLogprobs, {"weight": "Infinity", "ref": None, "_timestamp": 1.0})
+    {'weight': inf}
+    """
+    found = ((f, numbers.get(f.name)) for f in fields(kind))
+    return {f.name: int(float(value)) if f.type is int else float(value) for f, value in found if value is not None}
 
 
 def _plain_numbers(record: AdvantageSummary | Drift, without: Sequence[str]) -> dict[str, float]:

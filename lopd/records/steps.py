@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, fields, frozen
 from torch import Tensor
 
-from lopd.records.drift import Drift, below
+from lopd.records.drift import Drift, below, known_numbers
 from lopd.records.glance import ROWS, Glance, Glanced
 
 
@@ -270,10 +270,13 @@ class StepMetrics:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
-        """Return the inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
+        """Return the inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`.
+
+        Of the latter as a logger keeps it: in another order, beside names of its own, with infinite numbers as text.
+        """
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
         # read tokens were called tokens before
-        own = {{"tokens": "read_tokens"}.get(name, name): value for name, value in data.items() if not name.startswith("drift/")}
-        counts = {name: int(own.get(name, 0)) for name in ("step", "rollouts", "read_tokens", "response_tokens")}
-        return cls(**{**own, **counts, "drift": drift})
+        own = {{"tokens": "read_tokens"}.get(name, name): value for name, value in data.items()}
+        # `attrs.asdict` always has "drift", and no names of others
+        return cls(**{**(own if "drift" in data else {}), **known_numbers(cls, {**own, "drift": None}), "drift": drift})
