@@ -146,6 +146,44 @@ def test_adapters_are_not_exported_over_their_own_base_that_was_exported(full, t
     assert_holds(tmp_path / "base", full, FIRST)
 
 
+def with_adapters(tmp_path, *names):
+    """Return a model with adapters of these names on the model in the folder `base`; the last one is active."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    made = peft.get_peft_model(load_model(tmp_path / "base", torch.float32)[0], config, names[0])
+    for name in names[1:]:
+        made.add_adapter(name, copy.deepcopy(config))
+    made.set_adapter(names[-1])
+    return made
+
+
+@pytest.mark.parametrize("names", [["policy"], ["default", "opd"], ["sft", "default"]])
+@pytest.mark.usefixtures("adapters")
+def test_an_export_holds_the_active_adapter_whatever_its_name(names, tokenizer, tmp_path):
+    student = CausalLMStudent(with_adapters(tmp_path, *names), TOKENIZER_ID)
+    student.export(tmp_path / "out", tokenizer, FIRST)
+    assert folder_model_id(tmp_path / "out").revision == model_id(student.model).revision
+    assert_holds(tmp_path / "out", student, FIRST)
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()]
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.usefixtures("adapters")
+def test_a_student_with_two_active_adapters_is_refused_before_it_is_trained_and_at_its_export(tokenizer, tmp_path):
+    model = with_adapters(tmp_path, "default", "opd")
+    student = CausalLMStudent(model, TOKENIZER_ID)
+    model.base_model.set_adapter(["default", "opd"])
+    for call in (lambda: CausalLMStudent(model, TOKENIZER_ID), lambda: student.export(tmp_path / "out", tokenizer, FIRST)):
+        with pytest.raises(ModelError, match=r"it applies 2 adapters \(default, opd\), expected 1, as an export holds one; merge"):
+            call()
+    assert not (tmp_path / "out").exists()
+    loaded = load_model(tmp_path / "base", torch.float32)[0]
+    for name in ("default", "opd"):
+        loaded.add_adapter(copy.deepcopy(model.peft_config[name]), name)
+    loaded.set_adapter(["default", "opd"])
+    with pytest.raises(ModelError, match="it applies 2 adapters"):
+        CausalLMStudent(loaded, TOKENIZER_ID)
+
+
 @pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
 def test_a_store_is_not_replaced(kind, full, tokenizer, llama, tmp_path):
     kind.create(str(tmp_path / "store"), HFSource(llama, tokenizer, SamplingParams()).manifest)

@@ -94,6 +94,22 @@ def is_adapted(module: Any) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters") and hasattr(module, "merge")
 
 
+def saved_adapter(model: Any) -> str | None:
+    """Return the name of the adapter that a model of peft applies, the one that an export holds; None for any other model.
+
+    Raises:
+        ModelError: it applies several.
+    """
+    inside = getattr(model, "_hf_peft_config_loaded", False)  # of transformers, which saves the one that is active by itself
+    active = [*model.active_adapters] if hasattr(model, "get_base_model") else model.active_adapters() if inside else []
+    if len(active) > 1:
+        raise ModelError(
+            f"Model {type(unwrap(model)).__name__}: it applies {len(active)} adapters ({', '.join(active)}), expected 1, as an export holds one; "
+            "merge the others (`merge_and_unload()`), export that, and train one on what `load_model` makes of it."
+        )
+    return active[0] if active and not inside else None
+
+
 def _applied_alike(weight: Weight, other: Weight) -> bool:
     # tied weights are one, unless an adapter changes one of them
     return (weight.adapted is None and other.adapted is None) or torch.equal(weight.read().double().cpu(), other.read().double().cpu())

@@ -20,6 +20,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
+from lopd.engines.effective import saved_adapter
 from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush, share_mode
@@ -44,10 +45,11 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
         ModelWarning: the model also reads images, and what vLLM needs for that is not where it was loaded from.
 
     Raises:
-        ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; or torch.compile
-            stands in the place of a layer.
+        ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; torch.compile stands
+            in the place of a layer; or several adapters are active.
         StoreWriteError: the folder for temporary files, where it is tried, has no space.
     """
+    saved_adapter(model)
     base, name = unwrap(model), type(unwrap(model)).__name__
     generation = getattr(base, "generation_config", None)
     own = {"config": getattr(base, "config", None), "generation_config": generation} if base is model else {}
@@ -113,7 +115,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         state: the weights, where the model's own are sharded.
 
     Raises:
-        ModelError: transformers refuses to save the model or the tokenizer.
+        ModelError: transformers refuses to save the model or the tokenizer, or several adapters are active.
         StoreExistsError: the folder holds what no export wrote and this one would replace, or a student of other teachers; the export is in the
             folder that the message names.
         StoreWriteError: the disk refused.
@@ -125,7 +127,13 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
-            model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
+            adapter = saved_adapter(model)
+            chosen = {} if adapter is None else {"selected_adapters": [adapter]}
+            model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
+            if adapter not in (None, "default"):  # peft puts any other into a folder of its own, where none is looked for
+                for path in (fresh / adapter).iterdir():
+                    path.rename(fresh / path.name)
+                (fresh / adapter).rmdir()
             tokenizer.save_pretrained(fresh)
             if is_there(fresh / "config.json"):
                 spell_out(fresh / "config.json", untied=untied)

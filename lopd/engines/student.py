@@ -196,7 +196,7 @@ class CausalLMStudent(nn.Module):
             StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (like the SFT student),
                 the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
                 message names.
-            ModelError: transformers refuses to save the model or the tokenizer.
+            ModelError: transformers refuses to save the model or the tokenizer, or several adapters are active.
             StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """
         check_kind("Tokenizer to export", tokenizer, _Saved, "pass the tokenizer that `load_model` gave")
