@@ -208,7 +208,7 @@ class RefusedPromptsWarning(LopdWarning):
 
 
 class ContextWarning(LopdWarning):
-    """Responses that the policy's context cut before they had `max_new_tokens` tokens, or that are longer than the teacher's in an evaluation.
+    """Responses that the policy's context cut before `max_new_tokens`, or that are too long for the teacher in an evaluation or the student in SFT.
     To do: Sample with a longer context or shorter prompts, or set `max_new_tokens` to what fits beside them.
     """
 

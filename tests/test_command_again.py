@@ -206,6 +206,20 @@ def test_a_prompt_that_does_not_fit_is_said_before_anything_is_done_and_is_not_h
     assert not (tmp_path / "other").exists()
 
 
+def test_a_text_that_the_student_cannot_read_is_left_out_of_sft(here, tmp_path, capsys):
+    long, *short = [{"prompt": f"what is {a} + 1?", "response": "2 +" * 70 if a == 0 else str(a + 1)} for a in range(9)]
+    changes = {"sampling": {"max_new_tokens": 4}, "opd": {"steps": 1, "lr": 1e-3}, "prompts": [text["prompt"] for text in short]}
+    changes |= {"sft": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 8}, "evaluation": None}
+    runs = {}
+    for name, texts in (("some", [long, *short]), ("all", [long])):
+        text = {"file": written(here, "\n".join(map(json.dumps, texts)), f"{name}.jsonl"), "written_by": "teacher"}
+        runs[name] = written(here, example(**changes, text=text, out=str(tmp_path / name)), f"{name}.yaml")
+    with pytest.warns(ContextWarning, match=r"1 of 9 responses, with their prompts, are longer than the student's context of 128, so they"):
+        assert main(["run", runs["some"]]) == 0
+    assert main(["run", runs["all"]]) == 2
+    assert "1 of 1 responses, with their prompts, are longer than the student's context of 128, so none is left;" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")
 def test_a_held_out_response_that_the_teacher_cannot_read_is_left_out_before_opd_and_after_it(here, tmp_path, capsys):
     shutil.copytree("runs/tiny/teacher", tmp_path / "teacher")

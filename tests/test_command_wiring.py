@@ -137,6 +137,7 @@ class Api(dict):
             (lopd, {"batches": self.batches, "CausalLMStudent": self.student, "evaluate": self.evaluate}),
             (lopd.ZarrStore, {"open": self.opened, "open_or_create": self.opened}),
             (whole_run, {"load_model": call("load_model", "folder dtype device", ("model", "tokenizer")), "train_phase": self.train}),
+            (whole_run, {"context_length": lambda _: CONTEXT}),
             (whole_run, {"_reverse_kl": self.reverse_kl, "read_verifier": self.verifier, "write_page": lambda *_: None}),
             (whole_run.console, {"print": lambda *_, **__: None}),
             (finding, {"described": lambda _: SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=CONTEXT))}),

@@ -14,7 +14,7 @@ from attrs import asdict, evolve, frozen
 import lopd
 from lopd.engines.causal_lm import context_length
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.errors import ContextWarning, printable
+from lopd.errors import ContextOverflowError, ContextWarning, printable
 from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
@@ -184,29 +184,45 @@ class _Seeded:
         return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
-        return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
+        return self._train("sft", self.s.student.model, partial(self._steps, "text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
 
     def _opd(self, start: str) -> _Phase:
         of, on_top_k = self.s.loss, self.s.loss.kind != "opd"
         policy = lopd.ConsistencyPolicy(self.s.consistency)
-        steps = self._steps("rollouts", self.s.opd, ref="behavior", top_k=on_top_k, consistency=policy)
+        steps = partial(self._steps, "rollouts", self.s.opd, ref="behavior", top_k=on_top_k, consistency=policy)
         if on_top_k:
             return self._train("opd", start, steps, lopd.FusedLoss(lopd.TopKObjective(getattr(divergences, of.kind))), self.s.opd)
         loss = lopd.FusedOPDLoss(ratio_to_ref=bool(of.ratio))
         return self._train("opd", start, steps, loss if of.clip is None else evolve(loss, clip=of.clip), self.s.opd)
 
-    def _steps(self, name: str, plan: Training, **columns: Any) -> StepStream:
+    def _steps(self, name: str, plan: Training, context: int, **columns: Any) -> StepStream:
+        """Return the steps over what a student of this context can read.
+
+        Warns:
+            ContextWarning: there is more, which is left out.
+
+        Raises:
+            ContextOverflowError: it can read none of it.
+        """
         # a file of texts, or a store of another run, may answer prompts that are held out
         store, held_out = lopd.ZarrStore.open(self._url(name)), {prompt.token_ids.tobytes() for prompt in self.held_out}
-        rows = None
+        rows = np.arange(len(store))
         if held_out:
-            trained = np.array([record.rollout.prompt_ids.tobytes() not in held_out for record in walk(store, np.arange(len(store)))])
+            trained = np.array([record.rollout.prompt_ids.tobytes() not in held_out for record in walk(store, rows)])
             rows = np.flatnonzero(trained)
             if not trained.all():
                 console.print(f"{(~trained).sum()} of {len(trained)} responses answer prompts that are held out, and are not trained on")
+        fits = store.lengths()[rows].sum(axis=1) - 1 <= context  # the last token is not read
+        if not fits.all():
+            said = f"Training: {(~fits).sum()} of {len(fits)} responses, with their prompts, are longer than the student's context of {context}, so"
+            remedy = "it needs shorter ones, or a student with a longer context, and another folder"
+            if not fits.any():
+                raise ContextOverflowError(f"{said} none is left; {remedy}.")
+            warn_user(f"{said} they are left out; {remedy}, to have them all.", ContextWarning)
+            rows = rows[fits]
         return lopd.batches(
             store,
-            rows=rows,
+            rows=rows if len(rows) < len(store) else None,
             rollouts_per_step=plan.rollouts_per_step,
             tokens_per_batch=plan.tokens_per_batch,
             seed=self.seed,
@@ -214,10 +230,11 @@ class _Seeded:
             **columns,
         )[: plan.steps]
 
-    def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training) -> _Phase:
+    def _train(self, name: str, start: str, steps_for: Callable[[int], StepStream], loss: OPDLoss, plan: Training) -> _Phase:
         """Train, resumably, and export the student to the folder of this name."""
         autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
         model, tokenizer = load_model(start, torch.float32, self.s.student.place, autocast=autocast)
+        steps = steps_for(context_length(model))
         student = lopd.CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=plan.gradient_checkpointing)
         optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
         # what was begun with other settings is not gone on with
