@@ -113,6 +113,14 @@ def test_a_lineage_is_of_folders_identities_and_several(tmp_path):
         Lineage.of()
 
 
+def test_a_writer_that_only_a_host_has_is_to_be_stated(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    says = r"^Model 'a-model': .*; check the path.*; of a model that only a host has, state `ModelId\(name, version, dtype\)`\.$"
+    for ask in (lambda: Lineage.of("a-model"), lambda: import_text(PAIRS, tokenizer, teacher="a-model")):
+        with pytest.raises(EngineError, match=says):
+            ask()
+
+
 def test_the_same_call_again_adds_nothing_and_another_text_under_an_id_is_refused(tokenizer, tmp_path):
     def again(texts):
         return import_text(texts, tokenizer, teacher=WRITER, store=lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m))

@@ -11,7 +11,7 @@ import numpy as np
 from attrs import asdict, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreWriteError
+from lopd.errors import CorruptStoreError, EngineError, InvalidRecordError, LopdError, StoreWriteError
 from lopd.records.identity import ModelId, mixture_id
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -137,7 +137,12 @@ def _identify(folder: str | Path) -> ModelId:
     name.
     """
     need("transformers", "Lineage.of")
-    identity: ModelId = need("lopd.engines.identity", "Lineage.of").folder_model_id(folder)
+    try:
+        identity: ModelId = need("lopd.engines.identity", "Lineage.of").folder_model_id(folder)
+    except EngineError as error:
+        if local_path("Model", folder, EngineError).exists():
+            raise
+        raise EngineError(f"{str(error).rstrip('.')}; of a model that only a host has, state `ModelId(name, version, dtype)`.") from error
     return identity
 
 
