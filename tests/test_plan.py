@@ -333,6 +333,24 @@ def test_a_plan_of_nonsense_is_bad_usage(arguments, capsys):
     assert "hunter2" not in error
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--student X",
+        "--teacher X",
+        "--rows 1",
+        "--lora-rank 8",
+        "--dtype bfloat16",
+        "--autocast bfloat16",
+        "--gradient-checkpointing",
+        "--packed",
+    ],
+)
+def test_what_the_bill_does_not_depend_on_is_refused_without_a_card(given, capsys):
+    assert main(given.split()) == 2
+    assert f"Plan: {given.split()[0]} is given without --card, expected both; pass --card GB" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):
     assert main(["--prompts", "0"]) == 2
     assert [main([f"--{name}", value]) for name, value in (("tokens", "nan"), ("gpus", "0"), ("like-gpus", "0"))] == [2, 2, 2]

@@ -31,6 +31,8 @@ _TERA, _GIGA = 1e12, 1e9
 _Bills = tuple[Bill, Bill, Bill]
 #: Phase -> the rate that its hours are of, and whose size that rate is guessed by.
 _RATES = {"rollouts": ("sampling", "student"), "scores": ("scoring", "teacher"), "training": ("training", "student")}
+#: What the bill does not depend on.
+_OF_CARD = ("student", "teacher", *(f.name for f in fields(Use) if f.name not in {"gpus", *(f.name for f in fields(Work))}))
 
 
 def add_plan(parser: ArgumentParser) -> None:
@@ -154,6 +156,12 @@ def _fit_table(found: Fit) -> Table:
 def _plan(options: Namespace) -> int:
     if options.card is not None:
         return _fit(options)
+    for name in _OF_CARD:
+        if getattr(options, name, None) not in (None, False):
+            raise ArgumentError(
+                f"Plan: --{name.replace('_', '-')} is given without --card, expected both; pass --card GB to see what fits, or leave it out and "
+                "pass --student-billions and --teacher-billions for the bill."
+            )
     options.gpus = 8 if options.gpus is None else options.gpus
     check_at_least("Plan", "like_gpus", options.like_gpus, 1)
     like, known = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
