@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from attrs import evolve
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -48,6 +49,13 @@ def test_a_family_is_refused_with_the_cause(family):
 def test_weights_of_a_whole_model_follow_from_a_few_of_its_layers(name):
     config = getattr(transformers, name)()
     assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
+
+
+@pytest.mark.parametrize("family", ["falcon", "gptj", "gpt_neo"])
+def test_cards_share_a_family_that_has_attention_of_its_own(family):
+    config = tiny_config(getattr(transformers, CLASSES[family]).config_class, **SPECIAL.get(family, {}))
+    one, two = (training(config, evolve(USE, gpus=gpus)).gigabytes(1) for gpus in (1, 2))
+    assert two["moments"] == pytest.approx(one["moments"] / 2)
 
 
 def test_layers_with_experts_above_those_without_are_counted():
