@@ -123,6 +123,7 @@ def test_the_plan_of_each_card_fits_it_and_takes_an_evening(plans, card):
     check_fit(plan, room_of(plan.recipe))
     assert 2 < plan.all_hours < 8
     assert set(PER_SEED) < set(plan.hours) == set(plan.memory)
+    assert plan.hours["evaluation of teacher"] > plan.hours["evaluation of start"], "it is the larger one"
     assert plan.hours["online OPD"] > plan.hours["rollouts"] + plan.hours["scores"] + plan.hours["OPD"]
 
 

@@ -142,6 +142,7 @@ def test_the_estimate_counts_every_phase():
     rates = rates_like(work_of(recipe))
     fast = estimate(recipe, rates=evolve(rates, training=2 * rates.training))
     assert fast.gpu_hours["SFT"] == pytest.approx(one.gpu_hours["SFT"] / 2)
+    assert one.gpu_hours["SFT"] == pytest.approx(3000 * 128 * (200 + 16_384 * 0.75) / rates.training / 3600), "prompts are read too"
     assert one.opd.memory_gb == pytest.approx(8.2 * 16)
     slow = estimate(evolve(recipe, tflops=recipe.tflops / 4))
     assert slow.gpu_hours["SFT text"] == pytest.approx(4 * one.gpu_hours["SFT text"])

@@ -147,11 +147,12 @@ def make_plan(recipe: OneGpu, problems: int) -> Plan:
     )
     found, work = estimate(recipe, problems, evaluations=1), work_of(recipe)
     evaluation = found.gpu_hours["evaluation"]
+    of_teacher = estimate(evolve(recipe, student_billions=recipe.teacher_billions), problems, evaluations=1).gpu_hours["evaluation"]
     live = online(work, rates_like(work, recipe.tflops * 1e12), 1, PAPER_LOCKSTEP)
     of_opd = {phase.name: phase.wall_hours for phase in found.opd.phases}
     hours = {
         **(({name: found.gpu_hours[name] for name in ("SFT text", "SFT")}) if recipe.sft_steps else {}),
-        "evaluation of teacher": evaluation,
+        "evaluation of teacher": of_teacher,
         "evaluation of start": evaluation,
         **{"OPD" if name == "training" else name: wall for name, wall in of_opd.items()},
         "online OPD": live.wall_hours,

@@ -42,12 +42,15 @@ def work_of(recipe: Recipe) -> Work:
 
 
 def estimate(recipe: Recipe, problems: int = 0, rates: GpuRates | None = None, evaluations: int = 2) -> Estimate:
-    """Estimate what this recipe takes, with so many problems in each evaluation; rates are by default those that the paper's hours imply."""
+    """Estimate what this recipe takes, with so many problems in each evaluation of a student.
+
+    Rates are by default those that the paper's hours imply.
+    """
     work, flops = work_of(recipe), recipe.tflops * 1e12
     rates = rates or rates_like(work, flops)
     writes = rates_like(evolve(work, student_billions=recipe.teacher_billions), flops).sampling
     sft_text = recipe.sft_texts * recipe.sft_tokens * _FILL
-    sft = recipe.sft_steps * recipe.sft_rollouts_per_step * recipe.sft_tokens * _FILL
+    sft = recipe.sft_steps * recipe.sft_rollouts_per_step * (work.prompt_tokens + recipe.sft_tokens * _FILL)
     tested = evaluations * problems * recipe.test_samples * recipe.test_tokens * _FILL
     seconds = {"SFT text": sft_text / writes, "SFT": sft / rates.training, "evaluation": tested / rates.sampling}
     bill = lightning(work, rates, recipe.gpus)
