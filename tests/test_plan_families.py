@@ -64,6 +64,19 @@ def test_layers_with_experts_above_those_without_are_counted():
     assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
 
 
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mellum", {"num_hidden_layers": 5, "layer_types": None}),
+        ("deepseek_v32", {"num_hidden_layers": 5}),
+        ("gpt_neo", {"num_layers": 4, "attention_types": [[["global", "local"], 2]]}),
+    ],
+)
+def test_layers_whose_kinds_are_listed_in_a_way_of_its_own_are_counted(family, more):
+    config = tiny_config(getattr(transformers, CLASSES[family]).config_class, **{**SPECIAL.get(family, {}), **more})
+    assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
+
+
 def test_every_other_configuration_is_refused_before_a_model_is_made():
     refused = 0
     for name in sorted(CONFIG_MAPPING_NAMES.keys() - CLASSES.keys()):

@@ -161,7 +161,10 @@ def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
     depth, kinds = getattr(text, "num_hidden_layers", 0), getattr(text, "layer_types", None) or [""]
     if depth <= 3 or len(set(kinds)) > 1 or _place(config) is None:
         return None
-    few, whole = (layers_of(make(some)) for some in (_cut(config, 3), config))
+    try:
+        few, whole = (layers_of(make(some)) for some in (_cut(config, 3), config))
+    except Exception:  # a configuration with one more list of its layers is followed whole, and one that cannot be made is refused there
+        return None
     shapes = {tuple(p.shape for p in layer.parameters()) for layer in (*few, *whole)}
     return depth if (len(few), len(whole), len(shapes)) == (3, depth, 1) else None
 
@@ -178,7 +181,6 @@ def _cut(config: Any, layers: int) -> Any:
         whole = copy.deepcopy(config)
         setattr(whole, place, _cut(getattr(config, place), layers))
         return whole
-    kinds = getattr(config, "layer_types", None)
-    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    changes = {name: layers, **({"layer_types": kinds[:layers]} if kinds else {})}
-    return type(config).from_dict({**config.to_dict(), **changes})
+    depth = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    kinds = {name: of_layers[:layers] for name in ("layer_types", "mlp_layer_types") if (of_layers := getattr(config, name, None))}
+    return type(config).from_dict({**config.to_dict(), depth: layers, **kinds})
