@@ -99,6 +99,11 @@ def test_cards_that_share_a_student_hold_a_part_of_it_each():
     assert cast["weights"] == four["weights"], "it is gathered as it is, and cast then"
 
 
+def test_cards_gather_weights_that_stay_without_gradients():
+    one, many = (training(CONFIG, evolve(USE, gpus=gpus, lora_rank=1)).gigabytes(1) for gpus in (1, 64))
+    assert many["weights"] < one["weights"], "two of its four layers are there whole"
+
+
 def test_what_fits_is_said_without_advice():
     found = fits(CONFIG, USE, card_gb=1, teacher=CONFIG)
     assert found.fits

@@ -285,11 +285,11 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use, way: "Way") -> Phas
 
 
 def _gathered(config: Any, use: Use) -> int:
-    """Return bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients, in the dtype of the weights."""
-    model = empty(config, use.dtype, 0, None)
-    layers: list[int] = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-    outside: int = sum(p.numel() for p in model.parameters()) - sum(layers)
-    return 2 * use.dtype.itemsize * (outside + 2 * max(layers, default=0))
+    """Return bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with gradients of what is trained."""
+    model = empty(config, use.dtype, use.lora_rank, None)
+    sizes: list[int] = [sum(p.nbytes * (1 + p.requires_grad) for p in part.parameters()) for part in (model, *layers_of(model))]
+    whole, *layers = sizes
+    return whole - sum(layers) + 2 * max(layers, default=0)
 
 
 def _head(model: Any) -> LMHead:
