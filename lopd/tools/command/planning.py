@@ -1,6 +1,6 @@
 """`lopd plan`: GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison; or what fits on a card (`--card`).
 
-Give rates that you measured, or a store to be like (its lengths, columns and dtype, and how fast it was filled); else rates are guessed from the
+Give rates that you measured, or a store to be like (its lengths and columns, and how fast it was filled); else rates are guessed from the
 sizes of the models and the GPU-hours of the paper.  Exit code 0, 1 if a phase does not fit on the card, or 2 if the call makes no sense or a
 store or a configuration cannot be read.
 """
