@@ -326,7 +326,8 @@ def passes() -> list[str]:
     found = Found(read("evidence")["rows"])
     forms = [name for name in found.names() if name.split(" (")[0] == found.best]
     stored = {name.removeprefix(found.best).strip(" ()") or "all of the store": name for name in forms}
-    whole, said = found.cell(found.best), f"The stored runs are of the arm *{found.best}*; {len(found.starts())} seeds."
+    said = f"The stored runs are of the arm *{found.best}*; {len(found.starts())} seeds.  {found.beside_trl()}"
+    whole = found.cell(found.best)
 
     def lines() -> Iterator[Sequence[str]]:
         for title, name in {**stored, **found.rivals()}.items():

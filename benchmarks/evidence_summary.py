@@ -75,10 +75,28 @@ class Found:
         return {row["seed"]: row for row in self.of("store", student) if row["seed"] != self.plan["choice"]}
 
     def rivals(self) -> dict[str, str]:
-        """Return the live runs that the goals compare with, by their titles: the usual ones, and the one that was chosen."""
+        """Return the live runs that the goals compare with, by their titles: the usual ones, and the one that was chosen among lopd's."""
         usual = {name: name for name in (ONLINE.name, TRL.name) if self.cell(name)}
         rival = str(self.plan["rival"])
-        return usual if rival in usual else {**usual, f"{rival} (the best live run)": rival}
+        return usual if rival in usual else {**usual, f"{rival} (lopd's best live run)": rival}
+
+    def chosen_on(self) -> dict[str, list[Row]]:
+        """Return the runs that choices were made on, by arm: those of the seed of choice; without one those of the report."""
+        kind = "trial" if self.of("trial") else "run"
+        return {name: list(self.cell(name, kind=kind).values()) for name in self.names()}
+
+    def beside_trl(self) -> str:
+        """Return what TRL has beside lopd's best live run, by the sum of both KLs, as it is not in that choice; nothing where it was not run."""
+        cells, rival = self.chosen_on(), str(self.plan["rival"])
+        if not cells.get(TRL.name):
+            return ""
+        theirs, ours = (mean(cells[name], both_kl) for name in (TRL.name, rival))
+        more = self.paired(self.cell(TRL.name), self.cell(rival), lambda one, other: both_kl(one) - both_kl(other)).show("+.3f")
+        where = "in the report" if self.plan["choice"] is None else f"on seed {self.plan['choice']}"
+        return (
+            f"TRL is not in the choice of lopd's best live run by the sum of both KLs: its sum was {'lower' if theirs < ours else 'not lower'} "
+            f"{where} ({theirs:.3f} beside {ours:.3f}), and on the seeds of the report it is {more} beside that run."
+        )
 
     def form(self) -> str:
         """Return the stored run with the least KL among those that cost at most their share of online OPD and of TRL.
@@ -87,8 +105,7 @@ class Found:
 
         Without a seed of choice, on the seeds of the report: then it is told too good.
         """
-        kind = "trial" if self.of("trial") else "run"
-        cells = {name: list(self.cell(name, kind=kind).values()) for name in self.names()}
+        cells = self.chosen_on()
         live = [mean(cells[name], cost) for name in (ONLINE.name, TRL.name) if cells.get(name)]
         costs = {name: mean(cells[name], cost) for name in self.names() if name.split(" (")[0] in {RATIO.name, self.best}}
         cheap = [name for name, spent in costs.items() if spent <= SHARE * min(live)]

@@ -263,7 +263,19 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     assert "nan" not in text
 
 
-def test_goals_compare_with_usual_runs_and_the_best_live_one(plan):
+@pytest.mark.parametrize(("more", "words"), [(-0.1, "lower"), (0.0, "not lower")])
+def test_no_live_run_is_called_the_best_beside_a_trl_that_is_not_in_the_choice(plan, more, words):
+    trial = next(unit for unit in evidence.rate_trials(plan) if unit.arm == TRL and unit.rate == 5e-5)
+    change(trial, "reverse_kl", more)
+    rows = finish(plan, (0, 1, 2))
+    goals = find_goals(rows)
+    page = "\n".join([*evidence_part({"rows": rows, "goals": goals}, ".").sections[0], *(goal["name"] for goal in goals)])
+    assert f"{SAME.name} (lopd's best live run)" in page
+    assert "the best live run" not in page
+    assert f"TRL is not in the choice of lopd's best live run by the sum of both KLs: its sum was {words} on seed 100 (" in page
+
+
+def test_goals_compare_with_usual_runs_and_lopds_best_live_one(plan):
     goals = find_goals(finish(plan, (0, 1, 2)))
     assert {name for goal in goals for name in (SAME.name, ONLINE.name, TRL.name) if f"minus {name}" in goal["name"]} == {
         SAME.name,
