@@ -14,7 +14,7 @@ import publish
 from claims_summary import MARGIN, Runs, accuracy, change, ratios, spent
 from docs_tables import IN_WORDS
 from results_page import Part, Reading, make_page, undecided
-from testbed.arms import ONLINE, PLAIN, TOP_K
+from testbed.arms import ONLINE, PLAIN, RATIO, TOP_K
 from testbed.estimator_arms import STORED
 from testbed.trl_peer import ARM as TRL
 
@@ -33,6 +33,11 @@ def goal(name, measured, met, wanted="<= 1"):
 def part(*goals, readings=READINGS):
     result = {"commit": "0123456789abcdef", "machine": {"cores": 2}, "versions": {"lopd": "1"}, "goals": goals}
     return Part("A small part", result, readings, "be careful.", [["### More", "", "words"]], {}, "some.py")
+
+
+def words(page):
+    """Return a page in one line."""
+    return " ".join(page.read_text().split())
 
 
 def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files():
@@ -111,6 +116,19 @@ def test_the_decision_says_of_supports_what_the_file_has():
     assert real["the quickstart's"] < real["16 draws of the policy"] < real["teacher's top 64 with the residual"]
     assert publish.read("evidence")["rows"][0]["best"] == "teacher's top 64"
     assert f"all but the draws at most {MARGIN:g} below TRL" in (publish.DOCS / "decisions" / "0008-recommended-loss.md").read_text()
+
+
+def test_the_decision_says_how_lightning_ends_where_it_works():
+    runs = Runs.of(publish.read("claims")["rows"])
+    plain, ratio, online = (runs.where(publish.WORKS, arm.name) for arm in (PLAIN, RATIO, ONLINE))
+    below, more = runs.difference(plain, online, accuracy), runs.difference(ratio, plain, accuracy)
+    said = words(publish.DOCS / "decisions" / "0008-recommended-loss.md")
+    assert ("it ends below online OPD, by more than chance" in said) == below.negative
+    assert ("its end was not told from that of online OPD, nor shown to be at most 0.02" in said) == (
+        not (below.negative or below.positive or below.at_least(-MARGIN))
+    )
+    assert ("the ratio ends at most that much below" in said) == runs.difference(ratio, online, accuracy).at_least(-MARGIN)
+    assert ("the two were not told apart there" in said) == (not (more.negative or more.positive))
 
 
 def test_pages_say_how_far_the_ratio_goes_where_the_plain_loss_falls():
