@@ -27,7 +27,8 @@ class Reading:
         held: what was seen where one is met, a clause that may name `{measured}`.
         missed: likewise, where it is not.
         reason: why it is missed, as far as that is known: whole sentences, said once for the claim; not where it was left open.
-        told: which of them the three sentences tell; of the others only the first that was missed, if none of these was.
+        told: which of them the three sentences tell; of the others only the first that was missed, if none of these was: an excluded one before
+            one that was left open.
         open: what was seen where one is missed because its interval holds the `{bound}` that it names; as `missed` where it is empty.
     """
 
@@ -58,7 +59,7 @@ class Reading:
         """Return the clauses of the three sentences on the goals that were met, or missed."""
         found = [goal for goal in self.find(goals) if goal["met"] == met]
         told = [goal for goal in found if self.told and re.search(self.told, goal["name"])]
-        return [self.say(goal) for goal in (told if told or met else found[:1])]
+        return [self.say(goal) for goal in (told if told or met else sorted(found, key=self.leaves_open)[:1])]
 
 
 def undecided(goal: Goal) -> bool:

@@ -195,6 +195,24 @@ def test_a_goal_whose_interval_holds_its_bound_is_not_said_to_be_excluded():
     assert page.count("| ? open | not shown") == page.count("| ✗ missed | it costs as much") == 1
 
 
+def test_of_missed_goals_an_excluded_one_is_told_before_one_that_was_left_open():
+    reading = Reading(
+        "Cheap", "^cost of (?P<arm>.+)", "held", "*{arm}* is dear", open="*{arm}* was not shown to be cheap", told="^cost of d"
+    )
+    missed = [goal("cost of a", 1.2, met=False), goal("cost of b", 1.6, met=False), goal("cost of c", 1.7, met=False)]
+    assert reading.tell(missed, met=False) == ["*b* is dear"]
+    assert reading.tell(missed[:1], met=False) == ["*a* was not shown to be cheap"]
+    assert reading.tell([*missed, goal("cost of d", 1.2, met=False)], met=False) == ["*d* was not shown to be cheap"]
+
+
+def test_the_first_sentences_tell_where_trl_costs_less_than_a_stored_support():
+    goals = [goal for goal in publish.read("claims")["goals"] if goal["name"].startswith("TRL over ")]
+    less = {goal["name"] for goal in goals if goal["measured"] < 1 and not undecided(goal)}
+    assert less == {f"TRL over {arm.name}, cost at half of the gain" for arm in (PLAIN, TOP_K)}
+    missed = publish.parts()[0].sentences()[1]
+    assert all(f"TRL costs less than *{arm.name}* at half of the gain" in missed for arm in (PLAIN, TOP_K))
+
+
 def test_no_goal_is_easier_to_meet_the_wider_its_interval_is():
     wanted = [goal["goal"] for name in (*publish.measured(), "consistency") for goal in publish.read(name)["goals"]]
     assert [words for words in wanted if "interval" in words] == []
