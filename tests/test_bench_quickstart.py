@@ -9,8 +9,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import quickstart_losses
 import quickstart_seeds
 import record_quickstart
+from record import ROOT
+
+PAGES = ("quickstart.md", "decisions/0008-recommended-loss.md")
 
 
 def phase(name: str, wall_s: float, kl: float | None = None) -> dict[str, Any]:
@@ -45,6 +49,16 @@ def report() -> dict[str, Any]:
 
 def missed(report: dict[str, Any]) -> list[str]:
     return [goal["name"] for goal in record_quickstart.goals(report) if not goal["met"]]
+
+
+def test_pages_say_which_rates_the_losses_of_the_quickstart_have() -> None:
+    sampled, ratio, residual, draws = (variant.lr for variant in quickstart_losses.VARIANTS)
+    assert (sampled, residual) == (ratio, draws)
+    assert draws * 1.5 == pytest.approx(quickstart_losses.quickstart.Settings().opd_lr)
+    for text in (quickstart_losses.__doc__ or "", *((ROOT / "docs" / page).read_text() for page in PAGES)):
+        said = " ".join(text.split())
+        assert ("the best of several" in said, "the better of two" in said) == (True, True)
+        assert ("draws take the residual's" in said) or ("draws have that of the residual" in said)
 
 
 def test_a_run_that_keeps_what_is_promised_misses_nothing(report: dict[str, Any]) -> None:
