@@ -73,6 +73,8 @@ def test_layers_with_experts_above_those_without_are_counted():
     ],
 )
 def test_layers_whose_kinds_are_listed_in_a_way_of_its_own_are_counted(family, more):
+    if family not in CLASSES:
+        pytest.skip(f"transformers {transformers.__version__} does not have {family}")
     config = tiny_config(getattr(transformers, CLASSES[family]).config_class, **{**SPECIAL.get(family, {}), **more})
     assert round(training(config, USE).gigabytes(1)["weights"] * 1e9) == held_bytes(config)
 
