@@ -199,6 +199,13 @@ def cooled(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
     )
 
 
+def drawn_cooled(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
+    """Give drawn candidates alone the log-probs at the temperature of sampling."""
+    kept, cold = rollout.candidates, support_of(tempered(rows_TV, source.sampling.temperature), rollout.candidates.ids)
+    first = source.sampling.candidates
+    return evolve(kept, logprobs=np.concatenate([kept.logprobs[:, :first], cold.logprobs[:, first:]], 1))
+
+
 MOST_LIKELY, FOLLOW = (
     "test_candidates_are_the_most_likely_tokens_at_temperature_1",
     "test_drawn_candidates_follow_the_policy_at_temperature_1_each_token_for_itself",
@@ -221,6 +228,7 @@ CANDIDATE_MISTAKES: dict[str, tuple[Change, str]] = {
         rekept(lambda s, r, rows: support_of(tempered(rows, s.sampling.temperature), r.candidates.ids, r.candidates.drawn)),
         MOST_LIKELY,
     ),
+    "log-probs of drawn ones at the temperature of sampling": (rekept(drawn_cooled), MOST_LIKELY),
     "drawn at the temperature of sampling": (rekept(cooled), FOLLOW),
     "all tokens share their draws": (
         rekept(

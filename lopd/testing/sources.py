@@ -1,6 +1,6 @@
 """The contract of a `RolloutSource`, one test a clause: whether an engine samples what training will take it for.
 
-Shape suffixes: T response tokens, K candidates a token, V vocabulary.
+Shape suffixes: T response tokens, K candidates a token, C those of them that are the most likely, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -171,8 +171,9 @@ class SourceConformance:
             assert 0 <= support.ids.min() <= support.ids.max() < source.manifest.tokenizer.vocab_size
             np.testing.assert_array_equal(support.ids, _support(repeated).ids)
 
-    def test_candidates_are_the_most_likely_tokens_at_temperature_1(self) -> None:
-        source, scorer = self._keeping(evolve(_SAMPLING, temperature=2.0, candidates=4)), self.scorer()
+    @pytest.mark.parametrize(("candidates", "drawn"), [(4, 0), (2, 3)])
+    def test_candidates_are_the_most_likely_tokens_at_temperature_1(self, candidates: int, drawn: int) -> None:
+        source, scorer = self._keeping(evolve(_SAMPLING, temperature=2.0, candidates=candidates, drawn=drawn)), self.scorer()
         vocab_size = source.manifest.tokenizer.vocab_size
         if scorer is None or vocab_size > _LARGEST_VOCABULARY:
             pytest.skip("there is no scorer to compare them with, or its vocabulary is large")
@@ -182,10 +183,11 @@ class SourceConformance:
             truth_V = _next_logprobs(scorer, np.concatenate([rollout.prompt_ids, rollout.response_ids[:place]]), vocab_size)
             ids_K, logprobs_K = support.ids[place], support.logprobs[place].astype(np.float64)
             assert np.abs(truth_V[ids_K] - logprobs_K).mean() <= self.tolerance, "they have other log-probs than as responses"
-            assert np.abs(np.sort(truth_V)[::-1][:4] - logprobs_K).mean() <= self.tolerance, (
+            likely_C = logprobs_K[:candidates]
+            assert np.abs(np.sort(truth_V)[::-1][:candidates] - likely_C).mean() <= self.tolerance, (
                 "a likelier one is left out, or they are not in order"
             )
-            assert abs(np.exp(logprobs_K).sum() + support.tail[place] - 1) <= max(self.tolerance, 1e-3), "the tail is not what they leave"
+            assert abs(np.exp(likely_C).sum() + support.tail[place] - 1) <= max(self.tolerance, 1e-3), "the tail is not what they leave"
 
     def test_drawn_candidates_follow_the_policy_at_temperature_1_each_token_for_itself(self) -> None:
         supports = [_support(r) for r in self._keeping(evolve(_SAMPLING, temperature=0.3, candidates=1, drawn=16)).sample(self.prompts())]
