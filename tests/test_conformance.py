@@ -115,6 +115,14 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
         "test_samples_of_a_prompt_are_no_copies_of_each_other",
     ),
     "samples in another order": (lambda s, p, rs: rs[::-1], "test_each_prompt_has_its_samples_in_order"),
+    "no token counts": (
+        lambda s, p, rs: [evolve(r, loss_mask=np.zeros_like(r.loss_mask)) for r in rs],
+        "test_each_prompt_has_its_samples_in_order",
+    ),
+    "the stop id does not count": (
+        lambda s, p, rs: [r if r.finish_reason == "length" else evolve(r, loss_mask=[*r.loss_mask[:-1], False]) for r in rs],
+        "test_a_stop_id_ends_a_response_and_is_kept",
+    ),
     "one lost": (lambda s, p, rs: rs[:-1], "test_each_prompt_has_its_samples_in_order"),
     "the sampler's log-probs where they are the policy's own": (
         lambda s, p, rs: [evolve(r, sampler_logprobs=r.behavior_logprobs) for r in rs],

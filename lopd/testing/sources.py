@@ -68,6 +68,7 @@ class SourceConformance:
         expected = [(prompt, rollout_id(prompt.prompt_id, sample, 3)) for prompt in self.prompts() for sample in range(4)]
         assert [(rollout.rollout_id, rollout.generation) for rollout in rollouts] == [(name, 3) for _, name in expected]
         for rollout, (prompt, _) in zip(rollouts, expected, strict=True):
+            assert rollout.loss_mask.any(), f"{rollout.rollout_id}: no token counts"
             np.testing.assert_array_equal(rollout.prompt_ids, prompt.token_ids)
 
     def test_no_prompts_give_no_rollouts(self) -> None:
@@ -108,6 +109,7 @@ class SourceConformance:
             *before, last = np.isin(rollout.response_ids, stop_ids).tolist()
             assert not any(before), f"{rollout.rollout_id} went on after a stop id"
             assert last == (rollout.finish_reason == "stop"), rollout.rollout_id
+            assert not last or rollout.loss_mask[-1], f"{rollout.rollout_id}: the stop id does not count"
             assert last or rollout.response_ids.size == _SAMPLING.max_new_tokens, f"{rollout.rollout_id} was cut before its time"
         assert any(rollout.finish_reason == "stop" for rollout in rollouts)
 
