@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from attrs import evolve
+from test_fused_losses import broken_clauses
 from torch import Tensor
 
 from lopd.errors import ArgumentError, InvalidRecordError
@@ -21,6 +22,7 @@ from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
 from lopd.records.steps import Batch, LMHead, LossOutput
 from lopd.testing import loss_case
+from lopd.testing.loss_cases import STORED
 
 both_paths = pytest.mark.parametrize("path", [ReferenceLoss, FusedLoss])
 
@@ -198,3 +200,12 @@ def test_parts_of_which_one_alone_is_meant_are_refused_together(kind: Any, setti
 def test_a_ratio_of_the_tokens_before_and_a_baseline_stand_beside_a_ratio() -> None:
     assert FusedOPDLoss(ratio_to_ref=True, kl_baseline=True, transforms=(partial(window_ratio, window=3), log_compress))
     assert FusedOPDLoss(kl_baseline=True, transforms=(ppo_clip,))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_the_suite_rejects_a_loss_that_reads_what_is_stored_of_tokens_that_do_not_count(name: str) -> None:
+    def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        output, stored = ReferenceOPDLoss(clip=None)(hidden_ND, head, batch), getattr(batch, name)
+        return output if stored is None else evolve(output, clipped_sum=output.clipped_sum + 0 * stored.sum())
+
+    assert broken_clauses(loss, cases=list) == ["test_tokens_that_do_not_count_may_hold_anything"]

@@ -158,7 +158,8 @@ class LossConformance:
         assert not any(gradient.any() for gradient in evaluate_case(self.make(), case)[1])
 
     def test_tokens_that_do_not_count_may_hold_anything(self) -> None:
-        case = self._case("junk", [20, 20], counted=0.5, seed=13).rounded(torch.float32)
+        case = self._case("junk", [20, 20], counted=0.5, seed=13, heated=True, drawn=2).rounded(torch.float32)
+        assert not [name for name in STORED if getattr(case.batch, name) is None]
         off = (case.batch.weight == 0).nonzero()[:, 0]
         batch = map_batch(case.batch, STORED, lambda column: column.index_fill(0, off, torch.nan))
         dirty = evolve(case, hidden=case.hidden.index_fill(0, off, torch.nan), batch=batch)
