@@ -174,6 +174,9 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
+test-templates: .venv/installed-test .venv/installed-claims  ## conversations under the chat templates that TRL brings along, beside the table of the docs
+	$(BIN)/python -m pytest tests/test_trajectory_templates.py
+
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; maintenance; bits flipped in exports; stores forged
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py -k "kill or flipped" -rA --timeout 3000
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py tests/test_forged_stores.py -rA --timeout 3000

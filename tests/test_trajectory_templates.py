@@ -79,7 +79,7 @@ def test_the_table_names_templates():
 @pytest.fixture
 def templates():
     """Give the folder of the templates that the table is of."""
-    trl = pytest.importorskip("trl", reason="its templates are those of the table: pip install trl")
+    trl = pytest.importorskip("trl", reason="its templates are those of the table: run `make test-templates`")
     if trl.__version__ != VERSION:
         pytest.skip(f"the table is of the templates of trl {VERSION}, and this is {trl.__version__}")
     return Path(trl.__file__).parent / "chat_templates"
