@@ -286,7 +286,7 @@ def test_10_rounds_are_begun_when_they_should_be(run):
     assert len(names["store"]) == 16 * len(names["store"].generations)
     drift = dict(zip(range(12), numbers(r"sampled ([+-][\d.]+)", out), strict=True))
     assert all(drift[int(start)] == 0 for _, start in numbers(r"round (\d+) from step (\d+)", out))
-    assert all(drift[int(start) - 1] > 0.02 for _, start in numbers(r"round (\d+) from step (\d+)", out)[3:])
+    assert min(drift[int(start) - 1] for _, start in numbers(r"round (\d+) from step (\d+)", out)[3:]) > 0.02
 
 
 def test_11_each_rollout_learns_from_the_teacher_of_its_prompt(run):

@@ -212,6 +212,4 @@ def test_the_page_and_the_advice_say_what_the_pairs_say():
     assert f"Of {len(pairs_of(rows))} more pairs of models {len(found)} had something to learn; on {advised['measured']} of these" in said
     assert f"one verdict for all is wrong on {advised['goal'].split(',')[0][2:]}. No threshold" in said
     wrong = {goal["name"].split(",")[0]: goal for goal in find_goals(rows)}
-    assert not any(wrong.get(f"'{verdict}'", {"met": False})["met"] for verdict in ("live", "refresh")), (
-        "if a threshold tells these, `advise` should know it"
-    )
+    assert not any(wrong[f"'{verdict}'"]["met"] for verdict in ("live", "refresh")), "if a threshold tells these, `advise` should know it"
