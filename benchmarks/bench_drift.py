@@ -144,7 +144,7 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     add("failing: warned of the advantages before the first step", [row["warned"] for row in judged if row["setting"] == "failing"])
     add("healthy: not warned", [not row["warned"] for row in judged if row["setting"] == "healthy"])
     add("failing, a third of the rate: the watch speaks before accuracy has fallen by 5 points", [in_time(row) for row in slow])
-    add("failing, full rate (falls within two to eight steps): likewise", [in_time(row) for row in plain])
+    add("failing, full rate (falls within two to twelve steps): likewise", [in_time(row) for row in plain])
     add("healthy: the watch is silent, offline and online", [row["step_at_which_the_watch_spoke"] is None for row in healthy])
     spent = next(row["cpu_s"] for row in rows if row["run"] == "cost")
     # the paper's step: 16 GPU-hours over 150 steps on 8 GPUs (table 2, 8B)

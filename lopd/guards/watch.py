@@ -33,7 +33,7 @@ class DriftLimits:
     """Where `watch_drift` warns: means over the last steps beyond one of these.  None leaves one out.
 
     A student has to move to learn, so distance alone proves little; distance that brings it no nearer to the teacher does.  The defaults were chosen
-    on three seeds of a testbed and held on two others (`benchmarks/results/drift.json`).
+    on three seeds of a testbed, held on two others, and hold on five more in part (`docs/decisions/0007-guards.md`).
 
     Args:
         gain_per_kl: lowest gain (`Drift.mean_gain`) for each nat of KL from the reference policy, once that is above `kl_floor`.
