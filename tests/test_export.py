@@ -146,20 +146,23 @@ def test_adapters_are_not_exported_over_their_own_base_that_was_exported(full, t
     assert_holds(tmp_path / "base", full, FIRST)
 
 
-def with_adapters(tmp_path, *names):
-    """Return a model with adapters of these names on the model in the folder `base`; the last one is active."""
+def with_adapters(folder, *names):
+    """Return a model with adapters of these names on the model in this folder; the last one is active."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    made = peft.get_peft_model(load_model(tmp_path / "base", torch.float32)[0], config, names[0])
+    made = peft.get_peft_model(load_model(folder, torch.float32)[0], config, names[0])
     for name in names[1:]:
         made.add_adapter(name, copy.deepcopy(config))
     made.set_adapter(names[-1])
     return made
 
 
-@pytest.mark.parametrize("names", [["policy"], ["default", "opd"], ["sft", "default"]])
-@pytest.mark.usefixtures("adapters")
-def test_an_export_holds_the_active_adapter_whatever_its_name(names, tokenizer, tmp_path):
-    student = CausalLMStudent(with_adapters(tmp_path, *names), TOKENIZER_ID)
+@pytest.mark.filterwarnings("ignore:(Already found a `peft_config` attribute|You are trying to modify a model with PEFT)")
+@pytest.mark.parametrize(
+    ("folder", "names"), [("base", ["policy"]), ("base", ["default", "opd"]), ("base", ["sft", "default"]), ("loaded", ["opd"])]
+)
+def test_an_export_holds_the_active_adapter_whatever_its_name(folder, names, adapters, tokenizer, tmp_path):
+    adapters.export(tmp_path / "loaded", tokenizer, FIRST)
+    student = CausalLMStudent(with_adapters(tmp_path / folder, *names), TOKENIZER_ID)
     student.export(tmp_path / "out", tokenizer, FIRST)
     assert folder_model_id(tmp_path / "out").revision == model_id(student.model).revision
     assert_holds(tmp_path / "out", student, FIRST)
@@ -169,7 +172,7 @@ def test_an_export_holds_the_active_adapter_whatever_its_name(names, tokenizer, 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 @pytest.mark.usefixtures("adapters")
 def test_a_student_with_two_active_adapters_is_refused_before_it_is_trained_and_at_its_export(tokenizer, tmp_path):
-    model = with_adapters(tmp_path, "default", "opd")
+    model = with_adapters(tmp_path / "base", "default", "opd")
     student = CausalLMStudent(model, TOKENIZER_ID)
     model.base_model.set_adapter(["default", "opd"])
     for call in (lambda: CausalLMStudent(model, TOKENIZER_ID), lambda: student.export(tmp_path / "out", tokenizer, FIRST)):

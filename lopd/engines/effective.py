@@ -100,14 +100,15 @@ def saved_adapter(model: Any) -> str | None:
     Raises:
         ModelError: it applies several.
     """
-    inside = getattr(model, "_hf_peft_config_loaded", False)  # of transformers, which saves the one that is active by itself
-    active = [*model.active_adapters] if hasattr(model, "get_base_model") else model.active_adapters() if inside else []
+    wrapped, inside = hasattr(model, "get_base_model"), getattr(model, "_hf_peft_config_loaded", False)
+    active = [*model.active_adapters] if wrapped else model.active_adapters() if inside else []
     if len(active) > 1:
         raise ModelError(
             f"Model {type(unwrap(model)).__name__}: it applies {len(active)} adapters ({', '.join(active)}), expected 1, as an export holds one; "
             "merge the others (`merge_and_unload()`), export that, and train one on what `load_model` makes of it."
         )
-    return active[0] if active and not inside else None
+    # transformers saves the one that it loaded by itself, unless peft is around it once more
+    return active[0] if active and wrapped else None
 
 
 def _applied_alike(weight: Weight, other: Weight) -> bool:
