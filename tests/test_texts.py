@@ -249,6 +249,24 @@ def test_what_a_template_does_with_a_switch_is_compared_for_each_of_its_settings
         import_text(records, byte_tokenizer(thinking), teacher=WRITER)
 
 
+@pytest.mark.parametrize("write", [dict, json.dumps])
+def test_variables_that_each_record_has_of_its_own_are_one_kind(write):
+    tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", "{{ m['content'] | trim }}{% if documents %}{% endif %}"))
+    records = [{"prompt": "q", "response": f" {i}", "chat_template_kwargs": write({"documents": [{"text": str(i)}]})} for i in range(50)]
+    with pytest.warns(PromptWarning, match="^Text number 0: its response begins ' 0', expected '0") as caught:
+        import_text(records, tokenizer, teacher=WRITER)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("write", [dict, json.dumps])
+def test_a_switch_behind_long_variables_is_compared_for_each_of_its_settings(write):
+    thinking = CHATML.replace("{% endif %}", "{% if documents and enable_thinking %}<think>\n{% endif %}{% endif %}")
+    given = [{"documents": [{"text": "long " * 20}], "enable_thinking": on} for on in (False, True, True)]
+    records = [{"prompt": "q", "response": "a", "chat_template_kwargs": write(variables)} for variables in given]
+    with pytest.warns(PromptWarning, match="^Text number 1: the chat template writes its prompt otherwise where an answer follows"):
+        import_text(records, byte_tokenizer(thinking), teacher=WRITER)
+
+
 def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
     pairs = [("q", "xyz"), ("q", "xyzxyz"), ("q", "xyzxyzxyz")]
     (short, _, long) = (len(r) for r in rollouts_of(import_text(pairs, tokenizer, teacher=WRITER)))

@@ -109,9 +109,10 @@ class Rendering:
             self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; drop that from the text")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
-        # a template may treat each kind otherwise; the last part tells `enable_thinking` apart
+        # a template may treat each kind otherwise, as with `enable_thinking`; other values may be of one record alone
         outside = (response[0].isspace(), response[-1].isspace(), response.lstrip().startswith("<think>"))
-        kind = (*outside, bool(given["tools"]), repr(given["variables"])[:60])
+        switches = {(name, value is True, value is False) for name, value in self._variables_in(where, given["variables"]).items()}
+        kind = (*outside, bool(given["tools"]), frozenset(switches))
         if kind not in self._compared:
             self._compared.add(kind)
             messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None
