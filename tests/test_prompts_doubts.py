@@ -75,10 +75,20 @@ def test_a_special_token_inside_a_text_is_doubted_also_without_a_template(text):
     tokenizer = byte_tokenizer(None, eos="</s>")
     _, sentences = doubts(lambda: make_prompts(["hi", text, text, "<s>ho"], tokenizer))
     (sentence,) = sentences
-    assert sentence.startswith("Prompt number 1 and 1 more: its text contains '<|im_end|>', as if from a chat template; ")
+    assert sentence.startswith(
+        "Prompt number 1 and 1 more: its text contains '<|im_end|>', as if from a chat template; leave it if it is meant, "
+    )
     assert doubts(lambda: make_prompts([text], tokenizer, verbatim=True))[1] == []
     (sentence,) = doubts(lambda: make_prompts(["one</s>\n"], tokenizer))[1]
     assert "it ends with '</s>'" in sentence
+
+
+def test_text_without_special_tokens_is_tokenised_once(monkeypatch):
+    tokenizer, asked = byte_tokenizer(None, before="<s>"), []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, text, **how: asked.append(text) or encode(self, text, **how))
+    make_prompts(["hi", "ho"], tokenizer)
+    assert [asked.count(text) for text in ("hi", "ho")] == [1, 1]
 
 
 def test_the_end_of_an_answer_is_doubted_also_where_it_is_not_eos():

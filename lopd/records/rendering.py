@@ -69,11 +69,12 @@ class Rendering:
             raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
         if isinstance(content, str) and _MESSAGES.match(content):
             self.doubt(where, "it is a list of messages that was written as text, and is read as text; decode it for the chat template")
-        if isinstance(content, str) and not (self._template or self._verbatim):
+        if isinstance(content, str) and not (self._template or self._verbatim) and any(map(content.__contains__, self._special.values())):
             # what stands at the ends of a text is judged with what is added there
             between = self._encode(where, content.strip(), bare=True)[1:-1]
             if inside := self._inside(between, content):
-                self.doubt(where, f"its text contains {inside!r}, as if from a chat template; pass `verbatim=True` if it is, or drop that")
+                remedy = "leave it if it is meant, pass `verbatim=True` if a template wrote the text, BOS included, or drop it"
+                self.doubt(where, f"its text contains {inside!r}, as if from a chat template; {remedy}")
         self._doubt_ends(where, ids)
         return ids
 
