@@ -255,6 +255,33 @@ def test_an_answer_that_is_not_what_it_must_be_is_an_error_that_names_the_rollou
     assert "Rollout 'r1'" in str(caught.value)
 
 
+NULL = {SGLangStub: changed(BAD_SGLANG["null"][0]), CompletionsStub: changed(BAD_COMPLETIONS["null"][0])}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_where_a_server_is_tried_with_a_rollout_quarantines_that_alone(start, kind, count):
+    stubs, rollouts = [start(kind) for _ in range(count)], make_rollouts()
+    for stub in stubs:
+        stub.fail(10**6, NULL[kind], is_for(rollouts[0]))
+    store = MemoryStore(Manifest(TOKENIZER, MODEL, SamplingParams()))
+    store.append(rollouts)
+    with pytest.warns(QuarantineWarning, match="1 rollouts are without scores"):
+        score_rollouts(store, scorer_of(*stubs, patience_s=1e6))
+    ((row, reason),) = store.quarantined("teacher").items()
+    assert (row, reason.endswith("check the model for NaN.")) == (0, True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_with_nan_alone_is_left_out_while_another_gives_numbers(start, kind):
+    sick, sound = (start(kind) for _ in range(2))
+    sick.fail(10**6, NULL[kind])
+    rollouts = make_rollouts()
+    assert_true(rollouts, scorer_of(sick, sound).score(rollouts))
+    with pytest.raises(InvalidRecordError, match=rf"^Server {sick.url}: .*; check the model for NaN\.$"):
+        scorer_of(sick, patience_s=1e6).score(rollouts)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fault", [cut, answer(500), answer(503), changed(lambda _: b'[{"meta_info": {'), answer(429, {"Retry-After": "0"})]

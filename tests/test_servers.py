@@ -20,7 +20,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines import pool
 from lopd.engines.server import answers, servers
 from lopd.engines.server.access import Key
-from lopd.errors import EngineError, LopdError, MissingDependencyError
+from lopd.errors import EngineError, InvalidRecordError, LopdError, MissingDependencyError
 
 
 @contextmanager
@@ -259,13 +259,14 @@ def test_an_engine_that_is_not_healthy_is_down_even_if_its_server_answers(stub, 
 
 
 @pytest.mark.parametrize("status", [400, 500])
-def test_a_server_that_answers_a_probe_with_a_nan_is_down_and_others_go_on(stub, start, status):
+def test_a_server_that_answers_a_probe_with_a_nan_is_left_out_and_alone_it_is_refused_at_once(stub, start, status):
     sick = start()
     sick.fail(10**6, refused(status, "Out of range float values are not JSON compliant: nan"))
     alone, both = (source_of(*stubs, temperature=0.5).sample(make_prompts()) for stubs in ([stub], [sick, stub]))
     assert [r.response_ids.tolist() for r in both] == [r.response_ids.tolist() for r in alone]
-    with pytest.raises(EngineError, match=rf"Server {sick.url}: .*answers {status} \(.*nan\) to a probe, which is a NaN of its model"):
-        source_of(servers=servers_of(sick, patience_s=0.3), temperature=0.5).sample(make_prompts())
+    with pytest.raises(InvalidRecordError, match=rf"Server {sick.url}: .*answers {status} \(.*nan\), expected .*; check the model for NaN"):
+        source_of(servers=servers_of(sick, patience_s=1e6), temperature=0.5).sample(make_prompts())
+    assert len(sick.requests) == 2
 
 
 def test_when_all_servers_are_dead_the_call_ends_with_one_of_them_and_what_to_do(start):

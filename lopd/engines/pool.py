@@ -151,7 +151,7 @@ class Pool:
                 self._start(place)
                 break
             except Down as down:
-                self._missed(place, down, lost=monotonic() - began >= self._patience_s)
+                self._missed(place, down, lost=down.final or monotonic() - began >= self._patience_s)
                 pause = max(backoff(attempt), min(down.pause, self._patience_s))
             except BaseException as error:  # whoever waits for a worker has to hear of it
                 self._end(error)

@@ -24,11 +24,12 @@ class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `er
         error: ends the call if no other worker and no attempt is left.
         pause: seconds for which the worker asks to be left alone.
         busy: whether it works, and takes what it is asked for later.
+        final: whether a worker that does not start would fail again in the same way, so that it is given up at once.
     """
 
-    def __init__(self, what: str, error: EngineError, pause: float = 0.0, *, busy: bool = False) -> None:
+    def __init__(self, what: str, error: LopdError, pause: float = 0.0, *, busy: bool = False, final: bool = False) -> None:
         super().__init__(what)
-        self.error, self.pause, self.busy = error, pause, busy
+        self.error, self.pause, self.busy, self.final = error, pause, busy, final
 
 
 @final

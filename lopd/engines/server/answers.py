@@ -45,7 +45,11 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
         self.pause, self.busy = pause, busy
 
 
-def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False, probed: bool = False) -> Any:
+class NotANumberError(InvalidRecordError):
+    """Something in the place of a log-prob: the model is at fault, or what it reads."""
+
+
+def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
     """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged where the numbers are read.
 
     Args:
@@ -54,7 +58,6 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
         response: the server's response.
         key: that was sent; it is not repeated where a server does.
         first: whether the server was never heard of before: what is not JSON then comes from something else.
-        probed: whether it was asked for a probe, so that a NaN is a fault of the server and not of a rollout.
     """
     status, message = response.status_code, "" if response.is_success else _message(response, key.value)
     if status == 402 or (status == 429 and any(word in response.text for word in _SPENT)):
@@ -62,9 +65,7 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
             f"{owner}: {url} answers {status} ({message}), expected credit; look at the account of the key, and run this again."
         )
     if _NAN in message:
-        if probed:
-            raise Trouble(f"{url} answers {status} ({message}) to a probe, which is a NaN of its model")
-        raise InvalidRecordError(
+        raise NotANumberError(
             f"{owner}: {url} answers {status} ({message}), expected log-probs that are numbers; check the model for NaN (float16 of an AWQ or GPTQ "
             "model overflows), or drop it."
         )

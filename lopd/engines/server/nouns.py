@@ -38,6 +38,7 @@ from lopd.engines.inputs import (
     sampling_settings,
     stream_seed,
 )
+from lopd.engines.server.answers import NotANumberError
 from lopd.engines.server.dialect import Draw, Probe, Widths
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Servers
@@ -158,7 +159,8 @@ class ServerScorer:
             try:
                 dialect.scores([few], widths, body, answer)
             except LopdError as error:
-                raise EngineError(f"{owner}: {error}") from error
+                kind = NotANumberError if isinstance(error, NotANumberError) else EngineError
+                raise kind(f"{owner}: {error}") from error
 
         return Probe((body,), judge)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.engines.server.answers import Trouble
+from lopd.engines.server.answers import NotANumberError, Trouble
 from lopd.engines.server.dialect import Draw
 from lopd.errors import EngineError, InvalidRecordError
 
@@ -31,8 +31,8 @@ def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
 
 def number(owner: str, place: int, value: Any) -> float:
     """Return a log-prob, nats; -inf where the server reports probability 0."""
-    if type(value) not in (float, int):
-        raise InvalidRecordError(
+    if type(value) not in (float, int) or value != value:  # noqa: PLR0124
+        raise NotANumberError(
             f"{owner}: the log-prob of response token {place} is {str(value)[:40]!r}, expected a number; check the model for NaN."
         )
     return float("-inf") if value <= NO_PROBABILITY else float(value)

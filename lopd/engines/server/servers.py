@@ -22,7 +22,7 @@ from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.access import Key, bases, check_urls, key_in, variable
-from lopd.engines.server.answers import Trouble, accepted, rest_of
+from lopd.engines.server.answers import NotANumberError, Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
 from lopd.engines.server.sglang import SGLang
@@ -138,6 +138,7 @@ class Servers:
 
         Raises:
             EngineError: a request failed `attempts` times, or was refused; or no server was up for `patience_s`.
+            InvalidRecordError: all that are up answer the probe with a NaN.
         """
         if not requests:
             return []
@@ -195,6 +196,9 @@ class _Endpoint:
             served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
             if self._probe:
                 self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
+        except NotANumberError as error:
+            # others may compute the same text; if none does, it is refused as a rollout is, and who calls can leave it out
+            raise Down(str(error), error, final=True) from None
         except Trouble as trouble:
             remedy = (
                 "check the URL, whether it is started, and HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment, or wait for longer "
@@ -243,7 +247,7 @@ class _Endpoint:
             self._rests_until = monotonic() + rest
             if rest > QUIET_S:
                 _LOG.warning("%s rests for %.0f s: it reports that nothing is left of its limit", self.name, rest)
-        answer = accepted(owner, url, response, self._servers.key, probed=owner == self.name)
+        answer = accepted(owner, url, response, self._servers.key)
         self.spent.append(self._servers.dialect.costs(answer))
         return answer
 
