@@ -251,7 +251,7 @@ class GradientError(LopdError, RuntimeError):
 
 
 class MissingDependencyError(LopdError, ImportError):
-    """An optional package that this call needs is not installed, or in another version; or lopd is imported on Windows.
+    """An optional package that this call needs is not installed, or cannot be imported; or lopd is imported on Windows.
     To do: Install the extra that the message names; on Windows, work in WSL2.
     """
 

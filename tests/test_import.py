@@ -8,7 +8,7 @@ import pytest
 from test_public_api import MODULES
 
 from lopd.errors import MissingDependencyError
-from lopd.records.optional import needing
+from lopd.records.optional import need, needing
 
 FOREIGN = (
     "zarr",
@@ -87,9 +87,30 @@ for module in {sorted({*MODULES, *LACKING})}:
     assert said == [f"{module} {package} is not installed; pip install 'lopd[{extra}]'." for module, (package, extra) in LACKING.items()]
 
 
+BROKEN = r"cannot be imported \({}\); mend that, or pip install 'lopd\[hub\]' in a new environment\.$"
+
+
 def test_a_package_of_another_version_is_not_called_missing():
     with (
-        pytest.raises(MissingDependencyError, match=r"^Cards: attrs is there in another version; pip install 'lopd\[hub\]'\.$"),
+        pytest.raises(MissingDependencyError, match=r"^Cards: attrs " + BROKEN.format(r"cannot import name 'of_another_version'.*")),
         needing("x", "Cards", "hub"),
     ):
         from attrs import of_another_version  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("raise ImportError('libx.so.1: cannot open shared object file')", r"libx\.so\.1: cannot open shared object file"),
+        ("import broken_package.no_such_module", r"No module named 'broken_package\.no_such_module'.*"),
+        ("try:\n    {}['nms']\nexcept KeyError as error:\n    raise ModuleNotFoundError('Could not import X') from error", "'nms'"),
+    ],
+)
+def test_a_package_whose_import_fails_is_not_called_missing(code, said, tmp_path, monkeypatch):
+    (tmp_path / "broken_package.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with (
+        pytest.raises(MissingDependencyError, match=r"^Text: broken_package " + BROKEN.format(said)),
+        needing("lopd", "Text", "hub"),  # as where a module of lopd needs the package
+    ):
+        need("broken_package", "lopd.module")

@@ -308,8 +308,10 @@ def test_a_damaged_part_of_a_parquet_file_is_one_typed_error(tmp_path: Path) -> 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     package: str, memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingDependencyError, match=rf"{package.split('.', maxsplit=1)[0]} is not installed.*lopd\[hf\]"):
+    name = package.partition(".")[0]
+    for module in (name, package):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=rf"{name} is not installed.*lopd\[hf\]"):
         to_hf_dataset(memory) if package == "datasets" else export_parquet(memory, "memory://never")
 
 

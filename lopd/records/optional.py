@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from lopd.errors import MissingDependencyError
@@ -18,7 +19,7 @@ def need(package: str, owner: str, extra: str = "hf") -> Any:
         extra: the extra of lopd that brings it.
 
     Raises:
-        MissingDependencyError: it is not installed, or lacks what other versions have.
+        MissingDependencyError: it is not installed, or its import fails.
     """
     with needing(package, owner, extra):
         return import_module(package)
@@ -29,11 +30,17 @@ def needing(package: str, owner: str, extra: str = "hf") -> Iterator[None]:
     """Raise the error of `need`, whose arguments these are, where an import within fails: for a module that is of no use without the package.
 
     Raises:
-        MissingDependencyError: it is not installed, or lacks what other versions have.
+        MissingDependencyError: it is not installed, or its import fails.
     """
     try:
         yield
     except ImportError as error:
         lacking = (error.name or package).partition(".")[0]
-        state = "there in another version" if sys.modules.get(lacking) else "not installed"
-        raise MissingDependencyError(f"{owner}: {lacking} is {state}; pip install 'lopd[{extra}]'.", name=lacking) from error
+        state, advice = "is not installed", f"pip install 'lopd[{extra}]'"
+        if sys.modules.get(lacking) or find_spec(lacking):
+            # the first cause: transformers calls all that fails a missing module, and a module of lopd may have come here before
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            state, advice = f"cannot be imported ({cause!s:.200})", f"mend that, or {advice} in a new environment"
+        raise MissingDependencyError(f"{owner}: {lacking} {state}; {advice}.", name=lacking) from error
