@@ -46,6 +46,15 @@ def test_an_answer_that_was_cut_may_stand_whole_beside_its_ids(kept):
         assert len(imported([whole], TOKENIZER)) == 1
 
 
+def test_an_answer_that_was_cut_may_have_padding_behind_it():
+    record = cut(5)
+    record["trajectory"][-1]["tokens"] |= {"completion_ids": ANSWERED[:5] + ids("<|im_end|>") * 2, "completion_mask": [1] * 5 + [0] * 2}
+    (rollout,) = rollouts_of(imported([{**record, "completion": SAID}], TOKENIZER))
+    assert (rollout.response_ids.tolist(), rollout.finish_reason) == (CALLED + TOLD + ANSWERED[:5], "length")
+    with pytest.raises(PromptError, match=OTHER):
+        imported([{**record, "completion": said("I add.", "5", "It was fünf.")}], TOKENIZER)
+
+
 def test_other_text_is_refused_also_where_an_answer_was_cut():
     for other in (said("I ask.", "5", "It is fünf."), said("I add.", "5", "It was fünf.")):
         with pytest.raises(PromptError, match=OTHER):

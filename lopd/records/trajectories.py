@@ -179,7 +179,9 @@ def _whole(turn: Turn) -> Int32Array:
 def _cut(tokenizer: Any, calls: Sequence[Turn], answers: Sequence[Mapping[str, Any]]) -> int:
     """Return how many of the last answers may be whole beside ids that were cut, as in verifiers: the ids read as their beginnings."""
     count = 0
-    for call, answer in zip(reversed(calls), reversed(answers), strict=False):
+    # what follows an answer undrawn, as padding does, ended for no reason and is no answer
+    ended = [call for call in calls if call.drawn or call.finish_reason]
+    for call, answer in zip(reversed(ended), reversed(answers), strict=False):
         # how a template writes what was thought is not known, and it may be all that is left
         thought = any(answer.get(key) for key in _THOUGHTS)
         if call.finish_reason != "length" or not (thought or _begins(tokenizer, call.response_ids, folded(_text(answer)))):
