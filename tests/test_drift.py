@@ -226,6 +226,9 @@ def test_metrics_are_read_as_loggers_keep_them():
     assert StepMetrics.from_json(dict(reversed(flat.items()))) == metrics
     read = StepMetrics.from_json({**flat, "_timestamp": 1.0, "mean_label": None, "drift/chi2": "Infinity", "drift/lr": 0.1})
     assert read == evolve(metrics, drift=evolve(metrics.drift, chi2=math.inf))
+    without, theirs = evolve(metrics, drift=None), [name for name in flat if name.startswith("drift/")]
+    for beside in (dict.fromkeys(theirs), dict.fromkeys(theirs, math.nan), {"drift/lr": 0.1, "tokens": 9.0}):
+        assert StepMetrics.from_json({"step": 3, **without.numbers(), **beside}) == without
     with pytest.raises(TypeError, match="'step'"):  # or all of them would be the first
         StepMetrics.from_json(metrics.numbers())
 

@@ -272,11 +272,13 @@ class StepMetrics:
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
         """Return the inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`.
 
-        Of the latter as a logger keeps it: in another order, beside names of its own, with infinite numbers as text.
+        Of the latter as a logger keeps it: in another order, beside names of its own, with infinite numbers as text, and in a table with None or
+        NaN for the drift of a step that has none.
         """
         nested, flat = data.get("drift"), below("drift", data)
-        drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
+        measured = float(flat.get("rollouts") or 0) > 0
+        drift = Drift.from_numbers(flat) if measured else None if nested is None else Drift.from_json(nested)
         # read tokens were called tokens before
-        own = {{"tokens": "read_tokens"}.get(name, name): value for name, value in data.items()}
+        own = {"read_tokens" if name == "tokens" and "read_tokens" not in data else name: value for name, value in data.items()}
         # `attrs.asdict` always has "drift", and no names of others
         return cls(**{**(own if "drift" in data else {}), **known_numbers(cls, {**own, "drift": None}), "drift": drift})
