@@ -119,16 +119,22 @@ def name_of(function: object) -> str:
 
 
 def call_of(function: object) -> str:
-    """Return the qualified name of a function, and of a `functools.partial` what it passes too: the same text in every process.
+    """Return the qualified name of a function, and of a `functools.partial` what it passes too: the same text in every process, unless a set is
+    within another value.
 
-    >>> call_of(partial(round, ndigits=2))
-    'round(ndigits=2)'
+    >>> call_of(partial(max, {"b", "a", "c"}, default=2))
+    "max(['a', 'b', 'c'], default=2)"
     """
     if not isinstance(function, partial):
         return str(getattr(function, "__qualname__", type(function).__qualname__))
-    passed = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in sorted(function.keywords.items()))]
+    passed = [*map(_repr, function.args), *(f"{name}={_repr(value)}" for name, value in sorted(function.keywords.items()))]
     # the address of a function among them is another in each process
     return sub(r" at 0x\w+", "", f"{call_of(function.func)}({', '.join(passed)})")
+
+
+def _repr(value: object) -> str:
+    """Return the repr of a value; that of a set, whose order is another in each process, in the order of its texts."""
+    return f"[{', '.join(sorted(map(repr, value)))}]" if isinstance(value, set | frozenset) else repr(value)
 
 
 def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
