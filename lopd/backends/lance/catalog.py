@@ -86,8 +86,10 @@ class Catalog:
         state, expected = self.state, 0
         names, ahead = list[str](), dict[str, bytes | None]()
         if not state.last:
-            names, records = self._names(""), [name for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)]
-            expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in records))
+            # the head first: a client of NFS may keep an older listing, in which a record that the head counts is not there yet
+            names, least = self._names(""), self.least(LOG)
+            records = [name for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)]
+            expected = max(least, 0, *(int(name[:10]) + 1 for name in records))
             paths = [f"{LOG}/{name}" for name in records]
             ahead = dict(zip(paths, self._files.run([partial(self._read, path) for path in paths]), strict=True))
             if not (self._chained or paths):
