@@ -196,9 +196,9 @@ class _Endpoint:
             served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
             if self._probe:
                 self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
-        except NotANumberError as error:
+        except NotANumberError as nan:
             # others may compute the same text; if none does, it is refused as a rollout is, and who calls can leave it out
-            raise Down(str(error), error, final=True) from None
+            raise Down(str(nan), nan, final=True) from None
         except Trouble as trouble:
             remedy = (
                 "check the URL, whether it is started, and HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment, or wait for longer "
