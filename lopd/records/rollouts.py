@@ -233,7 +233,7 @@ class Scores(Glanced):
 
 def mean_of(values_M: Float32Array) -> float | str:
     """Return the mean of what a column has, as text."""
-    return float(values_M.mean()) if values_M.size else "not known"
+    return float(values_M.mean(dtype=np.float64)) if values_M.size else "not known"
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
