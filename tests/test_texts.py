@@ -242,9 +242,10 @@ def test_a_response_of_another_kind_is_compared_too(other):
     assert len(caught) == 1
 
 
-def test_what_a_template_does_with_a_switch_is_compared_for_each_of_its_settings():
-    thinking = CHATML.replace("{% endif %}", "{% if enable_thinking %}<think>\n{% endif %}{% endif %}")
-    records = [{"prompt": "q", "response": "a", "chat_template_kwargs": {"enable_thinking": on}} for on in (False, True, True)]
+@pytest.mark.parametrize(("off", "on"), [(False, True), ("none", "high"), (0, 1), ([], ["long " * 20])])
+def test_what_a_template_does_with_a_switch_is_compared_for_each_of_its_settings(off, on):
+    thinking = CHATML.replace("{% endif %}", "{% if mode and mode != 'none' %}<think>\n{% endif %}{% endif %}")
+    records = [{"prompt": "q", "response": "a", "chat_template_kwargs": {"mode": mode}} for mode in (off, on, on)]
     with pytest.warns(PromptWarning, match="^Text number 1: the chat template writes its prompt otherwise where an answer follows"):
         import_text(records, byte_tokenizer(thinking), teacher=WRITER)
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders
+
+from lopd.records.optional import needing
+
+with needing("transformers", __name__):
+    import transformers
+    from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from tokenizers import Tokenizer, decoders
 
 from lopd.engines.inputs import stop_ids
 from lopd.errors import EngineError, LopdError, ModelError

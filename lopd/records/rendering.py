@@ -110,11 +110,11 @@ class Rendering:
             self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; drop that from the text")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
-        # a template may treat each kind otherwise, as with `enable_thinking`; other values may be of one record alone
-        outside = (response[0].isspace(), response[-1].isspace(), response.lstrip().startswith("<think>"))
-        switches = {(name, value is True, value is False) for name, value in self._variables_in(where, given["variables"]).items()}
-        kind = (*outside, bool(given["tools"]), frozenset(switches))
-        if kind not in self._compared:
+        # a template may treat each kind otherwise, as with `enable_thinking`; longer values are of one record
+        named = self._variables_in(where, given["variables"]).items()
+        switches = frozenset((name, v if isinstance(v, str | int) and len(str(v)) < 20 else bool(v)) for name, v in named)
+        kind = (response[0].isspace(), response[-1].isspace(), response.lstrip().startswith("<think>"), bool(given["tools"]), switches)
+        if kind not in self._compared and len(self._compared) < 64:
             self._compared.add(kind)
             messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None
             self._compare(where, messages, [*prompt_ids], ids, response)

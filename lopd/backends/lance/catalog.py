@@ -86,7 +86,7 @@ class Catalog:
         state, expected = self.state, 0
         names, ahead = list[str](), dict[str, bytes | None]()
         if not state.last:
-            # the head first: a client of NFS may keep an older listing, in which a record that the head counts is not there yet
+            # the head first: one that is read later may count a record for which the listing was too early
             names, least = self._names(""), self.least(LOG)
             records = [name for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)]
             expected = max(least, 0, *(int(name[:10]) + 1 for name in records))

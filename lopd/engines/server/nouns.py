@@ -148,7 +148,7 @@ class ServerScorer:
     def _probe(self, rollout: Rollout) -> Probe:
         """Return the beginning of a rollout, to see whether a server can do what it is asked for."""
         ids = [*rollout.prompt_ids[-_PROBE_TOKENS:].tolist(), *rollout.response_ids[:_PROBE_TOKENS].tolist()][:_PROBE_TOKENS]
-        few = Rollout("of a probe", ids[:1], ids[1:], [True] * (len(ids) - 1), "length")
+        few = Rollout(rollout.rollout_id, ids[:1], ids[1:], [True] * (len(ids) - 1), "length")
         dialect, widths = self.servers.dialect, evolve(self._widths, candidates=0, drawn=0)
         body = dialect.scoring([few], widths, self.servers.served)
         if self._widths.asks and self.servers.speaks == "sglang":

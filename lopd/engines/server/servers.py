@@ -138,7 +138,7 @@ class Servers:
 
         Raises:
             EngineError: a request failed `attempts` times, or was refused; or no server was up for `patience_s`.
-            InvalidRecordError: all that are up answer the probe with a NaN.
+            InvalidRecordError: all answer the probe with a NaN.
         """
         if not requests:
             return []
