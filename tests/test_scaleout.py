@@ -1,5 +1,6 @@
 """A real Ray cluster on this machine, of two workers."""
 
+import os
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 from lopd.records.waiting import overlapped
 from lopd.testing import ScorerConformance, tiny_rollout
 
+# A client of the cluster that lives on after it ends the whole process, of other tests too, when it has sought the cluster for this long: a minute.
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
 from ray.exceptions import ObjectStoreFullError  # noqa: E402
