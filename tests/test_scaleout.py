@@ -22,7 +22,8 @@ from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 from lopd.records.waiting import overlapped
 from lopd.testing import ScorerConformance, tiny_rollout
 
-# A client of the cluster that lives on after it ends the whole process, of other tests too, when it has sought the cluster for this long: a minute.
+# What calls Ray after its end starts another cluster, whose end ends this whole process a minute later, in the middle of other tests.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "3600")
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -188,6 +189,13 @@ def test_errors_that_cannot_be_pickled_and_those_of_ray_come_in_words():
     actor._actor = SimpleNamespace(work=SimpleNamespace(remote=full))
     with pytest.raises(EngineError, match=r"^Engine: ObjectStoreFullError \(The local object store is full .*\); see Ray's logs"):
         actor.work("score", [])
+
+
+def test_no_cluster_is_started_in_place_of_one_that_was_shut_down(monkeypatch):
+    actor = _Actor(Small, {})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(EngineError, match="Ray was shut down, expected the cluster"):
+        actor.start("", 1.0)
 
 
 def test_what_cannot_be_sent_to_a_worker_is_refused():

@@ -86,6 +86,10 @@ class _Actor:
             raise InvalidRecordError(f"Ray workers: Ray refuses options {dict(options)} ({error}); pass those of an actor.") from error
 
     def start(self, identity: str, patience_s: float) -> Any:
+        if not ray.is_initialized():  # Ray would start another cluster, on this machine alone
+            raise EngineError(
+                "Ray workers: Ray was shut down, expected the cluster that they were made for; make them again after `ray.init`."
+            )
         self.stop(idle=False)  # it may be that only its network is down
         with _understood():
             self._actor = actor = self._new.remote(self._make)
