@@ -133,7 +133,9 @@ def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
-    """Return whether a path leads to something; where the system cannot tell, `Path.exists` returns False from Python 3.14 on.
+    """Return whether a path leads to something.
+
+    `Path.exists` hides that the system cannot tell, from Python 3.14 on.
 
     Raises:
         OSError: the system cannot tell.
@@ -146,7 +148,9 @@ def is_there(path: str | os.PathLike[str]) -> bool:
 
 
 def listed(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, nothing if there is none; where it cannot be listed, `Path.glob` finds nothing either from Python 3.12 on.
+    """Return what is in a folder, and nothing of a folder that is missing.
+
+    `Path.glob` hides that a folder cannot be listed, from Python 3.12 on.
 
     Raises:
         OSError: it cannot be listed.

@@ -105,7 +105,7 @@ def choose(
     if rows is not None and len(wanted) < len(rows):
         warn_user(
             f"{named(store)}: {len(rows) - len(wanted)} of {len(rows)} rows are named again, and each is trained on once an epoch; pass "
-            "`np.unique(rows)`, and sample more prompts of a kind that shall count more.",
+            "`np.unique(rows)`, and sample more prompts of the kind that is to count more.",
             TrainingWarning,
         )
     parts = _parts(store, teacher, wanted)

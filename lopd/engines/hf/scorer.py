@@ -146,7 +146,7 @@ class _Student:
 
 
 class _Teacher(_Student):
-    """And of a scorer."""
+    """What it reads of a scorer, besides."""
 
     tokens_per_batch = rows_per_chunk = None
 
