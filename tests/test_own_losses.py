@@ -17,7 +17,7 @@ from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, WeightedLoss
 from lopd.losses.top_k import TopKObjective
-from lopd.losses.variants import entropy_advantage, extrapolate, importance_ratio, log_compress, power, ppo_clip, window_ratio
+from lopd.losses.variants import add_labels, entropy_advantage, extrapolate, importance_ratio, log_compress, power, ppo_clip, window_ratio
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -195,6 +195,16 @@ def test_transforms_are_several_functions_of_a_signal(kind: Any, transforms: Any
 def test_parts_of_which_one_alone_is_meant_are_refused_together(kind: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRecordError, match=f"{kind.__name__}: it has {message}"):
         kind(**settings)
+
+
+@pytest.mark.parametrize("kind", [OPDObjective, ReferenceOPDLoss, FusedOPDLoss])
+@pytest.mark.parametrize("first", [log_compress, partial(add_labels, scale=2.0)])
+def test_what_replaces_the_advantage_comes_before_what_changes_it(kind: Any, first: Any) -> None:
+    last = partial(power, alpha=0.5)
+    name = getattr(first, "func", first).__name__
+    with pytest.raises(InvalidRecordError, match=f"{kind.__name__}: power is behind {name}, .* replaces the advantage; change their order"):
+        kind(transforms=(first, importance_ratio, last))
+    assert kind(transforms=(last, importance_ratio, first)).transforms[-1] is first
 
 
 def test_a_ratio_of_the_tokens_before_and_a_baseline_stand_beside_a_ratio() -> None:

@@ -84,8 +84,14 @@ def with_ratio(transform: _Function) -> _Function:
 
 
 def replacing(transform: _Function) -> _Function:
-    """Mark a transform that replaces the advantage so far, so that a loss whose baseline it would drop is refused."""
+    """Mark a transform that replaces the advantage so far, so that a loss is refused whose baseline, or whose transform before it, it would drop."""
     transform.replacing = True  # type: ignore[attr-defined]
+    return changing(transform)
+
+
+def changing(transform: _Function) -> _Function:
+    """Mark a transform that makes another advantage of the one so far, so that a loss is refused in which a later one replaces it."""
+    transform.changing = True  # type: ignore[attr-defined]
     return transform
 
 
@@ -187,7 +193,7 @@ class OPDSettings:
     Raises:
         InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio;
             or two of its parts have the ratio, or `kl_baseline` is beside a transform that replaces the advantage, or two such transforms are
-            together.
+            together, or one comes after a transform that changes the advantage (`add_labels`, `log_compress`).
         ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
@@ -201,16 +207,19 @@ class OPDSettings:
     ratio_cap: float | None = field(default=None, validator=_check_cap, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
-        alike = (
+        owner = type(self).__name__
+        for setting, mark, why in (
             ("ratio_to_ref", "with_ratio", "the ratio would count twice"),
             ("kl_baseline", "replacing", "the last replaces the advantage"),
-        )
-        for setting, mark, why in alike:
+        ):
             named = [setting] if getattr(self, setting) else []
             named += [name_of(transform) for transform in self.transforms if _is_marked(transform, mark)]
             if len(named) > 1:
-                name = type(self).__name__
-                raise InvalidRecordError(f"{name}: it has {' and '.join(named)}, expected one of them, since {why}; leave one out.")
+                raise InvalidRecordError(f"{owner}: it has {' and '.join(named)}, expected one of them, since {why}; leave one out.")
+        first, *others = [transform for transform in self.transforms if _is_marked(transform, "changing")] or [None]
+        for late in filter(lambda transform: _is_marked(transform, "replacing"), others):
+            wrong = f"{owner}: {name_of(late)} is behind {name_of(first)}, expected it before, since it replaces the advantage"
+            raise InvalidRecordError(f"{wrong}; change their order.")
 
     @property
     def uncorrected(self) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lopd.losses import functional
-from lopd.losses.objective import Signal, baselined, per_token, replacing, uncorrected, with_entropy, with_labels, with_ratio
+from lopd.losses.objective import Signal, baselined, changing, per_token, replacing, uncorrected, with_entropy, with_labels, with_ratio
 from lopd.records.checks import check_at_least, check_number, to_real
 from lopd.records.devices import running_sums
 
@@ -110,6 +110,7 @@ def power(signal: Signal, alpha: float) -> Signal:
     return evolve(signal, advantages=(powers_M[0] - powers_M[1]) / alpha)
 
 
+@changing
 @per_token
 def log_compress(signal: Signal) -> Signal:
     r"""Make the advantage \(\mathrm{sign}(A) \log(1 + \lvert A\rvert)\): small ones stay, tens of nats become a few.
@@ -243,6 +244,7 @@ def entropy_advantage(signal: Signal) -> Signal:
 
 
 @baselined
+@changing
 @uncorrected
 @per_token
 @with_labels
