@@ -202,7 +202,9 @@ def test_parts_of_which_one_alone_is_meant_are_refused_together(kind: Any, setti
 def test_what_replaces_the_advantage_comes_before_what_changes_it(kind: Any, first: Any) -> None:
     last = partial(power, alpha=0.5)
     name = getattr(first, "func", first).__name__
-    with pytest.raises(InvalidRecordError, match=f"{kind.__name__}: power is behind {name}, .* replaces the advantage; change their order"):
+    with pytest.raises(
+        InvalidRecordError, match=f"{kind.__name__}: power is behind {name}, and replaces the advantage that it makes; change their order"
+    ):
         kind(transforms=(first, importance_ratio, last))
     assert kind(transforms=(last, importance_ratio, first)).transforms[-1] is first
 

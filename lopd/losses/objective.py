@@ -216,9 +216,9 @@ class OPDSettings:
             named += [name_of(transform) for transform in self.transforms if _is_marked(transform, mark)]
             if len(named) > 1:
                 raise InvalidRecordError(f"{owner}: it has {' and '.join(named)}, expected one of them, since {why}; leave one out.")
-        first, *others = [transform for transform in self.transforms if _is_marked(transform, "changing")] or [None]
-        for late in filter(lambda transform: _is_marked(transform, "replacing"), others):
-            wrong = f"{owner}: {name_of(late)} is behind {name_of(first)}, expected it before, since it replaces the advantage"
+        changing = [transform for transform in self.transforms if _is_marked(transform, "changing")]
+        for late in (transform for transform in changing[1:] if _is_marked(transform, "replacing")):
+            wrong = f"{owner}: {name_of(late)} is behind {name_of(changing[0])}, and replaces the advantage that it makes"
             raise InvalidRecordError(f"{wrong}; change their order.")
 
     @property
