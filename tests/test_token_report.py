@@ -5,12 +5,13 @@ import re
 
 import numpy as np
 import pytest
+import transformers
 from reports import HOSTILE, decode, filled, tokens_of
 
 from lopd import MemoryStore, ZarrStore
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records import Scores
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.command import main
 from lopd.tools.report.charts import curves, histogram
 from lopd.tools.report.tokens import TokenReport, visible, write_token_report
@@ -138,6 +139,19 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     assert main(["report", str(tmp_path / "s.zarr"), "--rows", "0", "--columns", "teacher"]) == 2
     assert main(["info", str(tmp_path / "s.zarr")]) == 0
     assert "not known: its SFT teacher is not recorded" in " ".join(capsys.readouterr().out.split())
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces_and_parts_of_a_character_are_shown(tmp_path):
+    names = ["<unk>", "<s>", "</s>", "▁", "a", "▁the", "▁cat", "s", "<0x0A>", "<0xC3>", "▁."]
+    tokenizer = transformers.LlamaTokenizer(vocab={name: i for i, name in enumerate(names)}, clean_up_tokenization_spaces=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"model_type": "llama"}')
+    store, out = ZarrStore.create(str(tmp_path / "s.zarr"), tiny_manifest()), tmp_path / "out.html"
+    rollout = tiny_rollout("p/s0/g0", [5, 6, 7, 9, 8, 5, 10, 2], behavior_logprobs=[-1.0] * 8)
+    store.append([rollout])
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout)])
+    assert main(["report", str(tmp_path / "s.zarr"), "--rows", "0", "--tokenizer", str(tmp_path / "model"), "--out", str(out)]) == 0
+    assert [text for _, _, text in tokens_of(out.read_text())] == ["·the", "·cat", "s", "\ufffd", "↵", "·the", "·.", "</s>"]
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------------------------

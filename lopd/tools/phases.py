@@ -30,7 +30,7 @@ from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import noting, warn_user
 from lopd.tools.claims import check_claim, read_kept
 from lopd.tools.console import PlainConsole, table
-from lopd.tools.report import RunHistory, write_run_report
+from lopd.tools.report import RunHistory, decoder_of, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
 from lopd.verbs.loader import StepStream
 from lopd.verbs.showing import UNWATCHED_S
@@ -245,7 +245,7 @@ def write_page(folder: Path, store: LogprobReader, title: str) -> None:
         store,
         history.steps,
         phases=history.phases,
-        decode=lambda token: str(tokenizer.decode([token])),
+        decode=decoder_of(tokenizer),
         lineage=Lineage.read(folder / "opd"),
         versions=history.versions,
         title=title,

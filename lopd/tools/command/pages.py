@@ -82,7 +82,6 @@ def _columns(options: Namespace) -> Any:
 
 
 def _decode(folder: str | None) -> Any:
-    if folder is None:
-        return None
-    tokenizer = Model(folder).tokenizer()
-    return lambda token: str(tokenizer.decode([token]))
+    from lopd.tools.report import decoder_of
+
+    return None if folder is None else decoder_of(Model(folder).tokenizer())

@@ -72,7 +72,7 @@ def write_run_report(
         history: metrics of the training, `StepMetrics` or `attrs.asdict` of them.
         phases: what each phase of the run cost; without any, the tokens that the store counts, and the time of the training.
         report: which columns, the clip, and how many rollouts are behind the advantages; teacher minus behavior if None.
-        decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
+        decode: token id -> text, `decoder_of(tokenizer)`; ids are shown without one.
         lineage: the exported student's lineage.
         versions: library -> version, of the program that trained.
         title: the page's title.

@@ -70,7 +70,7 @@ def write_token_report(
         store: with the columns.
         rows: rollouts to show.
         report: which columns, and how they are shown.
-        decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
+        decode: token id -> text, `decoder_of(tokenizer)`; ids are shown without one.
 
     Raises:
         MissingScoresError: a column is not there, or a row has no scores in it.
@@ -86,6 +86,22 @@ def write_token_report(
     sampled = sample_advantages(store, report.teacher, report.student, chosen)
     parts = {"facts": _facts(store, report, len(sampled.rows)), "rollouts": [show_rollout(record, report, decode) for record in shown]}
     write_page(path, "tokens.html", {**parts, **advantage_parts(report, sampled), "named": decode is not None})
+
+
+def decoder_of(tokenizer: Any) -> Decode:
+    """Return token id -> its text, as it reads behind another token.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+    """
+
+    def read(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    # those of SentencePiece leave out the first space of a text: alone, a token would lose its own
+    before = tokenizer.encode("a", add_special_tokens=False)
+    start = len(read(before))
+    return lambda token: read([*before, token])[start:]
 
 
 def advantage_parts(report: TokenReport, sampled: SampledAdvantages) -> dict[str, Any]:
