@@ -179,8 +179,9 @@ def test_a_browser_shows_the_tokens_and_what_is_pointed_at(scheme, width, browse
     view.keyboard.press("Tab")
     while view.evaluate("document.activeElement.dataset.position") != "0":
         view.keyboard.press("Tab")
-    view.keyboard.press("ArrowRight")
-    assert "position 1" in view.locator("#panel").inner_text()
+    for key, position in (*(("ArrowRight", place) for place in range(1, 6)), ("ArrowLeft", 4), ("ArrowLeft", 3)):
+        view.keyboard.press(key)
+        assert f"position {position}" in view.locator("#panel").inner_text(), "also past the break before a token that begins with a space"
     paper = json.loads(view.evaluate("JSON.stringify(getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number))"))
     assert (sum(paper) / 3 < 100) == (scheme == "dark")
     assert view.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing is wider than the window"

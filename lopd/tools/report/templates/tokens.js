@@ -20,7 +20,8 @@
     document.addEventListener(kind, (event) => event.target.classList?.contains("t") && show(event.target));
   document.addEventListener("keydown", (event) => {
     const step = { ArrowRight: "nextElementSibling", ArrowLeft: "previousElementSibling" }[event.key];
-    const next = step && chosen && chosen[step];
+    let next = step && chosen?.[step];
+    while (next && !next.classList.contains("t")) next = next[step];
     if (!next) return;
     event.preventDefault();
     next.tabIndex = 0;
