@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from lopd.records.estimates import RolloutSums
 from lopd.records.rollouts import policy_column
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.command import main
+from lopd.tools.facts import start_rows
 from lopd.tools.report import TokenReport, write_run_report
 
 VOCAB, LENGTH = 300, 9
@@ -397,6 +399,8 @@ def test_the_run_report_shows_the_start_or_why_it_is_not_known(known, tmp_path):
     assert f"<dd>{start.overlap[8]}</dd>" in text
     assert f'<dd class="value good">{start.verdict}</dd>' in text
     assert "overlap@64</dt><dd>not measured: needs k" in text
+    write_run_report(path, store, report=TokenReport(sample=2))
+    assert set(start_rows(start)) <= set(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html.unescape(path.read_text()))), "that of `lopd info`"
     write_run_report(path, store, report=TokenReport("teacher", "other"))
     text = html.unescape(path.read_text())
     assert "column 'other' was scored by other@r, expected the policy that sampled" in text

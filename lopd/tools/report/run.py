@@ -64,7 +64,7 @@ def write_run_report(
 ) -> None:
     """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is stated.
 
-    Memory is that of three rollouts and of one number for each token of the sample.
+    Memory is that of three rollouts, of one number for each token of the sample, and of `measure_start`.
 
     Args:
         path: where the page goes.
@@ -88,7 +88,7 @@ def write_run_report(
     sampled = sample_advantages(store, report.teacher, report.student, evenly(scored_rows(store, report.columns), report.sample))
     advantages = advantage_parts(report, sampled)
     ref = None if report.student == BEHAVIOR_COLUMN else report.student
-    start = find_start(store, teacher=report.teacher, ref=ref, rows=sampled.rows)
+    start = find_start(store, teacher=report.teacher, ref=ref)
     parts = {
         "title": title,
         "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"]), *_start_facts(start)],
