@@ -113,6 +113,17 @@ def test_the_summary_says_who_sampled_who_scored_and_how_training_went(write, st
     assert facts["gap to the teacher, first and last step"][0] == "0.900 → 0.570"
 
 
+def test_a_gap_to_a_teacher_is_shown_as_what_it_is_and_only_where_one_was_seen(write):
+    taught, alone = steps(), [evolve(m, reverse_kl=0.0) for m in steps()]
+    name, title = "gap to the teacher, first and last step", "Gap to the teacher on the stored tokens"
+    assert "each times its importance ratio" in facts_of(write(taught))[name][1]
+    assert title in Page(write([*alone[:6], *taught[6:]])).tables, "SFT, and then a teacher"
+    text = write(alone)
+    assert name not in facts_of(text)
+    assert title not in Page(text).tables
+    assert "Gradient norm" in Page(text).tables
+
+
 def test_the_sft_teacher_is_a_consistent_one(write):
     consistent = filled(MemoryStore(evolve(tiny_manifest(), sft_teacher=tiny_provenance("T").model)))
     assert facts_of(write(of=consistent))["teacher consistency"] == ("consistent", "it is the SFT teacher", "good")

@@ -28,8 +28,9 @@ from lopd.tools.report.page import write_page
 from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
 
 _GAP = (
-    "Mean of student minus teacher log-prob over the stored tokens, in nats.  It estimates the reverse KL from one sample a token, so it may be "
-    "negative.  Judge a student by held-out rollouts."
+    "Mean of student minus teacher log-prob over the stored tokens, in nats, each times its importance ratio where there is a ref column.  With "
+    "weights by token it estimates the reverse KL from one sample each, so it may be negative; by rollout it shows a trend.  Judge a student by "
+    "held-out rollouts."
 )
 
 
@@ -106,13 +107,13 @@ def write_run_report(
 
 
 def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
-    """Return a curve of every metric by step; those of drift where any step has it.  None without steps."""
+    """Return a curve of every metric by step; those of drift and of the gap to a teacher where any step has it.  None without steps."""
     if not steps:
         return []
-    drifts = [m.drift for m in steps]
+    drifts, gaps = [m.drift for m in steps], [m.reverse_kl for m in steps]
     wanted: list[tuple[str, str, dict[str, list[float]]]] = [
         ("Loss", "nats a token", {"loss": [m.loss for m in steps]}),
-        ("Gap to the teacher on the stored tokens", "nats a token, student minus teacher", {"gap": [m.reverse_kl for m in steps]}),
+        *[("Gap to the teacher on the stored tokens", "nats a token", {"gap": gaps})] * any(gaps),
         ("Gradient norm", "before clipping", {"gradient norm": [m.grad_norm for m in steps]}),
         ("Clipped advantages", "share of tokens", {"clipped": [m.clip_fraction for m in steps]}),
     ]
@@ -158,13 +159,12 @@ def _training_facts(steps: Sequence[StepMetrics]) -> list[Fact]:
         return [Fact("training", "no steps", "no history was given")]
     first, last = steps[0], steps[-1]
     tokens, seconds = sum(m.read_tokens for m in steps), sum(m.seconds for m in steps)
-    moved = f"{first.reverse_kl:.3f} → {last.reverse_kl:.3f}"
-    return [
-        Fact(
-            "training", f"{len(steps):,} steps", f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} read tokens, {duration(seconds)}"
-        ),
-        Fact("gap to the teacher, first and last step", moved, _GAP),
-    ]
+    read = f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} read tokens, {duration(seconds)}"
+    training = [Fact("training", f"{len(steps):,} steps", read)]
+    if any(m.reverse_kl for m in steps):  # exactly 0 only where no teacher is seen
+        moved = f"{first.reverse_kl:.3f} → {last.reverse_kl:.3f}"
+        training.append(Fact("gap to the teacher, first and last step", moved, _GAP))
+    return training
 
 
 def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
