@@ -313,6 +313,20 @@ def test_what_is_not_known_is_said_to_be_so(write, store):
     assert len(Page(text).curves["Loss"][0]) == 12
 
 
+def test_scores_in_columns_of_other_names_are_not_taken_for_missing(write):
+    store, rollout = MemoryStore(tiny_manifest()), tiny_rollout("p/s0/g0", behavior_logprobs=[-1.0] * 3)
+    store.append([rollout])
+    own, label = evolve(tiny_provenance(), model=store.manifest.policy), evolve(tiny_provenance("V"), logprobs_mode="label")
+    for name, made in (("own", own), ("label", label)):
+        store.append_scores(name, made, [evolve(tiny_scores(rollout), signed=made.signed)])
+    assert facts_of(write(of=store))["scored by"][:2] == ("not scored yet", "there is no column teacher")
+    for name in ("math", "code"):
+        store.append_scores(name, tiny_provenance(name), [tiny_scores(rollout)])
+    text, where = write(of=store), "scores are in math, code; pass `--columns math behavior`"
+    assert facts_of(text)["scored by"][:2] == ("not in the column teacher", where)
+    assert f"no rollout has scores in the column teacher; {where}." in text
+
+
 def test_a_store_without_the_log_probs_of_the_policy_is_shown_without_advantages(write):
     silent = MemoryStore(tiny_manifest())
     rollout = tiny_rollout("p/s0/g0")

@@ -143,7 +143,8 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
     ]
     scored = store.columns.get(report.teacher)
     if scored is None:
-        return [*facts, Fact("scored by", "not scored yet", f"there is no column {report.teacher}")]
+        where, absent = _elsewhere(store, report), f"there is no column {report.teacher}"
+        return [*facts, Fact("scored by", f"not in the column {report.teacher}" if where else "not scored yet", where or absent)]
     many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
     note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
     judged, _, why = verdict(manifest_of_model(store, scored), scored).partition(": ")
@@ -223,9 +224,18 @@ def _missing(store: LogprobReader, report: TokenReport) -> str:
         return "the store is empty"
     for column in report.columns:
         if not store.scored(column).any():
-            policy = ", the log-probs that the policy reported while it sampled" if column == BEHAVIOR_COLUMN else ""
-            return f"no rollout has scores in the column {column}{policy}"
+            where = _elsewhere(store, report) if column == report.teacher else ""
+            more = ", the log-probs that the policy reported while it sampled" if column == BEHAVIOR_COLUMN else where and f"; {where}"
+            return f"no rollout has scores in the column {column}{more}"
     return "no token that counts has scores in every column"
+
+
+def _elsewhere(store: LogprobReader, report: TokenReport) -> str:
+    """Return in which columns teachers have scored rollouts, and how to show them; "" where none has."""
+    policies = store.generations.values()
+    of_teachers = [name for name, made in store.columns.items() if not (made.label or any(map(made.is_of, policies)))]
+    there = [name for name in of_teachers if store.scored(name).any()]
+    return f"scores are in {', '.join(there)}; pass `--columns {there[0]} {report.student}`" if there else ""
 
 
 def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvantages, decode: Decode | None) -> list[dict[str, Any]]:
