@@ -351,6 +351,14 @@ def test_what_the_bill_does_not_depend_on_is_refused_without_a_card(given, capsy
     assert f"Plan: {given.split()[0]} is given without --card, expected both; pass --card GB" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    "given", ["--prompts 5", "--tokens 5", "--steps 1", "--gpu-price 2", "--like X", "--tflops 5", "--behavior", "--logprob-dtype float16"]
+)
+def test_what_a_card_does_not_depend_on_is_refused_beside_one(given, capsys):
+    assert main(["--card", "24", "--student", "X", *given.split()]) == 2
+    assert f"Plan: {given.split()[0]} is given beside --card, expected one of them" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):
     assert main(["--prompts", "0"]) == 2
     assert [main([f"--{name}", value]) for name, value in (("tokens", "nan"), ("gpus", "0"), ("like-gpus", "0"))] == [2, 2, 2]

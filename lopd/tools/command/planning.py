@@ -31,8 +31,9 @@ _TERA, _GIGA = 1e12, 1e9
 _Bills = tuple[Bill, Bill, Bill]
 #: Phase -> the rate that its hours are of, and whose size that rate is guessed by.
 _RATES = {"rollouts": ("sampling", "student"), "scores": ("scoring", "teacher"), "training": ("training", "student")}
-#: What the bill does not depend on.
-_OF_CARD = ("student", "teacher", *(f.name for f in fields(Use) if f.name not in {"gpus", *(f.name for f in fields(Work))}))
+#: What is read with `--card`, and what of that the bill does not depend on.
+_WITH_CARD = {"card", "json", "student", "teacher", *(f.name for f in fields(Use))}
+_OF_CARD = _WITH_CARD - {"card", "json", "gpus", *(f.name for f in fields(Work))}
 
 
 def add_plan(parser: ArgumentParser) -> None:
@@ -82,6 +83,7 @@ def add_plan(parser: ArgumentParser) -> None:
     parser.add_argument("--storage-price", type=float, metavar="X", help="of 10^9 bytes for a month")
     add_json(parser)
     _add_card(parser)
+    parser.set_defaults(unset=vars(parser.parse_args([])))
     give_examples(
         parser,
         "lopd plan --tokens 1e6 1e9 1e12 --gpus 64",
@@ -154,14 +156,17 @@ def _fit_table(found: Fit) -> Table:
 
 
 def _plan(options: Namespace) -> int:
+    for name in (name for name, unset in options.unset.items() if getattr(options, name) != unset):
+        if name in _OF_CARD if options.card is None else name not in _WITH_CARD:
+            why = (
+                "without --card, expected both; pass --card GB to see what fits, or leave it out and pass --student-billions and "
+                "--teacher-billions for the bill"
+                if options.card is None
+                else "beside --card, expected one of them; leave it out, or leave out --card for the bill"
+            )
+            raise ArgumentError(f"Plan: --{name.replace('_', '-')} is given {why}.")
     if options.card is not None:
         return _fit(options)
-    for name in _OF_CARD:
-        if getattr(options, name, None) not in (None, False):
-            raise ArgumentError(
-                f"Plan: --{name.replace('_', '-')} is given without --card, expected both; pass --card GB to see what fits, or leave it out and "
-                "pass --student-billions and --teacher-billions for the bill."
-            )
     options.gpus = 8 if options.gpus is None else options.gpus
     check_at_least("Plan", "like_gpus", options.like_gpus, 1)
     like, known = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
