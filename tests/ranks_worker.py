@@ -48,6 +48,7 @@ CASES = [
     *(Case(wrap, autocast=True) for wrap in ("ddp", "fsdp")),
     *(Case(wrap, adapters=True) for wrap in ("ddp", "fsdp")),
     *(Case(wrap, recompute=True, compiled=True) for wrap in ("ddp", "fsdp")),
+    Case("freed"),
 ]
 
 
@@ -86,10 +87,12 @@ def make_student(case: Case, ranks: Ranks) -> Any:
         return student
     if case.wrap == "ddp":
         return DistributedDataParallel(student)
-    mesh = init_device_mesh("cpu", (ranks.size,))
+    options: dict[str, Any] = {"mesh": init_device_mesh("cpu", (ranks.size,))}
+    if case.wrap == "freed":  # what torch would have to gather again before the backward pass
+        options["reshard_after_forward"] = True
     for layer in (model.get_base_model() if case.adapters else model).model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(student, mesh=mesh)
+        fully_shard(layer, **options)
+    return fully_shard(student, **options)
 
 
 def make_optimizer(student: Any) -> torch.optim.Optimizer:

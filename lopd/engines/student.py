@@ -21,7 +21,7 @@ from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokeni
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import SamplingParams
 from lopd.records.paths import local_path
-from lopd.records.ranks import Ranks, check_layers, on_first, sharded
+from lopd.records.ranks import Ranks, on_first, prepare_sharded, sharded
 from lopd.records.steps import Batch, LossOutput
 
 
@@ -141,7 +141,7 @@ class CausalLMStudent(nn.Module):
 
     def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         if torch.is_grad_enabled() and hasattr(self, "unshard"):  # `fully_shard` was called on it
-            check_layers(self)
+            prepare_sharded(self)
         head = evolve(lm_head(self.model, self._known), compute_dtype=self._autocast)
         check_device(f"Model {type(unwrap(self.model)).__name__}", head.weight.device)  # Trainer moves it to whatever there is
         self._check_ids(batch)

@@ -113,23 +113,28 @@ def check_summed(student: Any, ranks: Ranks) -> None:
             f"Student {name}: it is trained by {ranks.size} ranks and nothing sums its gradients; wrap it in DistributedDataParallel, or call "
             "`fully_shard` on each layer and then on it, before `opd_steps`."
         )
-    check_layers(student)
+    prepare_sharded(student)
 
 
-def check_layers(student: torch.nn.Module) -> None:
-    """Refuse a student that FSDP2 shards as one.
+def prepare_sharded(student: torch.nn.Module) -> None:
+    """Keep what FSDP2 shards with the student, and in no layer, gathered until the backward pass; refuse one that is sharded as one.
 
     Raises:
         ModelError: no gradient would reach its weights.
     """
     from torch.distributed.fsdp import FSDPModule
 
+    if not isinstance(student, FSDPModule):
+        return
     # FSDP2 learns of a backward pass from tensors that its modules gave, and finds those of layers
-    if isinstance(student, FSDPModule) and sum(isinstance(module, FSDPModule) for module in student.modules()) == 1:
+    if sum(isinstance(module, FSDPModule) for module in student.modules()) == 1:
         raise ModelError(
             f"Student {type(student).__name__}: it is sharded as one, and would get no gradient; call `fully_shard` on each layer first, and then on "
             "the student."
         )
+    # the backward pass would read freed memory; torch 2.7 keeps these weights whatever it is told, and may lack the method
+    if hasattr(student, "set_reshard_after_forward"):
+        student.set_reshard_after_forward(False, recurse=False)
 
 
 def gathering(student: Any, *, last: bool) -> AbstractContextManager[None]:
