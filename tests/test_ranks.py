@@ -222,6 +222,18 @@ def test_a_wrapper_that_looks_for_tensors_in_the_output_is_refused(option, group
         opd_steps(student, [], FusedOPDLoss(), make_optimizer(student))
 
 
+def test_a_wrapped_student_that_trains_what_gets_no_gradient_is_refused_before_its_weights_change(group):
+    """DistributedDataParallel leaves the sums of others undone, and its next step is an error of its own."""
+    student = make_student(Case(), Ranks())
+    student.unused = torch.nn.Parameter(torch.ones(3))
+    wrapped = DistributedDataParallel(student)
+    before = {name: weight.clone() for name, weight in student.state_dict().items()}
+    steps = batches(make_store(1), rollouts_per_step=1, tokens_per_batch=50, ref="behavior")[:1]
+    with pytest.raises(ModelError, match=r"1 of its \d+ trained .*'module\.unused' keep .*`requires_grad_\(False\)`\) before it wraps"):
+        next(opd_steps(wrapped, steps, FusedOPDLoss(), make_optimizer(wrapped)))
+    assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
+
+
 def test_a_student_is_sharded_after_its_layers(group):
     """On the student alone the backward pass would go unnoticed."""
     alone = fully_shard(make_student(Case(), Ranks()))

@@ -10,9 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from attrs import frozen
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, TrainingWarning
+from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.drift import Drift
 from lopd.records.steps import Batch, Step
@@ -61,16 +62,24 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         )
 
 
-def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
-    """Warn if some trained parameters have no gradient after a whole step: nothing that was computed depends on them."""
+def judge_gradients(optimizer: Optimizer, student: object, trained: Mapping[str, Tensor]) -> None:
+    """Warn if some trained parameters have no gradient after a whole step: nothing that was computed depends on them.
+
+    Raises:
+        ModelError: the student is in DistributedDataParallel, which waits for them, and leaves gradients of others as each rank has them.
+    """
     lacking = [name for name, parameter in trained.items() if parameter.grad is None]
-    if lacking:
-        _warn_once(
-            optimizer,
-            "gradients",
-            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in a whole step; "
-            f"{_some(lacking)} stay as they are: freeze them (`requires_grad_(False)`), or leave them out of the adapters' `target_modules`.",
+    if not lacking:
+        return
+    found = f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in a whole step; {_some(lacking)}"
+    remedy = "or leave them out of the adapters' `target_modules`."
+    # no rank asks the others: one that lacks none waits within torch for a rank that does
+    if isinstance(student, DistributedDataParallel):
+        raise ModelError(
+            f"{found} keep DistributedDataParallel from summing those of others: freeze them (`requires_grad_(False)`) before it wraps the student, "
+            f"{remedy}"
         )
+    _warn_once(optimizer, "gradients", f"{found} stay as they are: freeze them (`requires_grad_(False)`), {remedy}")
 
 
 def judge_distance(optimizer: Optimizer, loss: object, step: Step, reverse_kl: float) -> None:

@@ -80,7 +80,8 @@ def opd_steps(
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
             steps, the loss gave another thing than the `LossOutput` of a batch, or `max_grad_norm` makes no sense.
-        ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them.
+        ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them, as
+            DistributedDataParallel does where a trained parameter gets none in the first step.
     """
     ranks = Ranks.current()
     for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):
@@ -147,7 +148,7 @@ def _train(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
         if place_of_step == 0:
-            judge_gradients(optimizer, trained)
+            judge_gradients(optimizer, student, trained)
         movement = None if judged or not at_full_rate(optimizer) else Movement.before(optimizer, grad_norm)
         optimizer.step()
         if movement is not None:

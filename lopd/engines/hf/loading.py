@@ -36,7 +36,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
-    A model that also reads images is loaded whole, and lopd uses its text part.
+    A model that also reads images is loaded whole, and lopd uses its text part.  Freeze the rest before DistributedDataParallel wraps its student, as
+    the page "Several GPUs and machines" shows.
 
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
