@@ -247,6 +247,15 @@ def test_a_student_is_sharded_after_its_layers(group):
     check_summed(fully_shard(student), Ranks(1, 2))
 
 
+def test_a_head_that_is_sharded_by_itself_is_refused(group):
+    student = make_student(Case(model="qwen3_padded"), Ranks())
+    for module in (*student.model.model.layers, student.model.lm_head, student):
+        fully_shard(module)
+    (batch,) = batches(make_store(1), rollouts_per_step=1, tokens_per_batch=50, ref="behavior").step(0).batches
+    with pytest.raises(ModelError, match=r"its head is sharded in another group than the student's.*; leave `fully_shard` of the head out"):
+        student(batch, FusedOPDLoss())
+
+
 def test_a_step_without_weight_anywhere_is_refused():
     store = make_store(1)
     student = make_student(Case(), Ranks())

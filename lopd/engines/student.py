@@ -133,7 +133,7 @@ class CausalLMStudent(nn.Module):
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
             InvalidRecordError: an id is of an added token that the head has no row for.
-            ModelError: it is sharded as one, so its gradients would be lost.
+            ModelError: it is sharded as one, so its gradients would be lost; or its head is sharded apart from it.
         """
         # what is traced of it would be records of attrs, which cannot be; `compile` has what is worth it
         output: LossOutput = torch.compiler.disable(self._loss)(batch, loss)
@@ -143,6 +143,11 @@ class CausalLMStudent(nn.Module):
         if torch.is_grad_enabled() and hasattr(self, "unshard"):  # `fully_shard` was called on it
             prepare_sharded(self)
         head = evolve(lm_head(self.model, self._known), compute_dtype=self._autocast)
+        if hasattr(head.weight, "full_tensor"):  # the student's own group is gathered by now
+            raise ModelError(
+                f"Model {type(unwrap(self.model)).__name__}: its head is sharded in another group than the student's, and lopd reads the weight of "
+                "the head without calling it; leave `fully_shard` of the head out, and call it on the layers and on the student."
+            )
         check_device(f"Model {type(unwrap(self.model)).__name__}", head.weight.device)  # Trainer moves it to whatever there is
         self._check_ids(batch)
         batch = batch.to(head.weight.device)
