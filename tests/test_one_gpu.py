@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,22 @@ def test_files_that_are_missing_and_tests_that_are_trained_on_are_refused(monkey
     with pytest.raises(SystemExit, match=r"Prompts: there are 6, expected at least 8"):
         start(monkeypatch, folder, "24gb", **{"opd-rollouts-per-step": 8})
     assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ([Prompt("0", [9], answer="1")], "Problem '0': tests aime and amc have unlike problems of this id"),
+        ([Prompt("0", [1], answer="2")], "Problem '0': tests aime and amc have unlike problems of this id"),
+        ([Prompt("1", [2], answer="1")] * 2, "Problem '1': test amc has two problems of this id"),
+    ],
+)
+def test_an_id_of_two_problems_is_refused_and_a_problem_of_two_tests_is_not(more, says):
+    recipe, shared = evolve(CARDS["24gb"], opd_rollouts_per_step=1), Prompt("0", [1], answer="1")
+    check = partial(one_gpu.check_prompts, recipe, [], [Prompt("p", [7])])
+    check({"aime": [shared], "amc": [Prompt("0", [1], answer="1")]})
+    with pytest.raises(SystemExit, match=says):
+        check({"aime": [shared], "amc": more})
 
 
 def test_activations_of_a_student_with_adapters_are_computed_again(folder):

@@ -108,7 +108,7 @@ def problems_of(path: str, recipe: OneGpu, longest: int) -> list[Prompt]:
 
 
 def check_prompts(recipe: OneGpu, sft_prompts: list[Prompt], prompts: list[Prompt], tests: dict[str, list[Prompt]]) -> None:
-    """Refuse too few problems, and a test of what was trained on."""
+    """Refuse too few problems, a test of what was trained on, and an id of several problems: answers and grades are found by it."""
     if len(prompts) < recipe.opd_rollouts_per_step:
         raise SystemExit(
             f"Prompts: there are {len(prompts)}, expected at least {recipe.opd_rollouts_per_step}, the rollouts of a step; pass more, or lower "
@@ -119,6 +119,13 @@ def check_prompts(recipe: OneGpu, sft_prompts: list[Prompt], prompts: list[Promp
         seen = sum(bytes(problem.token_ids) in trained for problem in problems)
         if seen:
             raise SystemExit(f"Test {name}: {seen} of its {len(problems)} problems are trained on, expected 0; drop them from either file.")
+    known = dict[str, tuple[str, Prompt]]()
+    for name, problem in ((name, problem) for name, problems in tests.items() for problem in problems):
+        other, before = known.get(problem.prompt_id, ("", problem))
+        if other == name or (before.answer, bytes(before.token_ids)) != (problem.answer, bytes(problem.token_ids)):
+            where = f"test {name} has two problems" if other == name else f"tests {other} and {name} have unlike problems"
+            raise SystemExit(f"Problem {problem.prompt_id!r}: {where} of this id, expected 1; give one of them another id, or drop it.")
+        known[problem.prompt_id] = name, problem
 
 
 @attrs.frozen
