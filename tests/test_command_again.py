@@ -4,7 +4,9 @@ import datetime
 import json
 import re
 import shutil
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from test_command_run import example, here, models, written  # noqa: F401
 from transformers import AutoTokenizer, GenerationConfig
 
+import lopd
 from lopd import ZarrStore
 from lopd.errors import ConflictError, ContextWarning, QuarantineWarning, RefusedPromptsWarning, SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import before, main
-from lopd.tools.command.before import fixed_by
+from lopd.tools.command.before import fixed_by, read_verifier
 from lopd.tools.command.settings import read_settings
 from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes
 from lopd.tools.command_line import print_json
@@ -160,6 +163,17 @@ def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(her
         warnings.simplefilter("error")
         assert main(["run", file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == last
+
+
+def test_a_verifier_imports_what_stands_beside_it_whenever_it_does(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path.parent)  # puts back what is put in front of it
+    monkeypatch.chdir(tmp_path)
+    Path("beside_the_checks.py").write_text("def right(text):\n    return float(text == 'yes')\n")
+    Path("checks.py").write_text("def right(prompt, text):\n    import beside_the_checks\n    return beside_the_checks.right(text)\n")
+    verify = [read_verifier("checks.py:right") for _ in range(2)][1]
+    monkeypatch.chdir("/")
+    assert [verify(lopd.Prompt("a", [1]), text) for text in ("yes", "no")] == [1, 0]
+    assert sys.path.count(str(tmp_path.resolve())) == 1
 
 
 @pytest.mark.parametrize(("total", "printed"), [(16, 16), (45, 24), (300, 21)])

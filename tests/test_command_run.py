@@ -31,10 +31,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PHASES = ["SFT text", "SFT", "evaluation before OPD", "rollouts", "scores", "OPD", "evaluation after OPD"]
 EXAMPLE = (Path(settings.__file__).with_name("example.yaml")).read_text()
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning"),
-    pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning", "ignore::lopd.errors.AdvantageWarning")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +47,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def here(models, monkeypatch):
     monkeypatch.chdir(models)
+    monkeypatch.syspath_prepend(models)
     return models
 
 
@@ -365,9 +363,10 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
         ("def right(prompt, text):\n    exit('http://me:w@host/v1?w')", r"it raised SystemExit\('http://host/v1 for prompt"),
         ("def right(prompt, text):\n    return 3", "it gave 3 for prompt .*; it takes .* and gives a number from 0 to 1"),
         ("def right(prompt, text):\n    return float('nan')", "it gave nan for prompt"),
-        ("def right(prompt, text)\n    return 1", r"there is no such function \(SyntaxError\("),
-        ("import sys; sys.exit(0)", r"there is no such function \(SystemExit\("),
-        ("", r"there is no such function \(KeyError\('right'\)\)"),
+        ("def right(prompt, text)\n    return 1", r"the file cannot be run \(SyntaxError\("),
+        ("import sys; sys.exit(0)", r"the file cannot be run \(SystemExit\("),
+        ("{}['right']", r"the file cannot be run \(KeyError\('right'\)\)"),
+        ("", "there is no such function; correct it"),
     ],
 )
 def test_a_verifier_that_fails_is_said_before_anything_is_done(code, says, here, tmp_path, capsys):

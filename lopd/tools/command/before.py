@@ -2,6 +2,7 @@
 
 import math
 import runpy
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date, datetime
@@ -173,12 +174,17 @@ def read_verifier(place: str) -> Callable[[Prompt, str], float]:
     """Return the verifier, which ends a run in one sentence where it fails."""
     file, _, name = place.rpartition(":")
     path = local_path("Run: evaluation.verifier", file)
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)  # where a program looks first; it stays, as functions may import when they are called
     try:
-        function = runpy.run_path(str(path))[name]
+        names = runpy.run_path(str(path))
     except (Exception, SystemExit) as error:  # whatever a file does that is run as a program
         raise InvalidRecordError(
-            f"Run: evaluation.verifier is {place}, and there is no such function ({said_without_secrets(repr(error)):.200}); correct it."
+            f"Run: evaluation.verifier is {place}, and the file cannot be run ({said_without_secrets(repr(error)):.200}); correct it."
         ) from error
+    if name not in names:
+        raise InvalidRecordError(f"Run: evaluation.verifier is {place}, and there is no such function; correct it.")
+    function = names[name]
 
     def verify(prompt: Prompt, text: str) -> float:
         score, cause = math.nan, None
