@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from attrs import evolve
 
-from lopd import ZarrStore
+from lopd import SamplingParams, ZarrStore
+from lopd.engines.hf import load_model
 from lopd.errors import PromptError, TokenizerMismatchError
 from lopd.records import Lineage, Prompt, Rollout
 from lopd.tools.plan import rates_like
@@ -104,6 +106,16 @@ def test_a_teacher_of_another_vocabulary_is_refused_before_it_writes_anything(mo
     with pytest.raises(TokenizerMismatchError, match=r"Teacher '.*/teacher': the hash of its vocabulary is .* expected the student's"):
         start(monkeypatch, folder, "qwen3-4b-math")
     assert not (folder / "run").exists()
+
+
+def test_a_student_stored_in_16_bits_is_sampled_in_float32_and_a_teacher_scores_in_the_dtype_of_the_recipe(folder):
+    model, _ = load_model(str(folder / "base"), torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    teacher = str(folder / "teacher")
+    engine = recipe_run.Engine(evolve(RECIPES["qwen3-4b-math"], teacher=teacher, device="cpu"), "hf")
+    assert engine.source(str(folder / "base"), SamplingParams(2)).manifest.policy.dtype == "float32"
+    assert engine.source(teacher, SamplingParams(2)).manifest.policy == engine.scorer(teacher).provenance.model
+    assert engine.scorer(teacher).provenance.model.dtype == "bfloat16"
 
 
 def test_an_estimate_alone_starts_nothing(monkeypatch, folder):

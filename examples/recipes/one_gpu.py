@@ -45,7 +45,7 @@ from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, teacher_dtype
 from recipes.compare import Arm, grade, report
-from recipes.run import Engine, add_fields, check_vocabularies, given, opd_sampling, sample, score, sft_sampling, test_sampling
+from recipes.run import Engine, add_fields, check_vocabularies, dtype_of, given, opd_sampling, sample, score, sft_sampling, test_sampling
 from recipes.train import make_optimizer, phase_of, run_phase
 
 _FIELDS = [f for f in attrs.fields(OneGpu) if not f.name.endswith("gpus")]
@@ -198,8 +198,7 @@ class Phases:
 
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
     """Load a model that samples with transformers, in the dtype in which it scores or is trained."""
-    dtype = teacher_dtype(recipe) if model == recipe.teacher else torch.float32
-    return evolve(HFSource.from_folder(model, sampling, dtype, recipe.device), rows_per_batch=recipe.rows)
+    return HFSource.from_folder(model, sampling, dtype_of(model, recipe), recipe.device, rows_per_batch=recipe.rows)
 
 
 def make_scorer(recipe: OneGpu) -> HFScorer:

@@ -146,6 +146,11 @@ def test_sampling(recipe: Recipe) -> SamplingParams:
     )
 
 
+def dtype_of(model: str, recipe: Recipe) -> torch.dtype:
+    """Return what transformers loads a model in: the teacher in the recipe's dtype, students in float32, as they are trained."""
+    return getattr(torch, recipe.dtype) if model == recipe.teacher else torch.float32
+
+
 @attrs.frozen
 class Engine:
     """Which engine samples and scores, and on how many GPUs.
@@ -163,7 +168,7 @@ class Engine:
     def source(self, folder: str, sampling: SamplingParams) -> Any:
         """Load a policy."""
         if self.name == "hf":
-            return HFSource.from_folder(folder, sampling, device=self.recipe.device)
+            return HFSource.from_folder(folder, sampling, dtype_of(folder, self.recipe), self.recipe.device)
         from lopd.engines.vllm import VLLMSource
 
         return VLLMSource.from_folder(folder, sampling, self._settings(folder))
@@ -171,7 +176,7 @@ class Engine:
     def scorer(self, folder: str) -> Any:
         """Load a model that scores."""
         if self.name == "hf":
-            return HFScorer.from_folder(folder, device=self.recipe.device)
+            return HFScorer.from_folder(folder, dtype_of(folder, self.recipe), self.recipe.device)
         from lopd.engines.vllm import VLLMScorer
 
         return VLLMScorer.from_folder(folder, self._settings(folder))
