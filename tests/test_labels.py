@@ -305,6 +305,14 @@ def test_a_column_belongs_to_one_verifier_that_says_the_same_again(store):
         score_rollouts(store, scorer, column="label", preflight=None)
 
 
+def test_a_partial_has_the_name_of_its_function_and_nothing_of_what_it_passes(store):
+    def asking(prompt, rollout, key):
+        return number(prompt, rollout)
+
+    label_rollouts(store, partial(asking, key="sesame"), PROMPTS)
+    assert store.columns["label"].model.name == asking.__qualname__
+
+
 def test_prompts_and_rows_that_do_not_fit_are_refused(store):
     with pytest.raises(EngineError, match="prompt 'p0' has other tokens than the rollout was sampled from"):
         label_rollouts(store, even, [Prompt("p0", [4, 99])])

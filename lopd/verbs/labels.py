@@ -1,6 +1,7 @@
 """VERB `label_rollouts`: a store's rollouts -> a column of a verifier's values.  Run it again to resume."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -11,7 +12,7 @@ from lopd.errors import InvalidRecordError, ScorerError
 from lopd.protocols import Labeller, LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import chosen, evenly, in_batches, rows_of
-from lopd.records.checks import check_at_least, check_call
+from lopd.records.checks import call_of, check_at_least, check_call
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
 from lopd.records.paths import said_without_secrets
@@ -49,8 +50,8 @@ def label_rollouts(
         prompts: what it is given with each rollout; rollouts of other prompts are left alone.  None for all rollouts, of a store of imported
             trajectories for example: the verifier is then given the prompt's id and tokens, without text and answer.
         column: where the labels go; it belongs to one verifier.
-        name: the verifier's name in the column's provenance; None takes that of the function or the class.  Another name is another verifier, so
-            put a version into it if you have several.
+        name: the verifier's name in the column's provenance; None takes that of the function or the class, of a `functools.partial` that of the
+            function inside.  Another name is another verifier, so put a version into it if you have several.
         rows: label these only; None for all.
         rollouts_per_batch: committed together; fewer where else there would not be `batches_at_once` batches.
         batches_at_once: batches that are labelled at the same time, in threads; more than 1 for a verifier that waits, for a server or a program.
@@ -80,7 +81,7 @@ def label_rollouts(
         check_prompt_list(prompts, unique=True)
     filling = Filling(store, column, rollouts_per_batch, batches_at_once, max_refused, progress)
     recheck = check_at_least("Labelling", "recheck", recheck, 0)
-    name = name or str(getattr(verifier, "__qualname__", type(verifier).__qualname__))
+    name = name or call_of(verifier.func if isinstance(verifier, partial) else verifier)  # what it passes may be a key
     provenance = Provenance(ModelId(name, "verifier", "float32"), store.manifest.tokenizer.vocab_hash, f"lopd labels {_VERSION}", LABEL)
     store.append_scores(column, provenance, ())
     wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
