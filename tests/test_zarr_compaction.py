@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from uuid import uuid4
 
@@ -13,6 +15,7 @@ from test_zarr_upkeep import assert_whole, go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
 from lopd.backends.zarr import compaction
+from lopd.backends.zarr.state import State
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError
 from lopd.testing import assert_holds, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_scores, tiny_top_k
@@ -173,3 +176,36 @@ def test_a_sweep_removes_only_what_is_old_and_that_nothing_needs(filled: ZarrSto
     assert_holds(ZarrStore.open(place(filled)), [row.rollout for row in filled.read(range(4))])
     assert list(filled.verify()) == []
     assert filled.sweep(older_than=-1.0) == []
+
+
+@pytest.mark.parametrize("put_back", [False, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.read([2]),
+        lambda store: store.lengths(),
+        lambda store: store.find(["r2"]),
+        lambda store: store.append(many(9, 1)),
+    ],
+)
+def test_a_reader_of_a_store_that_was_removed_or_put_back_to_an_older_state_says_that_its_rows_are_gone(
+    call: Callable[[ZarrStore], object], put_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = grown(tmp_path / "run", 2)
+    shutil.copytree(place(store), tmp_path / "kept")
+    go_on(store, 2, 1)
+    reader = ZarrStore.open(place(store))
+    shutil.rmtree(place(store))
+    if put_back:
+        shutil.copytree(tmp_path / "kept", place(store))
+    looked: list[int] = []
+    real = State.latest
+
+    def latest(self: State) -> State:
+        looked.append(1)
+        assert len(looked) < 5, "it looks for ever"
+        return real(self)
+
+    monkeypatch.setattr(State, "latest", latest)
+    with pytest.raises(CorruptStoreError, match="restore"):
+        call(reader)

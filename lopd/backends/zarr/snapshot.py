@@ -70,11 +70,13 @@ class Snapshot:
     def _now(self, work: Callable[[State], T]) -> T:
         """Return what this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
         while True:
+            now = max(self._state, self._later, key=lambda state: state.commits)
             try:
-                return work(max(self._state, self._later, key=lambda state: state.commits))
+                return work(now)
             except SegmentGoneError as error:
                 later = self._state.latest()
-                if error.segment in later.paths():
+                # a store that was removed, or put back to an older state, has merged nothing since
+                if later.commits <= now.commits or error.segment in later.paths():
                     raise error.lost() from error.__cause__
                 self._later = later
 
