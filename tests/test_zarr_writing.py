@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -344,3 +345,10 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> No
         assert (len(store), store.scored("ref").tolist(), len(store.columns)) == (4, [False] * 4, 1)
         store.refresh()
         assert (len(store), store.scored("ref").sum(), len(store.columns)) == (5, 1, 2)
+
+
+def test_a_folder_of_the_log_that_cannot_be_listed_is_a_problem(filled: ZarrStore) -> None:
+    shutil.rmtree(place(filled) / "head")
+    (place(filled) / "head").touch()
+    (problem,) = filled.verify()
+    assert "reading its commit log failed" in problem

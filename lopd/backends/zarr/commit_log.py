@@ -171,14 +171,15 @@ class CommitLog:
     def verify(self, commits: int) -> Iterator[str]:
         """Yield one sentence for each problem found in the first `commits` records, the checkpoints of them, and the head."""
         try:
-            head = self._head()
-            for _ in self.records(0, "", commits):
-                pass
-            self.checkpoint(commits)
-            # the writer of the very first may have been killed before it could write it
-            if head is None and commits > 1 and self._root.chained:
-                yield f"{self._owner}: {_HEAD}/ names no last commit, expected {commits - 1}; restore it from a backup."
-            self._listed_end(0, head)
+            with reading(self._owner, "reading its commit log"):
+                head = self._head()
+                for _ in self.records(0, "", commits):
+                    pass
+                self.checkpoint(commits)
+                # the writer of the very first may have been killed before it could write it
+                if head is None and commits > 1 and self._root.chained:
+                    yield f"{self._owner}: {_HEAD}/ names no last commit, expected {commits - 1}; restore it from a backup."
+                self._listed_end(0, head)
         except LopdError as error:
             yield str(error)
 
