@@ -20,7 +20,8 @@ import pytest
 from zarr_stores import _quick_disk, filled, many, place, rows_of, start  # noqa: F401
 
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import ConflictError, StoreReadError, StoreWriteError
+from lopd.errors import ConflictError, CorruptStoreError, StoreReadError, StoreWriteError
+from lopd.records import ModelId
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -345,6 +346,34 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> No
         assert (len(store), store.scored("ref").tolist(), len(store.columns)) == (4, [False] * 4, 1)
         store.refresh()
         assert (len(store), store.scored("ref").sum(), len(store.columns)) == (5, 1, 2)
+
+
+# A store that is removed under its writer
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(made_again: bool, tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    shutil.rmtree(place(store))
+    other = ZarrStore.create(tmp_path / "run", tiny_manifest()) if made_again else None
+    for call in (lambda: store.append(many(0, 1)), lambda: store.begin_generation(1, ModelId("later", "rev", "float32"))):
+        with pytest.raises(CorruptStoreError, match=r"zarr.json is gone or another store's"):
+            call()
+    assert [problem for problem in store.verify() if "zarr.json is gone" in problem]
+    if other is not None:
+        other.append(many(0, 1))
+        assert_holds(ZarrStore.open(place(other)), many(0, 1))
+
+
+def test_a_root_that_is_gone_is_a_problem_at_once_and_an_error_within_sixteen_commits(filled: ZarrStore) -> None:
+    def go_on() -> None:
+        for i in range(10, 26):
+            filled.append(many(i, 1))
+
+    (place(filled) / "zarr.json").unlink()
+    assert [problem for problem in filled.verify() if "zarr.json is gone" in problem]
+    with pytest.raises(CorruptStoreError, match=r"zarr.json is gone"):
+        go_on()
 
 
 def test_a_folder_of_the_log_that_cannot_be_listed_is_a_problem(filled: ZarrStore) -> None:

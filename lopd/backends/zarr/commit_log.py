@@ -17,10 +17,11 @@ from typing import Any, final
 from attrs import frozen
 
 from lopd.backends.files import Files, reading
-from lopd.backends.root import Root
+from lopd.backends.root import Root, read_root
 from lopd.backends.sealing import checksum, seal, unsealed
+from lopd.backends.zarr.format import ROOT
 from lopd.backends.zarr.record import Checkpoint, read_record
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreNotFoundError
 from lopd.records.stored import read_as
 
 COMMITS, CHECKPOINTS, _HEAD = "commits", "checkpoints", "head"
@@ -65,7 +66,8 @@ class CommitLog:
 
         Raises:
             InvalidRecordError: it could not be read again.
-            CorruptStoreError: the record before it is not there any more: the store was put back to an older state under its writer.
+            CorruptStoreError: the record before it, or the root, is not there any more: the store was removed, or put back to an older state, under
+                its writer.
         """
         body = {**record, "number": number, "store": self._root.creation, "previous": previous}
         data = seal(body)
@@ -73,6 +75,9 @@ class CommitLog:
             entry = self._typed(number, body, data)
         except CorruptStoreError as error:
             raise InvalidRecordError(f"{str(error).rpartition(';')[0]}; pass what can be read again.") from error
+        # each time it would be one more request in a bucket; the first record has none before it
+        if number % COMMITS_PER_CHECKPOINT == 0:
+            self._check_root()
         if number and self.checksum(number - 1) != previous:
             raise self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
         if not self._files.put_if_absent(_path(COMMITS, number), data):
@@ -80,6 +85,15 @@ class CommitLog:
         with suppress(OSError):  # the commit is made, and the next one marks it too
             self._files.mark(_HEAD, number)
         return entry
+
+    def _check_root(self) -> None:
+        """Refuse a store that was removed, and maybe made again, since it was opened."""
+        with suppress(StoreNotFoundError):
+            if read_root(self._files, ROOT).creation == self._root.creation:
+                return
+        raise CorruptStoreError(
+            f"{self._owner}: its {ROOT.name} is gone or another store's; restore it from a backup, or open the store that is there."
+        )
 
     def settle(self) -> None:
         """Make records durable that other processes may have put and not flushed yet."""
@@ -169,7 +183,7 @@ class CommitLog:
         self._files.remove([_path(CHECKPOINTS, old) for old in _numbers(self._files.names(CHECKPOINTS))[:-_CHECKPOINTS_KEPT]])
 
     def verify(self, commits: int) -> Iterator[str]:
-        """Yield one sentence for each problem found in the first `commits` records, the checkpoints of them, and the head."""
+        """Yield one sentence for each problem found in the first `commits` records, the checkpoints of them, the head, and the root."""
         try:
             with reading(self._owner, "reading its commit log"):
                 head = self._head()
@@ -180,6 +194,7 @@ class CommitLog:
                 if head is None and commits > 1 and self._root.chained:
                     yield f"{self._owner}: {_HEAD}/ names no last commit, expected {commits - 1}; restore it from a backup."
                 self._listed_end(0, head)
+            self._check_root()
         except LopdError as error:
             yield str(error)
 
