@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +16,7 @@ from zarr_stores import Rows, _quick_disk, fill, many, place, rows_of  # noqa: F
 
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
-from lopd.errors import ConflictError, ForkedStoreError
+from lopd.errors import ConflictError, CorruptStoreError, ForkedStoreError
 from lopd.records import ModelId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
@@ -182,3 +183,34 @@ def test_a_forked_process_is_told_to_be_spawned(filled: LanceStore) -> None:
     for _ in range(4):
         assert "start workers with the 'spawn' or 'forkserver' method" in ours.recv()
     assert rows_of(filled) == ["m", "b", "r0", "r1"]
+
+
+# A store that is put back, or removed, under its writer
+
+
+def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: LanceStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "kept")
+    scores = [tiny_scores(row.rollout) for row in filled.read([0])]
+    for number in (1, 2):
+        filled.begin_generation(number, ModelId("later", f"{number}", "float32"))
+    shutil.rmtree(place(filled))
+    shutil.copytree(tmp_path / "kept", place(filled))
+    for call in (
+        lambda: filled.begin_generation(3, ModelId("later", "3", "float32")),
+        lambda: filled.quarantine("teacher", filled.columns["teacher"], {"m": "too long"}),
+        lambda: filled.append_scores("ref", tiny_provenance("ref"), scores),
+    ):
+        with pytest.raises(CorruptStoreError, match=r"json is not what it was when it was read"):
+            call()
+    again = reopened(filled)
+    assert rows_of(again) == ["m", "b", "r0", "r1"]
+    again.begin_generation(1, ModelId("again", "1", "float32"))
+    assert list(reopened(again).verify()) == []
+
+
+def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(tmp_path: Path) -> None:
+    store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    shutil.rmtree(place(store))
+    assert len(list(store.verify())) == 1
+    with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
+        store.append(many(0, 1))

@@ -151,6 +151,7 @@ class Catalog:
         """Return whether this call made the next record; `refresh` takes it in.
 
         Raises:
+            CorruptStoreError: the record before it is not there any more: the store was removed, or put back to an older state, under its writer.
             StoreWriteError: the storage refused.
         """
         if not self._refused:
@@ -166,6 +167,9 @@ class Catalog:
 
     def _put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
         path = _path(self.state.number)
+        before = _path(self.state.number - 1) if self.state.number else ROOT.name
+        if checksum(self._read(before) or b"") != self.state.last:
+            raise self._broken(before, "is not what it was when it was read", "the file that the next record follows")
         sealed = {"number": self.state.number, "previous": self.state.last, "kind": kind, "when": time.time(), **document}
         with writing(self._owner, f"writing {path}"):
             # The key makes the bytes of each call its own, which is how a repeated request knows its own file.

@@ -134,9 +134,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         """Yield one sentence for each problem found; reads every row of the current versions, and the catalog."""
         try:
             # Not what was read before, but what is stored now.
-            catalog = Catalog(self._files, self._nothing_seen(), self._root.chained)
-            catalog.refresh()
-            Snapshot(Database(self._files), catalog, {})
+            LanceStore(self._files)
         except LopdError as error:
             yield str(error)
         for column, part in self._snapshot.parts().items():
