@@ -239,6 +239,20 @@ def test_values_that_were_edited_are_not_taken_for_those_that_are_there(
         import_parquet(tmp_path / "run.parquet", memory)
 
 
+def test_a_row_that_comes_twice_in_a_file_is_taken_once_where_it_is_the_same_and_refused_where_it_is_not(
+    memory: MemoryStore, tmp_path: Path
+) -> None:
+    rewritten(memory, tmp_path / "same.parquet", lambda table: pa.concat_tables([table, table.slice(5, 1)]))
+    edit = put("logprobs/teacher", [-0.5] * 6)
+    rewritten(memory, tmp_path / "other.parquet", lambda table: pa.concat_tables([table, edit(table).slice(5, 1)]))
+    store = MemoryStore(tiny_manifest())
+    with pytest.warns(UncheckedDataWarning):
+        import_parquet(tmp_path / "same.parquet", store)
+    assert_equal_stores(memory, store)
+    with pytest.raises(ConflictError, match=r"'p5/s0/g1' comes twice, with other logprobs/teacher"), pytest.warns(UncheckedDataWarning):
+        import_parquet(tmp_path / "other.parquet", MemoryStore(tiny_manifest()))
+
+
 def test_a_store_of_another_manifest_is_refused(memory: MemoryStore, tmp_path: Path) -> None:
     export_parquet(memory, tmp_path / "run.parquet")
     other = MemoryStore(tiny_manifest(301))

@@ -11,6 +11,7 @@ Tables without checksums, which lopd 0.2 wrote and other programs may write, are
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -93,7 +94,7 @@ def row_of(rollout: Rollout) -> dict[str, Any]:
 
 
 def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Provenance]) -> None:
-    """Refuse rows of an import that are in the store with other values, before it is written to.
+    """Refuse rows of an import that are in the store, or among them, with other values, before it is written to.
 
     An append keeps what came first and says nothing, since a repeated request may round otherwise.  An import reads a file again: it was mended.
 
@@ -107,7 +108,14 @@ def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], column
     """
     for column, provenance in columns.items():
         admission.check_provenance(named(store), column, store.columns.get(column), provenance)
-    found = store.find([row["rollout_id"] for row in rows])
+    ids = [row["rollout_id"] for row in rows]
+    twice, firsts = {rollout_id for rollout_id, times in Counter(ids).items() if times > 1}, dict[tuple[str, str], Any]()
+    for rollout_id, row in zip(ids, rows, strict=True):
+        # scores may be in one of them alone
+        for name, given in row.items() if rollout_id in twice else ():
+            if not (given is None and "/" in name) and not _same(given, firsts.setdefault((rollout_id, name), given)):
+                raise ConflictError(f"{named(store)}: rollout {rollout_id!r} comes twice, with other {name}; leave one of them out.")
+    found = store.find(ids)
     there = np.flatnonzero(found >= 0)
     scored = {column: store.scored(column) for column in columns if there.size}
     for part in in_batches(there, _AT_ONCE):
