@@ -209,3 +209,11 @@ def test_a_reader_of_a_store_that_was_removed_or_put_back_to_an_older_state_says
     monkeypatch.setattr(State, "latest", latest)
     with pytest.raises(CorruptStoreError, match="restore"):
         call(reader)
+
+
+def test_a_sweep_does_not_say_that_it_removed_what_stands_behind_a_link(filled: ZarrStore, tmp_path: Path) -> None:
+    filled.compact()
+    (place(filled) / "segments").rename(tmp_path / "elsewhere")
+    (place(filled) / "segments").symlink_to(tmp_path / "elsewhere")
+    assert filled.sweep(older_than=-1.0) == []
+    assert len(list((tmp_path / "elsewhere").glob("*/"))) == 3

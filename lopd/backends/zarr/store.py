@@ -84,7 +84,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         Only segments that this store has made are removed.
 
         Returns:
-            The paths that were removed.
+            The paths that were removed; what stands behind a link, on another disk, stays.
         """
         return self._proven_writer.sweep(to_real(self._owner, "older_than", older_than))
 

@@ -242,7 +242,7 @@ class Writer:
         return False
 
     def sweep(self, older_than: float) -> list[str]:
-        """Remove segments that nothing needs; gives their paths.
+        """Remove segments that nothing needs; gives the paths of those that are gone.
 
         That they will be removed is a record of its own, before they are.  A writer that has not committed one of them yet meets this record
         on its way to a number, and writes its segment again: so no clock decides what is lost.
@@ -254,7 +254,8 @@ class Writer:
                 break
         with writing(self._owner, "sweeping"):
             self._files.remove(dead)
-        return dead
+            # what stands behind a link stays
+            return [path for path in dead if not self._files.names(path)]
 
     def _dead(self, older_than: float) -> list[str]:
         """Return paths of segments that this store has made, and that the current state does not name."""
