@@ -7,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -214,3 +215,11 @@ def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(tmp_path
     assert len(list(store.verify())) == 1
     with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
         store.append(many(0, 1))
+
+
+def test_a_compaction_removes_what_killed_writers_left_of_a_record(filled: LanceStore) -> None:
+    left = place(filled) / f"log/.tmp-{uuid4().hex}"
+    left.touch()
+    os.utime(left, (0, 0))
+    filled.compact()
+    assert not left.exists()

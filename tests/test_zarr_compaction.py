@@ -217,3 +217,15 @@ def test_a_sweep_does_not_say_that_it_removed_what_stands_behind_a_link(filled: 
     (place(filled) / "segments").symlink_to(tmp_path / "elsewhere")
     assert filled.sweep(older_than=-1.0) == []
     assert len(list((tmp_path / "elsewhere").glob("*/"))) == 3
+
+
+def test_a_sweep_removes_what_killed_writers_left_of_a_put(filled: ZarrStore) -> None:
+    left = [place(filled) / folder / f".tmp-{uuid4().hex}" for folder in (".", "commits", "scores/teacher")]
+    for path in left:
+        path.touch()
+    filled.sweep(older_than=-1.0)
+    assert all(path.exists() for path in left), "their writers may be at work"
+    for path in left:
+        os.utime(path, (0, 0))
+    filled.sweep(older_than=-1.0)
+    assert not any(path.exists() for path in left)

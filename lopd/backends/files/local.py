@@ -5,6 +5,7 @@ They are not mapped: a mapped file that is cut under a reader, or whose disk fai
 
 import errno
 import os
+import re
 import resource
 import shutil
 import time
@@ -19,18 +20,21 @@ from typing import Any, final
 from uuid import uuid4
 from weakref import finalize
 
-from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
+from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, local_folder, read_spans
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.paths import is_there, open_regular, walked
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{32}}")
 
 # Opening a file costs more than reading some rows of it; the rest of the process opens files as well.
 _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 # Reading so many bytes along costs less than another read; to look for them does not, where parts are few, or larger than this on average.
 _GAP, _FEW, _SMALL = 4096, 64, 1024
+# No put takes so many seconds.
+_DAY = 24 * 3600.0
 # What an attempt to link ends in where there are no links; the file is new, so it belongs to this process, and has one name.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -201,6 +205,16 @@ class LocalFiles:
                 shutil.rmtree(whole, ignore_errors=True)
             else:
                 whole.unlink(missing_ok=True)
+
+
+def remove_unfinished(url: str, older_than: float) -> None:
+    """Remove temporary files of puts in a local store, if they are older than so many seconds and a day; a put at work would be a StoreWriteError."""
+    root = local_folder(url)
+    for folder, _, names in () if root is None else os.walk(root):
+        for path in (Path(folder, name) for name in names if _TEMPORARY.fullmatch(name)):
+            with suppress(OSError):  # another process has removed it since, or it is somebody else's
+                if time.time() - path.lstat().st_mtime > max(older_than, _DAY):
+                    path.unlink()
 
 
 def _link(file: Path, name: Path) -> bool:

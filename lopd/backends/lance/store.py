@@ -102,7 +102,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         Versions are removed if they are older than this many seconds; none are with `float("inf")`.  Stores read on, also pickled ones; what
         `table` gave reads on only as long as its version is there.  Tables that killed writers left behind are removed once their column has
-        another table.
+        another table, and their temporary files on a local disk once these are a day old, too.
 
         Raises:
             InvalidRecordError: `older_than` is below 0, or not a number.

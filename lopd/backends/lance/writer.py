@@ -12,6 +12,7 @@ from uuid import uuid4
 from attrs import asdict
 
 from lopd.backends.files import Files, local_folder, writing
+from lopd.backends.files.local import remove_unfinished
 from lopd.backends.lance import tiers
 from lopd.backends.lance.catalog import LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
@@ -226,6 +227,7 @@ class Writer:
             if merged:
                 self._catalog.say("compaction", {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column})
         self._remove_strangers()
+        remove_unfinished(self._files.url, older_than)
         self._snapshot.refresh()
 
     def _remove_strangers(self) -> None:

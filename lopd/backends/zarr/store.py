@@ -78,6 +78,8 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
 
+        Temporary files that killed writers left on a local disk go too, if they are older than a day as well.
+
         It is safe beside writers and readers, whatever the clocks show: what is removed is committed first, so a writer in the middle of an
         append notices and writes again, and a reader that was opened before a compaction looks up where its rows are now.
         Where the clock of this machine is ahead of the storage's by more than `older_than`, each append under way is written again.

@@ -14,6 +14,7 @@ from attrs import asdict, evolve, frozen
 
 from lopd.backends.column_names import is_column_name
 from lopd.backends.files import Files, writing
+from lopd.backends.files.local import remove_unfinished
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root
 from lopd.backends.sealing import dump
@@ -254,6 +255,7 @@ class Writer:
                 break
         with writing(self._owner, "sweeping"):
             self._files.remove(dead)
+            remove_unfinished(self._files.url, older_than)
             # what stands behind a link stays
             return [path for path in dead if not self._files.names(path)]
 
