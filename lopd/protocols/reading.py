@@ -96,7 +96,7 @@ def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Seq
 def walk(
     reader: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str] = (), top_k: Sequence[str] = (), rows_per_read: int = 64
 ) -> Iterator[ScoredRollout]:
-    """Yield these rows in the order given, each with these columns; the store is read a part at a time."""
+    """Yield these rows in the order given, each with these columns; the store is read a part at a time, and not at all for none."""
     for part in in_batches(rows, rows_per_read):
         yield from reader.read(part, columns=columns, top_k=top_k)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, ScorerError
 from lopd.protocols import Labeller, LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_prompt_list
-from lopd.protocols.reading import chosen, evenly, in_batches, rows_of
+from lopd.protocols.reading import chosen, evenly, in_batches, rows_of, walk
 from lopd.records.checks import call_of, check_at_least, check_call
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
@@ -88,7 +88,7 @@ def label_rollouts(
     work = filling.left(wanted, retry_quarantined)
     by_id = None if prompts is None else {prompt.prompt_id: prompt for prompt in prompts}
     labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]
-    for record in store.read(labelled.tolist(), columns=(column,)):
+    for record in walk(store, labelled, (column,)):
         _check_again(record.scores[column], _label(verifier, by_id, record.rollout), column)
 
     def judge(rollouts: Sequence[Rollout]) -> tuple[list[Scores], list[tuple[Rollout, str]]]:

@@ -80,7 +80,8 @@ class Preflight:
         scored = store.scored(column)[by_length]
         new, held = evenly(by_length[~scored], self.rollouts).tolist(), evenly(by_length[scored], self.rollouts).tolist()
         compared = [] if self.truth is None else evenly(by_length, self.parity_rollouts).tolist()
-        before = store.read(held, columns=(column,))
+        # a store may refuse a column that is not there, also for no rows
+        before = store.read(held, columns=(column,)) if held else []
         others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
         tested = [*held, *others]
         rollouts = dict(zip(tested, to_score(store, tested, scorer.provenance), strict=True))
