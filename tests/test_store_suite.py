@@ -137,6 +137,23 @@ class BelongsToItsThread(MemoryStore):
         return super().read(indices, columns, top_k)
 
 
+class GivesRecords(MemoryStore):
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Any:
+        return list(super().read(indices, columns, top_k))
+
+
+class GivesRecordsOfScores(MemoryStore):
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Any:
+        rows = super().read(indices, columns, top_k)
+        return list(rows) if columns else rows
+
+
+class GivesRoundsOfOthers(MemoryStore):
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Any:
+        rows = super().read(indices, columns, top_k)
+        return evolve(rows, generations=np.append(rows.generations, 7))
+
+
 LARGE_IDS = "test_ids_that_need_more_than_16_bits_come_back_as_they_went_in"
 EMPTY_CALL = "test_a_call_without_scores_commits_nothing_and_is_still_refused_if_the_column_is_of_another_model"
 WRONG_STORES: dict[type[MemoryStore], str] = {
@@ -158,6 +175,9 @@ WRONG_STORES: dict[type[MemoryStore], str] = {
     ReadsInRowOrder: "test_read_gives_the_order_asked_and_an_index_may_repeat",
     LosesReasons: "test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored",
     BeginsARoundTwice: "test_a_round_of_sampling_is_begun_with_its_policy_and_then_takes_rollouts",
+    GivesRecords: "test_every_kind_of_rollout_comes_back_as_it_went_in",
+    GivesRecordsOfScores: "test_scores_come_with_the_columns_asked_for_and_no_others",
+    GivesRoundsOfOthers: "test_every_kind_of_rollout_comes_back_as_it_went_in",
     BelongsToItsThread: "test_another_thread_may_read_it",
 }
 

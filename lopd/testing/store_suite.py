@@ -12,6 +12,7 @@ from lopd.protocols import LogprobStore
 from lopd.records.manifest import LABEL, RESIDUAL, Manifest
 from lopd.records.parity import Parity
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
+from lopd.records.rows import Rows
 from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -23,9 +24,13 @@ def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
     np.testing.assert_array_equal(store.lengths(), np.array(pairs, np.int64).reshape(-1, 2))
     for column, name in VIRTUAL_COLUMNS.items():
         np.testing.assert_array_equal(store.scored(column), np.array([getattr(r, name) is not None for r in expected], bool))
-    for row, rollout in zip(store.read(range(len(expected))), expected, strict=True):
+    rows = store.read(range(len(expected)))
+    assert isinstance(rows, Rows), "training works on columns: make them of records with `Rows.of`"
+    for row, rollout in zip(rows, expected, strict=True):
         assert_same_rollout(row.rollout, rollout)
         assert row.scores == {}
+    assert rows.generations.tolist() == [rollout.generation for rollout in expected]
+    assert list(rows.content_hashes) == [rollout.content_hash for rollout in expected]
 
 
 class StoreSuite:

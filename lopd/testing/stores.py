@@ -271,7 +271,9 @@ class StoreConformance(StoreSuite):
         store, items = self.filled()
         for column, logprob in (("teacher", -1.0), ("ref", -2.0)):
             store.append_scores(column, tiny_provenance(column), [tiny_scores(rollout, logprob) for rollout in items])
-        row = store.read([1], ("ref", "teacher"))[0]
+        rows = store.read([1], ("ref", "teacher"))
+        assert rows.named(teacher="ref").scores["teacher"].tolist() == [-2.0] * 2
+        row = rows[0]
         assert {column: values.tolist() for column, values in row.scores.items()} == {"ref": [-2.0] * 2, "teacher": [-1.0] * 2}
         assert all(values.dtype == np.float32 for values in row.scores.values())
         assert store.read([1], ("ref",))[0].scores.keys() == {"ref"}
