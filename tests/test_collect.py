@@ -186,7 +186,7 @@ def test_a_scorer_that_loses_a_rollout_is_found_out(source, prompts, teacher_mod
     store = MemoryStore(source.manifest)
     collect_rollouts(source, prompts, store)
     for preflight in (Preflight(), None):
-        with pytest.raises(ScorerError, match="scores for"):
+        with pytest.raises(ScorerError, match="one for each rollout, in order"):
             score_rollouts(store, Forgetful(HFScorer(teacher_model, tokenizer)), preflight=preflight)
     assert not store.scored("teacher").any()
 

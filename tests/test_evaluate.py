@@ -79,7 +79,7 @@ def test_what_was_not_asked_for_is_not_judged(source, teacher_model, tokenizer, 
         evaluate(wrong, prompts, lambda *_: 1.0)
     with pytest.raises(SourceError, match="every sample of every prompt, in order"):
         evaluate_reverse_kl(wrong, teacher, prompts)
-    with pytest.raises(ScorerError, match="fix the scorer"):
+    with pytest.raises(ScorerError, match="one for each rollout, in order"):
         evaluate_reverse_kl(source, Wrong(teacher, change), prompts)
 
 

@@ -206,10 +206,10 @@ def test_a_prompt_that_goes_on_is_a_later_turn_only_where_that_is_stated(make_mo
 @pytest.mark.parametrize(
     ("give", "what"),
     [
-        (lambda scores: scores, r"'r0': the scorer gave \d+ log-probs of hash .*; make them with `Scores.of"),
-        (lambda scores: scores[:3], "'r3': the scorer gave 3 scores for 4 rollouts; fix the scorer"),
-        (lambda scores: [*scores, scores[0]], "'r0': the scorer gave 5 scores for 4 rollouts; fix the scorer"),
-        (lambda scores: iter(scores[1:]), "'r0': the scorer gave 3 scores for 4 rollouts; fix the scorer"),
+        (lambda scores: scores, r"Rollout 'r0': the scorer gave \d+ log-probs of hash .*; make them with `Scores.of"),
+        (lambda scores: scores[:3], "Scorer: score 3 of 3 is of None, expected 'r3'; `score` gives one for each rollout, in order"),
+        (lambda scores: [*scores, scores[0]], "Scorer: score 4 of 5 is of 'r0', expected None"),
+        (lambda scores: iter(scores[1:]), "Scorer: score 0 of 3 is of 'r1', expected 'r0'"),
     ],
 )
 def test_a_scorer_that_gives_other_scores_than_it_was_asked_for_is_found_out(give, what, make_model):
@@ -222,7 +222,7 @@ def test_a_scorer_that_gives_other_scores_than_it_was_asked_for_is_found_out(giv
         def score(self, _):
             return give([Scores.of(rollout, np.zeros(rollout.response_ids.size)) for rollout in rollouts])
 
-    with pytest.raises(ScorerError, match=f"^Rollout {what}"):
+    with pytest.raises(ScorerError, match=f"^{what}"):
         PrivilegedScorer(Careless(), prompts, told_for(prompts)).score(rollouts)
 
 

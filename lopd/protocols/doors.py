@@ -1,16 +1,20 @@
-"""What is asked of arguments at the door of a verb, and of what a scorer gives back, so that a wrong one is a sentence, and not a raw error."""
+"""What is asked of arguments at the door of a verb, and of what engines give back, so that a wrong one is a sentence, and not a raw error."""
 
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TypeVar
 
 from torch.optim import Optimizer
 
-from lopd.errors import ArgumentError, InvalidRecordError, ScorerError
+from lopd.errors import ArgumentError, InvalidRecordError, LopdError, ScorerError, SourceError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, RolloutSource, Student, TeacherScorer
 from lopd.records.checks import a_kind, check_kind, check_list
 from lopd.records.ranks import inner
 from lopd.records.rollouts import Prompt, Rollout, Scores
+
+Answer = TypeVar("Answer", Rollout, Scores)
 
 
 class _Optimizer:
@@ -29,6 +33,18 @@ _NOUNS: dict[type, tuple[str, str]] = {
     RolloutSource: ("Source", "make one: `HFSource(model, tokenizer, SamplingParams())`"),
     Student: ("Student", "wrap it: `lopd.CausalLMStudent(model, tokenizer)`"),
     TeacherScorer: ("Scorer", "make one: `HFScorer(model, tokenizer)`"),
+}
+
+#: The error for other answers of an engine, how messages name it, several answers and one, and what it gives.
+_ANSWERS: dict[type, tuple[type[LopdError], str, str, str, str]] = {
+    Rollout: (
+        *(SourceError, "Source", "Rollouts", "rollout {} of {} is {!r}"),
+        "`sample` gives every sample of every prompt, in order, in one flat list",
+    ),
+    Scores: (
+        *(ScorerError, "Scorer", "Scores", "score {} of {} is of {!r}"),
+        "`score` gives one for each rollout, in order, made with `Scores.of(rollout, ...)`",
+    ),
 }
 
 
@@ -71,6 +87,19 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
         )
 
 
+def check_order(kind: type[Answer], answers: Sequence[Answer], wanted: Sequence[str]) -> None:
+    """Refuse other answers than one for each of these ids, in order.
+
+    Raises:
+        SourceError: a rollout is another or missing.
+        ScorerError: a score is another or missing.
+    """
+    error, owner, _, one, rule = _ANSWERS[kind]
+    for place, (got, name) in enumerate(zip_longest([answer.rollout_id for answer in answers], wanted)):
+        if got != name:
+            raise error(f"{owner}: {one.format(place, len(answers), got)}, expected {name!r}; {rule}.")
+
+
 def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused: Sequence[tuple[Rollout, str]]) -> dict[str, str]:
     """Return why rollouts are refused, by id.
 
@@ -79,10 +108,7 @@ def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused:
     """
     reasons = {rollout.rollout_id: reason for rollout, reason in refused}
     accepted = [rollout for rollout in rollouts if rollout.rollout_id not in reasons]
-    wanted, got = [r.rollout_id for r in accepted], [s.rollout_id for s in scores]
-    if wanted != got:
-        lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
-        raise ScorerError(f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts; fix the scorer.")
+    check_order(Scores, scores, [rollout.rollout_id for rollout in accepted])
     for rollout, score in zip(accepted, scores, strict=True):
         if (score.content_hash, score.logprobs.size) != (rollout.content_hash, rollout.response_ids.size):
             raise ScorerError(

@@ -8,7 +8,7 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, SourceError
 from lopd.protocols import Counted, Progress, TeacherScorer
-from lopd.protocols.doors import check_scores
+from lopd.protocols.doors import check_order, check_scores
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 from lopd.records.waiting import overlapped
@@ -112,13 +112,7 @@ def check_rollouts(manifest: Manifest, prompts: Sequence[Prompt], rollouts: Sequ
     """
     samples, generation = range(manifest.sampling.samples_per_prompt), manifest.generation
     wanted = [rollout_id(prompt.prompt_id, sample, generation) for prompt in prompts for sample in samples]
-    got = [r.rollout_id for r in rollouts]
-    if got != wanted:
-        place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
-        raise SourceError(
-            f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
-            f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
-        )
+    check_order(Rollout, rollouts, wanted)
     for prompt, rollout in zip((prompt for prompt in prompts for _ in samples), rollouts, strict=True):
         if rollout.generation != generation or not np.array_equal(rollout.prompt_ids, prompt.token_ids):
             raise SourceError(
