@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.protocols import TeacherScorer
-from lopd.protocols.doors import check_noun, check_prompt_list, check_scores
+from lopd.protocols.doors import answers_of, check_noun, check_prompt_list, check_scores
 from lopd.records.checks import check_kind
 from lopd.records.manifest import PRIVILEGED, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
@@ -110,7 +110,7 @@ class PrivilegedScorer:
         """
         told = [self._tell(rollout) for rollout in rollouts]
         try:
-            scores = list(self.scorer.score(told))
+            scores = answers_of(Scores, self.scorer.score(told))
         except ContextOverflowError as error:
             raise ContextOverflowError(
                 f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so leave the rollout out, or shorten that prompt and "

@@ -2,9 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch.optim import Optimizer
 
@@ -85,6 +85,20 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
             f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one, and for more samples of a prompt raise "
             "`samples_per_prompt`."
         )
+
+
+def answers_of(kind: type[Answer], given: object) -> list[Answer]:
+    """Return what a source or a scorer gave as a list.
+
+    Raises:
+        SourceError: it is something else than rollouts.
+        ScorerError: it is something else than scores.
+    """
+    error, owner, several, _, rule = _ANSWERS[kind]
+    answers: list[Any] = list(given if isinstance(given, Iterable) else [given])
+    for other in (answer for answer in answers if not isinstance(answer, kind) or answer is given):
+        raise error(f"{owner}: it gave {a_kind(other)}, expected {several}; {rule}.")
+    return answers
 
 
 def check_order(kind: type[Answer], answers: Sequence[Answer], wanted: Sequence[str]) -> None:

@@ -109,7 +109,7 @@ def a_kind(value: object) -> str:
     if value is None:
         return "None"
     name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIOaeiou' else 'a'} {name}"
+    return f"{'an' if name[0] in 'AEIOaeiou' or name == 'ndarray' else 'a'} {name}"
 
 
 def name_of(function: object) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, SourceError
 from lopd.protocols import Counted, Progress, TeacherScorer
-from lopd.protocols.doors import check_order, check_scores
+from lopd.protocols.doors import Answer, answers_of, check_order, check_scores
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 from lopd.records.waiting import overlapped
@@ -19,13 +19,19 @@ _Result = TypeVar("_Result")
 
 
 def ask(
-    owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], batches: Iterable[Sequence[_Item]], *, at_once: int, most: int
-) -> Iterator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]]]:
+    owner: str,
+    kind: type[Answer],
+    call: Callable[[Sequence[_Item]], Sequence[Answer]],
+    batches: Iterable[Sequence[_Item]],
+    *,
+    at_once: int,
+    most: int,
+) -> Iterator[tuple[Sequence[_Item], list[Answer], list[tuple[_Item, str]]]]:
     """Yield each batch in order with what `call` gives for its items, and with the items that it refuses and why.
 
     See `isolate` and `overlapped`; `most` counts the refused items of all batches.
     """
-    return bounded(owner, lambda batch: isolate(owner, call, batch, most), batches, at_once=at_once, most=most)
+    return bounded(owner, lambda batch: isolate(owner, kind, call, batch, most), batches, at_once=at_once, most=most)
 
 
 def bounded(
@@ -62,8 +68,8 @@ def shown(
 
 
 def isolate(
-    owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], items: Sequence[_Item], most: int
-) -> tuple[list[_Result], list[tuple[_Item, str]]]:
+    owner: str, kind: type[Answer], call: Callable[[Sequence[_Item]], Sequence[Answer]], items: Sequence[_Item], most: int
+) -> tuple[list[Answer], list[tuple[_Item, str]]]:
     """Return what `call` gives for all items but those that it refuses, in order, and why it refuses those.
 
     A refused call is tried again in halves, down to the items that are refused alone.  What our engines check before they compute (lengths,
@@ -71,21 +77,23 @@ def isolate(
 
     Args:
         owner: how messages name the engine.
+        kind: what it gives.
         call: raises ContextOverflowError or InvalidRecordError if it refuses an item; any other error goes through.
         items: for one call.
         most: refused items that may be.
 
     Raises:
         EngineError: more than `most` are refused; it gives the first reason.
+        SourceError, ScorerError: see `answers_of`.
     """
-    results: list[_Result] = []
+    results: list[Answer] = []
     refused: list[tuple[_Item, str]] = []
     waiting = [items] if items else []
     while waiting:
         part = waiting.pop()
         try:
             # a list first: a generator may give some before it refuses, and those are asked for again
-            results += list(call(part))
+            results += answers_of(kind, call(part))
         except (ContextOverflowError, InvalidRecordError) as error:
             middle = len(part) // 2
             if middle:
@@ -127,7 +135,7 @@ def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) ->
 
     Raises:
         EngineError: more than `most` are refused.
-        ScorerError: see `check_scores`.
+        ScorerError: see `answers_of` and `check_scores`.
     """
-    scores, refused = isolate(f"Scorer {scorer.provenance.model}", scorer.score, rollouts, most)
+    scores, refused = isolate(f"Scorer {scorer.provenance.model}", Scores, scorer.score, rollouts, most)
     return scores, check_scores(rollouts, scores, refused)

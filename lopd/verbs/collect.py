@@ -112,7 +112,7 @@ def collect_rollouts(
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
-    asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
+    asked = ask(f"Source {manifest.policy}", Rollout, source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
     with shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}

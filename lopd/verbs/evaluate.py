@@ -9,12 +9,12 @@ from attrs import frozen
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
-from lopd.protocols.doors import check_noun, check_prompt_list, check_scores
+from lopd.protocols.doors import answers_of, check_noun, check_prompt_list, check_scores
 from lopd.records import estimates
 from lopd.records.checks import check_call
 from lopd.records.estimates import Estimate
 from lopd.records.glance import Glance, Glanced
-from lopd.records.rollouts import Prompt, Rollout
+from lopd.records.rollouts import Prompt, Rollout, Scores
 from lopd.verbs.asking import check_rollouts
 
 
@@ -60,7 +60,7 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
 
 
 def _sample(source: RolloutSource, prompts: Sequence[Prompt]) -> Sequence[Rollout]:
-    rollouts = list(source.sample(prompts))
+    rollouts = answers_of(Rollout, source.sample(prompts))
     check_rollouts(source.manifest, prompts, rollouts)
     return rollouts
 
@@ -99,7 +99,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
     if len(student) < len(rollouts):
         raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
-    scores = list(teacher.score(rollouts))
+    scores = answers_of(Scores, teacher.score(rollouts))
     check_scores(rollouts, scores, ())
     teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, scores, strict=True)]
     sums = estimates.sampled_reverse_kl(student, teachers)

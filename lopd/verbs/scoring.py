@@ -7,6 +7,7 @@ from lopd.guards.consistency import check_vocabulary, judge_scorer, vocabulary_o
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, in_batches, to_score
+from lopd.records.rollouts import Scores
 from lopd.verbs.asking import ask
 from lopd.verbs.filling import Filling, ScoringReport
 from lopd.verbs.preflight import Preflight
@@ -76,5 +77,5 @@ def score_rollouts(
     work = filling.left(wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(work.rows) else preflight.check(store, scorer, column, wanted)
     batches = (to_score(store, part, provenance) for part in in_batches(work.rows, filling.rollouts_per_batch))
-    asked = ask(f"Scorer {provenance.model}", scorer.score, batches, at_once=filling.batches_at_once, most=filling.max_refused)
+    asked = ask(f"Scorer {provenance.model}", Scores, scorer.score, batches, at_once=filling.batches_at_once, most=filling.max_refused)
     return filling.fill(f"scoring {column}", provenance, work, asked)

@@ -29,6 +29,7 @@ from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_kind, check_number, to_real
 from lopd.records.drift import TokenLogprobs, measure_step
+from lopd.records.identity import TokenizerId
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 
@@ -75,7 +76,8 @@ def opd_steps(
             sampled.
 
     Raises:
-        ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
+        ArgumentError: student, its tokenizer, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the
+            call itself.
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
@@ -86,6 +88,9 @@ def opd_steps(
     ranks = Ranks.current()
     for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):
         check_noun(value, noun)
+    check_kind(
+        "Student's tokenizer", inner(student).tokenizer, TokenizerId, "fingerprint it: `lopd.records.fingerprint_tokenizer(tokenizer)`"
+    )
     if not isinstance(steps, Iterable):
         raise ArgumentError(f"Steps: it is {a_kind(steps)}, expected steps one after the other; pass `batches(store)[:150]`.")
     most = math.inf if max_grad_norm is None else to_real("Training", "max_grad_norm", max_grad_norm)
