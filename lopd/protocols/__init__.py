@@ -228,7 +228,10 @@ class OPDLoss(Protocol):
 
 
 class Student(Protocol):
-    """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
+    """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire.
+
+    A batch is several rollouts end to end: `segment_ids` and `position_ids` say where one begins, and none may see another.
+    """
 
     @property
     def tokenizer(self) -> TokenizerId:

@@ -10,7 +10,7 @@ Subclass a suite in a test module, define how to make the thing, and pytest runs
         def make(self): return MyFusedLoss()
         def reference(self): return ReferenceOPDLoss()
 
-`SourceConformance` and `ScorerConformance` judge what samples and what scores; they need a model to be made with.
+`SourceConformance`, `ScorerConformance` and `StudentConformance` judge what samples, what scores and what is trained; they need a model.
 """
 
 from lopd.records.optional import needing as _needing
@@ -35,3 +35,4 @@ with _needing("hypothesis", __name__, "test"):
     from lopd.testing.sources import SourceConformance as SourceConformance
     from lopd.testing.store_suite import assert_holds as assert_holds
     from lopd.testing.stores import StoreConformance as StoreConformance
+    from lopd.testing.students import StudentConformance as StudentConformance
