@@ -258,6 +258,13 @@ def test_an_engine_that_is_not_healthy_is_down_even_if_its_server_answers(stub, 
     assert not sick.requests
 
 
+def test_a_router_that_says_in_words_that_its_servers_are_healthy_is_used(stub):
+    stub.says = b"All servers healthy"
+    rollouts = make_rollouts()
+    for rollout, scores in zip(rollouts, scorer_of(stub).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+
+
 @pytest.mark.parametrize("status", [400, 500])
 def test_a_server_that_answers_a_probe_with_a_nan_is_left_out_and_alone_it_is_refused_at_once(stub, start, status):
     sick = start()

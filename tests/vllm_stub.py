@@ -99,7 +99,7 @@ class Stub:
         self.scores_ids = scores_ids
         self.requests: list[dict[str, Any]] = []
         self.busy = self.busiest = self.checks = self.broken = 0
-        self.healthy = True
+        self.healthy, self.says = True, b""
         self._faults: list[tuple[int, Callable[[dict[str, Any]], bool], Fault]] = []
         self._lock = threading.Lock()
         self._listener = _Listener(("127.0.0.1", port), _Handler)
@@ -303,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         found = stub.pages()
         if self.path == "/health" and self.path not in found:
-            self.reply(200 if stub.healthy else 503, b"")
+            self.reply(200 if stub.healthy else 503, stub.says)
         elif self.path in found:
             self.reply(200, json.dumps(found[self.path]).encode())
         else:

@@ -8,7 +8,7 @@ from attrs import astuple, frozen
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
 
-# path, and what to return where the server has no such path: the JSON of its answer
+# path, and what to return where the server has no such path: the JSON of its answer; with None the status alone counts
 Get = Callable[[str, Any], Any]
 
 

@@ -252,10 +252,10 @@ class _Endpoint:
         return answer
 
     def _get(self, path: str, missing: Any) -> Any:
-        """Return the answer, or `missing` where there is no such path."""
+        """Return the answer, or `missing` where there is no such path; without a `missing` the status alone counts."""
         url = self._url + path
         response = self._send("GET", url, timeout=self._check_s)
-        if response.status_code == 404 or (response.is_success and not response.content):
+        if response.status_code == 404 or (response.is_success and (missing is None or not response.content)):
             return missing
         return accepted(self.name, url, response, self._servers.key, first=self._first)
 
