@@ -87,17 +87,19 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(stub):
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "says", "do"),
     [
-        (answer(500, body={"error": {"message": "out of memory"}}), r"answers 500 \(out of memory\)"),
-        (cut, "fails with RemoteProtocolError"),
-        (changed(lambda _: b"<html>"), "answers 200 with something that is not JSON"),
+        (answer(500, body={"error": {"message": "out of memory"}}), r"answers 500 \(out of memory\)", "look at the server's log"),
+        (cut, "fails with RemoteProtocolError", "look at the server's log"),
+        (changed(lambda _: b"<html>"), "answers 200 with something that is not JSON", "look at the server's log"),
+        (answer(504), r"answers 504 \(planned\)", "raise the limit of the proxy .*`proxy_read_timeout`.* to `timeout_s`, .*`urls`"),
+        (answer(524), r"answers 524 \(planned\)", "raise the limit of the proxy"),
     ],
 )
-def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_and_the_last_status(stub, fault, says):
+def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_and_the_last_status(stub, fault, says, do):
     rollouts = make_rollouts()
     stub.fail(100, fault, is_for(rollouts[5]))
-    with pytest.raises(EngineError, match=f"Rollout 'r5': {stub.url}/v1/completions {says}.*at last of 3 attempts"):
+    with pytest.raises(EngineError, match=f"Rollout 'r5': {stub.url}/v1/completions {says}, at last of 3 attempts; {do}.*, and run"):
         scorer_of(stub, attempts=3).score(rollouts)
     assert sum(map(is_for(rollouts[5]), stub.requests)) == 3
 

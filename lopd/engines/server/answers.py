@@ -12,6 +12,12 @@ from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, L
 from lopd.records.paths import without_secrets
 
 _BUSY = (408, 425, 429)
+# of a proxy whose server did not answer in time; the second is Cloudflare's own
+_WAITED = (504, 524)
+_PROXY = (
+    "raise the limit of the proxy before it that gave up waiting (nginx: `proxy_read_timeout`) to `timeout_s`, name the servers themselves in "
+    "`urls`, or sample fewer tokens"
+)
 # OpenAI's word for an account without credit, which waiting does not change
 _SPENT = ("insufficient_quota",)
 # What x-ratelimit headers are about, and parts of a duration as OpenAI writes it: 6m0s, 1.5s, 20ms
@@ -38,11 +44,12 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
         what: happened, as a part of a sentence.
         pause: seconds for which the server asks to be left alone.
         busy: whether it limits how much it is asked, and would take the request later.
+        remedy: what to do where no attempt is left.
     """
 
-    def __init__(self, what: str, pause: float = 0.0, *, busy: bool = False) -> None:
+    def __init__(self, what: str, pause: float = 0.0, *, busy: bool = False, remedy: str = "look at the server's log") -> None:
         super().__init__(what)
-        self.pause, self.busy = pause, busy
+        self.pause, self.busy, self.remedy = pause, busy, remedy
 
 
 class NotANumberError(InvalidRecordError):
@@ -69,6 +76,8 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
             f"{owner}: {url} answers {status} ({message}), expected log-probs that are numbers; check the model for NaN (float16 of an AWQ or GPTQ "
             "model overflows), or drop it."
         )
+    if status in _WAITED:
+        raise Trouble(f"{url} answers {status} ({message})", _retry_after(response), remedy=_PROXY)
     if status in _BUSY or status >= 500:
         raise Trouble(f"{url} answers {status} ({message})", _retry_after(response) or rest_of(response), busy=status == 429)
     if not response.is_success:

@@ -224,8 +224,8 @@ class _Endpoint:
             return request.read(self._complete(request.owner, request.body))
         except Trouble as trouble:
             error = EngineError(
-                f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts; look at the server's log, and run "
-                "this again: what is committed stays."
+                f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts; {trouble.remedy}, and run this "
+                "again: what is committed stays."
             )
             raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
 
