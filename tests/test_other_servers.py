@@ -282,6 +282,12 @@ def test_a_server_with_nan_alone_is_left_out_while_another_gives_numbers(start, 
         scorer_of(sick, patience_s=1e6).score(rollouts)
 
 
+def test_what_a_host_broke_off_is_asked_again(start):
+    stub, rollouts = start(CompletionsStub), make_rollouts()
+    stub.fail(2, changed(lambda b: b["choices"][0].update(finish_reason="abort", logprobs=None)), is_for(rollouts[3]))
+    assert_true(rollouts, scorer_of(stub).score(rollouts))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "fault", [cut, answer(500), answer(503), changed(lambda _: b'[{"meta_info": {'), answer(429, {"Retry-After": "0"})]

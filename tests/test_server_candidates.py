@@ -109,7 +109,7 @@ BAD_ANSWERS = {
     "texts": (array(lambda v: v.astype(str)), EngineError, "<U"),
     "nan": (array(nan_first), InvalidRecordError, "nan"),
     "other ids": (lambda b: b["prompt_token_ids"].__setitem__(1, 1), EngineError, "from token 1 on"),
-    "a list": (lambda b: [1], EngineError, "holds no prompt_token_ids"),
+    "a list": (lambda b: [1], EngineError, "is not of 1 choices"),
 }
 
 
@@ -120,6 +120,14 @@ def test_an_answer_about_other_ids_or_tokens_is_an_error_that_names_the_rollout(
     with pytest.raises(error, match=says) as caught:
         scorer_of(stub, candidates=3, drawn=1).score(with_candidates(make_rollouts()[1:2], 3, 1))
     assert "'r1'" in str(caught.value)
+
+
+def test_an_answer_that_was_broken_off_is_asked_for_again(stub):
+    broken = {"choices": [{"finish_reason": "abort"}], "prompt_logprobs": [None], GIVEN: None}
+    stub.fail(1, changed(lambda body: body.update(broken)))
+    (rollout,) = with_candidates(make_rollouts()[1:2], 3, 0)
+    (scores,) = scorer_of(stub, candidates=3).score([rollout])
+    np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
 
 
 def test_a_candidate_without_any_probability_becomes_the_floor(stub):

@@ -216,8 +216,13 @@ def test_at_temperature_one_and_uncut_no_probe_is_sent(stub):
 )
 def test_a_server_that_gives_no_candidates_fails_the_probe(stub, change):
     stub.fail(1, changed(change))
-    with pytest.raises(EngineError, match="holds no top_logprobs"):
+    with pytest.raises(EngineError, match=r"holds no top_logprobs|is not of 1 choices"):
         source_of(stub, temperature=0.7).sample(make_prompts())
+
+
+def test_a_probe_that_was_broken_off_is_sent_again(stub):
+    stub.fail(1, changed(set_choice(finish_reason="abort", logprobs=None)))
+    assert len(source_of(stub, temperature=0.7).sample(make_prompts())) == 6
 
 
 def test_how_a_response_ends_must_be_said():

@@ -66,6 +66,9 @@ TROUBLE = {
     "429": answer(429),
     "408": answer(408),
     "a cut connection": cut,
+    "an abort": changed(lambda b: b["choices"][0].update(finish_reason="abort", prompt_logprobs=[None])),
+    "an abort without log-probs": changed(lambda b: b["choices"][0].update(finish_reason="abort", prompt_logprobs=None)),
+    "an error": changed(lambda b: b["choices"][0].update(finish_reason="error")),
 }
 
 

@@ -178,6 +178,7 @@ class Stub:
         rows, written = table(ids)[1:-1], io.BytesIO()
         np.save(written, np.take_along_axis(rows[first:], asked, 1).astype(np.float32))
         return 200, {
+            "choices": [{"index": 0, "finish_reason": "length", "token_ids": [EOS]}],
             "prompt_token_ids": ids,
             "prompt_logprobs": [None, *(_entry(row, t, k) for row, t in zip(rows, ids[1:], strict=True))],
             "prompt_token_id_logprobs": base64.b64encode(written.getvalue()).decode(),

@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from attrs import define, field
 
-from lopd.engines.server.reading import EXTENSIONS, NO_PROBABILITY
+from lopd.engines.server.reading import EXTENSIONS, NO_PROBABILITY, choices_of
 from lopd.engines.server.vllm import request_body
 from lopd.errors import EngineError
 
@@ -79,7 +79,7 @@ def _is_renormalised(plain: Mapping[str, float], cut: Mapping[str, float]) -> bo
 
 def _candidates(owner: str, answer: Any) -> dict[str, float]:
     try:
-        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
+        top = choices_of(owner, answer, 1)[0]["logprobs"]["top_logprobs"][0]
         return {str(name): float(value) for name, value in top.items()}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise EngineError(f"{owner}: its answer holds no top_logprobs; {EXTENSIONS}.") from None

@@ -15,6 +15,8 @@ from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
 NO_PROBABILITY = -9999.0
+# how a choice ends that the server gave up, for example while it shuts down
+_BROKEN_OFF = ("abort", "error")
 EXTENSIONS = "serve with vLLM, or with a server that has its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 
 
@@ -74,8 +76,8 @@ def check_response(owner: str, draw: Draw, ids: Sequence[Any], reason: Any) -> N
                 f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {draw.vocab_size}; "
                 "serve the model of this tokenizer (a head that is padded may sample its padding)."
             )
-    if reason in (None, "abort", "error"):
-        raise Trouble(f"the response was broken off (finish_reason {reason!r})")
+    if reason is None:
+        raise Trouble("the response was broken off (finish_reason None)")
     stops, longest = draw.settings["stop_token_ids"], draw.room
     inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
     if inside is not None:
@@ -95,10 +97,12 @@ def check_response(owner: str, draw: Draw, ids: Sequence[Any], reason: Any) -> N
 
 
 def choices_of(owner: str, answer: Any, count: int) -> list[Mapping[str, Any]]:
-    """Return the choices of a completion, one for each prompt."""
+    """Return the choices of a completion, one for each prompt; none of them was broken off."""
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if not (isinstance(choices, list) and len(choices) == count and all(isinstance(choice, Mapping) for choice in choices)):
         raise EngineError(f"{owner}: the server's answer is not of {count} choices; {EXTENSIONS}.")
+    if broken := next((choice for choice in choices if choice.get("finish_reason") in _BROKEN_OFF), None):
+        raise Trouble(f"the response was broken off (finish_reason {broken['finish_reason']!r})")
     return choices
 
 

@@ -70,13 +70,12 @@ class VLLM(Dialect):
     def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:
         """Return the scores in the order of the rollouts."""
         owner, vocab_size = f"Rollout {rollouts[0].rollout_id!r}", widths.vocab_size
+        choices = choices_of(owner, answer, len(rollouts))
+        _check_computed(owner, self.costs(answer))
         if not widths.asks:
-            choices = choices_of(owner, answer, len(rollouts))
-            _check_computed(owner, self.costs(answer))
             parts = zip(rollouts, choices, strict=True)
             return [make_scores(rollout, *_prompt_logprobs(rollout, widths.top_k, vocab_size, choice)) for rollout, choice in parts]
         found = _prompt_logprobs(rollouts[0], likely(widths.top_k, widths.candidates), vocab_size, answer)
-        _check_computed(owner, self.costs(answer))
         ids_TA, logprobs_TA = np.array(body["sampling_params"][IDS], np.int64), _decoded(owner, answer)
         return [asked_scores(rollouts[0], ids_TA, logprobs_TA, found, candidates=widths.candidates, top_k=widths.top_k)]
 
