@@ -184,9 +184,6 @@ def test_a_server_that_never_answered_is_said_soon_and_what_to_check(kind: str, 
 
 @pytest.mark.parametrize(("name", "value"), [("HTTP_PROXY", "foo://x"), ("SSL_CERT_FILE", "/nowhere")])
 def test_a_proxy_or_certificates_that_cannot_be_used_are_one_sentence(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lopd.engines.server import servers
-
-    servers._certificates.cache_clear()
     monkeypatch.setenv(name, value)
     with pytest.raises(EngineError, match=r"no client can be made for it .*look at HTTP_PROXY, .*SSL_CERT_FILE"):
         _ = Servers("http://localhost:1", "m").served

@@ -1,8 +1,12 @@
 """`ServerScorer` against a stub of vLLM: scores, wrong answers, refusals, and keys."""
 
 import runpy
+import shutil
+import ssl
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -293,6 +297,25 @@ def test_a_proxy_of_the_environment_that_is_not_one_is_named(stub, monkeypatch):
         EngineError, match=r"Server http://127.*no client can be made for it \(InvalidURL: Invalid port.*look at HTTP_PROXY"
     ):
         scorer_of(stub).score(make_rollouts())
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+def test_a_certificate_that_is_not_trusted_is_said_and_trusted_in_the_same_program_once_its_file_is_named(stub, tmp_path, monkeypatch):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=stub -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run([*made.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    stub._listener.socket = context.wrap_socket(stub._listener.socket, server_side=True)
+    secured = SimpleNamespace(url=stub.url.replace("http", "https"))
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(
+        EngineError, match=rf"^Server {secured.url}: its certificate is not trusted \(self.signed certificate\), .*; set SSL_CERT_FILE"
+    ):
+        scorer_of(secured).score(make_rollouts())
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    for rollout, scores in zip(make_rollouts(), scorer_of(secured).score(make_rollouts()), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
 
 
 def test_urls_may_end_as_openai_clients_write_them():

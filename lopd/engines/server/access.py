@@ -1,8 +1,10 @@
-"""What opens a server, as users write it: its URLs and its key, in the environment or passed.  No message repeats a secret."""
+"""What opens a server, as users write it: its URLs, its key and whom to trust, in the environment or passed.  No message repeats a secret."""
 
 import os
 import re
+import ssl
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import httpx2
 from attrs import field, frozen
@@ -62,6 +64,26 @@ def key_in(asked: str | None, usual: str) -> str | None:
     if asked is not None and not key:
         raise InvalidRecordError(f"Servers: {asked} is not set in the environment, expected the key; set it.")
     return key
+
+
+def certificates() -> ssl.SSLContext:
+    """Return the certificates that the environment names."""
+    return _certificates(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+
+
+@cache
+def _certificates(*_named: str | None) -> ssl.SSLContext:
+    """Return the certificates, made once: reading them all takes longer than many a call."""
+    return httpx2.create_ssl_context()
+
+
+def distrust(error: BaseException | None) -> str:
+    """Return why a certificate is not trusted; "" where an error comes from something else."""
+    while error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 @frozen

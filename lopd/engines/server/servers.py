@@ -8,10 +8,9 @@ with it, so a `Servers` can be pickled and forked.
 import logging
 import os
 import socket
-import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from threading import Event
 from time import monotonic
 from typing import Any, Literal, TypeVar, final
@@ -21,7 +20,7 @@ import httpx2
 from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
-from lopd.engines.server.access import Key, bases, check_urls, key_in, variable
+from lopd.engines.server.access import Key, bases, certificates, check_urls, distrust, key_in, variable
 from lopd.engines.server.answers import NotANumberError, Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
@@ -127,7 +126,7 @@ class Servers:
         """What they serve.  All that are up are asked, once.
 
         Raises:
-            EngineError: one serves something else than the others, or none is up within `first_contact_s`.
+            EngineError: one serves something else than the others, or has a certificate that is not trusted, or none is up within `first_contact_s`.
         """
         with self._pool(None, None) as pool:
             served: Served = pool.identify()
@@ -264,6 +263,11 @@ class _Endpoint:
         try:
             return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
         except httpx2.RequestError as error:
+            if why := distrust(error):
+                raise EngineError(
+                    f"{self.name}: its certificate is not trusted ({why}), expected a valid one of an authority that is known here; set "
+                    "SSL_CERT_FILE to the authority's file."
+                ) from None
             # by its type alone: the text of the error may quote headers
             raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
@@ -282,7 +286,7 @@ class _Endpoint:
 
 def _client(servers: Servers) -> httpx2.Client:
     return httpx2.Client(
-        verify=_certificates(),
+        verify=certificates(),
         timeout=httpx2.Timeout(servers.timeout_s, connect=_CONNECT_S),
         limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
         headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
@@ -292,9 +296,3 @@ def _client(servers: Servers) -> httpx2.Client:
 def _shut(connection: socket.socket) -> None:
     with suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
-
-
-@cache
-def _certificates() -> ssl.SSLContext:
-    """Return the certificates, made once: reading them all takes longer than many a call."""
-    return httpx2.create_ssl_context()
