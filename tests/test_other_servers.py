@@ -1,5 +1,6 @@
 """Scorers and sources of SGLang servers and of hosts of the OpenAI completions: what they say, what they refuse, keys, limits and costs."""
 
+import os
 import re
 import time
 
@@ -352,6 +353,15 @@ def test_a_host_that_refuses_is_not_taken_for_vllm(status, message, says):
     assert "vLLM" not in str(error)
 
 
+def test_what_is_forbidden_is_said_with_the_reason_and_the_proxies_where_there_are_any(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    say = lambda: str(refusal("x", "https://host/v1/completions", 403, "no access to it", Key("MY_KEY")))  # noqa: E731
+    assert re.search(r"answers 403 \(no access to it\): the key, or what it may do, was refused; .*MY_KEY\.$", say())
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert re.search("MY_KEY, and look at HTTP_PROXY, .* NO_PROXY", say())
+
+
 def test_a_server_that_is_not_sglang_is_said_before_anything_is_asked(start):
     stub = start(Stub)
     with pytest.raises(EngineError, match=r"it has neither /model_info nor /server_info, which SGLang has; check .* `speaks`"):
@@ -385,7 +395,7 @@ def test_a_key_is_read_from_the_environment_and_is_shown_nowhere(start, kind, mo
     monkeypatch.setenv("MY_KEY", "sesame-18")
     speaks = KINDS.get(kind, "vllm")
     wrong = ServerScorer(Servers(stub.url, "table", context=64, speaks=speaks, key_variable="MY_KEY"), TOKENIZER, MODEL)
-    with pytest.raises(EngineError, match=r"answers 401: the key in MY_KEY was refused; set another, or pass `api_key=`") as caught:
+    with pytest.raises(EngineError, match=r"answers 401 \(Unauthorized\): the key in MY_KEY was refused; set another") as caught:
         wrong.score(make_rollouts())
     with pytest.raises(InvalidRecordError, match=r"^Servers: NO_KEY is not set in the environment"):
         Servers(stub.url, "table", speaks=speaks, key_variable="NO_KEY")

@@ -229,7 +229,7 @@ REFUSALS = {
     "out of vocabulary": (refused(400, "Token id 5000 is out of vocabulary"), InvalidRecordError, "'r4'.*out of vocabulary"),
     "unknown": (refused(400, "no such thing"), EngineError, "'r4'.*no such thing"),
     "not there": (refused(404, "The model `table` does not exist."), EngineError, "'r4'.*does not exist"),
-    "not let in": (refused(403, "secret"), EngineError, "answers 403.*api_key"),
+    "not let in": (refused(403, "secret"), EngineError, r"answers 403 \(secret\): .*api_key"),
     "moved": (answer(307, {"Location": "http://127.0.0.1:1/"}), EngineError, "'r4'.*answers 307"),
     "unprocessable": (answer(422, body={"detail": [{"msg": "bad field"}]}), EngineError, "bad field"),
 }
@@ -262,7 +262,7 @@ def test_a_key_opens_the_server_and_is_shown_nowhere(start, monkeypatch):
     said = {None: "it needs a key, and the request had none", "sesame-18": "the key in `api_key=` was refused"}
     for wrong, what in said.items():
         scorer = scorer_of(stub, api_key=wrong)
-        with pytest.raises(EngineError, match=rf"answers 401: {what}; pass .*set VLLM_API_KEY") as caught:
+        with pytest.raises(EngineError, match=rf"answers 401 \(Unauthorized\): {what}; pass .*set VLLM_API_KEY") as caught:
             scorer.score(make_rollouts())
         assert "sesame" not in repr(scorer) + repr(scorer.servers) + str(caught.value)
     assert len(scorer_of(stub, api_key="sesame-17").score(make_rollouts())) == 12

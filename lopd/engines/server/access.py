@@ -5,6 +5,7 @@ import re
 import ssl
 from collections.abc import Iterable, Sequence
 from functools import cache
+from urllib.request import getproxies
 
 import httpx2
 from attrs import field, frozen
@@ -115,3 +116,9 @@ class Key:
         if self.value == os.environ.get(self.variable):
             return f"the key in {self.variable} was refused; set another, or pass `api_key=`"
         return f"the key in `api_key=` was refused; pass another, or set {self.variable}"
+
+    @property
+    def forbidden(self) -> str:
+        """The remedy where a server, or a proxy in its place, refuses what the key may do."""
+        proxies = ", and look at HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY of the environment" if getproxies().keys() - {"no"} else ""
+        return f"the key, or what it may do, was refused; pass one that may do this as `api_key=` or set {self.variable}{proxies}"

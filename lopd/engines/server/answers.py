@@ -146,7 +146,7 @@ def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdEr
             "VLLMScorer."
         )
     if status in (401, 403):
-        return EngineError(f"Server {url}: it answers {status}: {key.refused}.")
+        return EngineError(f"Server {url}: it answers {status} ({message}): {key.refused if status == 401 else key.forbidden}.")
     said = f"{owner}: {url} answers {status} ({message})"
     if status == 400 and any(words in message for words in _TOO_LONG):
         return ContextOverflowError(f"{said}; use a server with a longer context or drop it.")
