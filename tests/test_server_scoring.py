@@ -128,6 +128,10 @@ BAD_CANDIDATES = {
     "no id": (lambda e, own: e.update({"cat": e.pop(next(k for k in e if k != own))}), "'cat'"),
     "a padding id": (lambda e, own: e.update({str(VOCAB): e.pop(next(k for k in e if k != own))}), "'32', expected an id below"),
     "nan": (lambda e, own: [v.update(logprob=float("nan")) for k, v in e.items() if k != own], "nan"),
+    "logits": (
+        lambda e, own: [v.update(logprob=v["logprob"] - 30) for v in e.values()],
+        "has log-prob -3.*, expected at least -3.5 of one of 32 tokens; .*raw_logprobs",
+    ),
     "more than 1": (lambda e, own: [v.update(logprob=-0.1) for k, v in e.items() if k != own], "sums to"),
 }
 

@@ -52,6 +52,12 @@ def most_likely(
                 f"{owner}: response token {t} has {len(found)} candidates, expected {top_k} or {top_k + 1}; check the server's max_logprobs."
             )
         best = found if len(found) == top_k else [each for each in found if each[1] != tokens[t]][:top_k]
+        # true for all distributions over so many tokens; half a nat is for the padding of a head
+        if best[0][0] > np.log(vocab_size) + 0.5:
+            raise InvalidRecordError(
+                f"{owner}: the most likely token at response token {t} has log-prob {-best[0][0]:.4g}, expected at least "
+                f"{-np.log(vocab_size):.1f} of one of {vocab_size} tokens; start the server with `--logprobs-mode raw_logprobs`, these may be logits."
+            )
         ids_TK[t] = [token for _, token in best]
         logprobs_TK[t] = [-minus for minus, _ in best]
     return ids_TK, logprobs_TK
