@@ -17,7 +17,15 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import lopd
 from lopd import ZarrStore
-from lopd.errors import ConflictError, ContextWarning, QuarantineWarning, RefusedPromptsWarning, SamplerWarning, TrainingWarning
+from lopd.errors import (
+    ConflictError,
+    ContextWarning,
+    InvalidRecordError,
+    QuarantineWarning,
+    RefusedPromptsWarning,
+    SamplerWarning,
+    TrainingWarning,
+)
 from lopd.tools import phases
 from lopd.tools.command import before, main
 from lopd.tools.command.before import fixed_by, read_verifier
@@ -218,6 +226,37 @@ def test_a_prompt_that_does_not_fit_is_said_before_anything_is_done_and_is_not_h
         assert main(["run", written(here, example(**{**changes, "evaluation": {"held_out": 3}, "out": str(tmp_path / "other")}))]) == 2
     assert "there are 3 that fit, expected more than evaluation.held_out" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_rollout_that_may_not_fit_into_a_micro_batch_is_refused_before_it_is_drawn(here, tmp_path):
+    """By models that read 128 tokens, so that no prompt can get as many new ones as are asked for."""
+
+    def prepared(sft, opd, tokens=500, **changes):
+        plans = {"sft__tokens_per_batch": sft, "opd__tokens_per_batch": opd, "sampling__max_new_tokens": tokens, **changes}
+        prompts, unfit = before.prepare(read_settings(written(tmp_path, example(**plans, out=str(out), evaluation=None))))
+        return max(prompt.token_ids.size for prompt in prompts if prompt.prompt_id not in unfit)
+
+    out = tmp_path / "run"
+    for section, plans in (("sft", (126, 127)), ("opd", (127, 126))):
+        says = (
+            rf"{section}.tokens_per_batch is 126, and a rollout may have 127 positions, expected at least as many; raise it, or lower samp"
+        )
+        with pytest.raises(InvalidRecordError, match=says):
+            prepared(*plans)
+    assert not out.exists()
+    longest = prepared(127, 127)
+    with pytest.raises(InvalidRecordError, match=f"and a rollout may have {longest + 3} positions"):
+        prepared(longest + 2, 127, tokens=4)
+    # a text that is there, and what is drawn, are as long as they are
+    text = {"file": written(tmp_path, '{"prompt": "a", "response": "b"}', "text.jsonl"), "written_by": "teacher"}
+    prepared(1, 127, text=text)
+    prepared(127, 127)
+    phases.Run(out / "seed-0").phase("SFT text", dict)
+    prepared(1, 127)
+    with pytest.raises(InvalidRecordError, match=r"opd\.tokens_per_batch is 1, "):
+        prepared(1, 1)
+    phases.Run(out / "seed-0").phase("rollouts", dict)
+    prepared(1, 1)
 
 
 def test_a_text_that_the_student_cannot_read_is_left_out_of_sft(here, tmp_path, capsys):

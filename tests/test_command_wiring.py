@@ -125,7 +125,7 @@ class Api(dict):
                 {"tokenizer": lambda model: f"tokenizer of {model.model}", "identity": lambda model: (model.model, model.revision)},
             ),
             (before, {"check_vocabulary": lambda *_: None, "fingerprint_tokenizer": str, "_check_writer": lambda *_: None}),
-            (before, {"_unfit": lambda *_: {}, "digest": str, "read_verifier": self.verifier}),
+            (before, {"_unfit": lambda *_: {}, "_described": lambda _: None, "digest": str, "read_verifier": self.verifier}),
             (HFSource, {"from_folder": call("HFSource", "folder sampling dtype device", self.source)}),
             (HFScorer, {"from_folder": call("HFScorer", "folder dtype device", None)}),
             (VLLMSource, {"from_folder": call("VLLMSource", "folder sampling settings", self.source)}),
@@ -187,6 +187,8 @@ VLLM_STUDENT = {"student": {"model": "student", "engine": "vllm"}}
 VLLM_TEACHER = {"teacher": {"model": "teacher", "engine": "vllm"}, "evaluation__reverse_kl": False}
 TEXT = {"text": {"file": "text.jsonl", "written_by": "teacher"}}
 TOP_K = {"loss__top_k": 5}
+#: Rollouts that fit into the smallest of the micro-batches.
+SHORT = {"sampling__max_new_tokens": 77}
 FIRST, LAST = "evaluation before OPD", "evaluation after OPD"
 TEACHER = f"{FIRST}|{LAST}|scores: HFScorer"
 STORES = "SFT text|SFT|rollouts|scores|OPD"
@@ -320,7 +322,7 @@ CASES = [
     ("loss__kind", "reverse_kl", TOP_K, {"OPD: train: loss": lopd.FusedLoss(lopd.TopKObjective(reverse_kl)), "OPD: train: top_k": True}),
     ("loss__kind", "forward_kl", TOP_K, {"OPD: train: loss": lopd.FusedLoss(lopd.TopKObjective(forward_kl)), "OPD: train: top_k": True}),
     *(
-        (f"{section}__{key}", value, {}, {f"{phase}: {argument}": became for argument, became in changes.items()})
+        (f"{section}__{key}", value, SHORT, {f"{phase}: {argument}": became for argument, became in changes.items()})
         for section, phase in (("sft", "SFT"), ("opd", "OPD"))
         for key, value, changes in (
             ("steps", 3, {"train: stop": 3}),

@@ -29,6 +29,7 @@ from lopd.records.chat_template import asks_for_the_day
 from lopd.records.paths import asked, local_path, path_or_url, said_without_secrets, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.claims import read_kept
+from lopd.tools.command.models import Model
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
 
@@ -63,7 +64,8 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
         StoreWriteError: `out` cannot be written to.
         TokenizerMismatchError: student and teacher do not share a vocabulary.
         TeacherConsistencyError: the teacher is not known to have written the text of SFT.
-        InvalidRecordError: there are too few prompts, a file that is named is not there, or the verifier cannot judge an empty text.
+        InvalidRecordError: there are too few prompts, a rollout may be too long for a micro-batch, a file that is named is not there, or the
+            verifier cannot judge an empty text.
     """
     tokenizer = s.student.tokenizer()
     ours = fingerprint_tokenizer(tokenizer)
@@ -83,6 +85,7 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
         raise InvalidRecordError(
             f"Prompts: there are {fit}{' that fit' * bool(unfit)}, expected more than evaluation.held_out; hold out fewer."
         )
+    _check_batches(s, [prompt.token_ids.size for prompt in prompts if prompt.prompt_id not in unfit])
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
@@ -108,9 +111,7 @@ def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str
     """Return why prompts leave no room for a response in the context of student or teacher, by id."""
     found = dict[str, str]()
     for model in (s.student, s.teacher):
-        config: Any = None
-        with suppress(EngineError):  # adapters have no configuration of their own, and of what a server has there may be a tokenizer alone
-            config = described_text(local_folder(model.model, weights=False))
+        config = _described(model)
         # vLLM has one side of a border; an evaluation runs on transformers
         borders = stated_rope_borders(config) if model is s.student and (s.evaluation or model.engine == "hf") else ()
         for prompt in prompts:
@@ -126,6 +127,31 @@ def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str
             RefusedPromptsWarning,
         )
     return found
+
+
+def _check_batches(s: RunSettings, sizes: list[int]) -> None:
+    """Refuse micro-batches that cannot hold the longest rollout that prompts of these sizes may get; `batches` would when all is paid for.
+
+    Where a seed has begun to draw them, their true lengths decide, in `batches`.
+    """
+    readable = stated_context(_described(s.student))
+    student, teacher = s.student.context or readable, s.teacher.context or stated_context(_described(s.teacher))
+    drawn = (("sft", None if s.text else s.sft, "sft-text", min(teacher, readable + 1)), ("opd", s.opd, "rollouts", min(teacher, student)))
+    for section, plan, phase, most in drawn:
+        positions = min(max(sizes, default=0) + s.sampling.max_new_tokens, most) - 1  # the last token is not read
+        begun = (read_kept(Path(s.out) / f"seed-{seed}/phases/{phase}.attempts", int) for seed in s.seeds)
+        if plan and plan.tokens_per_batch < positions and not any(begun):
+            raise InvalidRecordError(
+                f"Run: {section}.tokens_per_batch is {plan.tokens_per_batch}, and a rollout may have {positions} positions, expected at least as "
+                "many; raise it, or lower sampling.max_new_tokens."
+            )
+
+
+def _described(model: Model) -> Any:
+    """Return the configuration of a model about text; None of adapters, and where there is a tokenizer alone, as a server has the rest."""
+    with suppress(EngineError):
+        return described_text(local_folder(model.model, weights=False))
+    return None
 
 
 def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
