@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from chat_tokenizers import CHATML, CONCLUDED, PARTS, STRICT, TWICE_ENDED, byte_tokenizer
+from chat_tokenizers import CHATML, CONCLUDED, PARTS, SPECIAL, STRICT, TWICE_ENDED, byte_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -216,6 +216,16 @@ def test_a_template_around_a_template_and_a_response_of_one_draw_warnings():
         import_text([("<|im_start|>user\nq<|im_end|>\n", "a")], tokenizer, teacher=WRITER)
     with pytest.warns(PromptWarning, match=r"its response contains '<\|im_start\|>', as if a chat template had written it"):
         import_text([("q", "<|im_start|>assistant\na")], tokenizer, teacher=WRITER)
+
+
+def test_marks_that_the_model_itself_writes_are_not_ordered_out_of_a_response():
+    """As of gpt-oss, whose template refuses them in an answer; how it writes its prompt is then not known."""
+    refused = "{% if m['role'] == 'assistant' %}{{ raise_exception('channels') }}{% endif %}{{ m['content'] }}"
+    tokenizer = byte_tokenizer(CHATML.replace("{{ m['content'] }}", refused), special=(*SPECIAL, "<|channel|>"))
+    with pytest.warns(PromptWarning, match=r"contains '<\|channel\|>', .*; leave it if the model itself writes it .*, or else") as caught:
+        (rollout,) = rollouts_of(import_text([("q", "<|channel|>final 4")], tokenizer, teacher=WRITER))
+    assert len(caught) == 1
+    assert tokenizer.decode(rollout.response_ids.tolist()) == "<|channel|>final 4<|im_end|>"
 
 
 def test_a_response_that_the_template_would_write_otherwise_draws_one_warning():

@@ -100,15 +100,18 @@ class ChatTemplate:
         return list(self._apply(messages, tools, variables, **given)["input_ids"])
 
     def written(self, answer: str, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
-        """Return what the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
+        """Return what the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise.
+
+        Where it cannot be asked, that is the answer: it is code, or refuses this one, as gpt-oss refuses channels that are written out.
+        """
         if not self._source:
             return answer
         try:
             prompt = str(self._apply(messages, tools, variables, tokenize=False))
             answered = [*messages, {"role": "assistant", "content": answer}]
             whole = str(self._apply(answered, tools, variables, tokenize=False, add_generation_prompt=False))
-        except Exception:  # a template may refuse an answer there
-            return None
+        except Exception:  # a template may raise anything
+            return answer
         return whole[len(prompt) :] if whole.startswith(prompt) else None
 
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:

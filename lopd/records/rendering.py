@@ -107,7 +107,8 @@ class Rendering:
                 "'stop'; correct the record."
             )
         if inside := self._inside(ids, response):
-            self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; drop that from the text")
+            remedy = "leave it if the model itself writes it (channels, thoughts), or else drop it from the text"
+            self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; {remedy}")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
         # a template may treat each kind otherwise, as with `enable_thinking`; longer values are of one record
@@ -285,16 +286,13 @@ class Rendering:
         return next((self._special[token] for token in ids if token in self._special and self._special[token] in text), None)
 
     def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:
+        remedy = "or pass `verbatim=True` for text to which nothing is added"
         if ids[0] in self._special and ids[1:2] == ids[:1]:
-            self.doubt(
-                where,
-                f"it begins with {self._special[ids[0]]!r} twice; drop it from the text, or pass `verbatim=True` for text to which nothing is added",
-            )
+            self.doubt(where, f"it begins with {self._special[ids[0]]!r} twice; drop it from the text, {remedy}")
         # spaces after the last token that can be seen
         last = next((token for token in reversed(ids) if token in self._special or self.tokenizer.decode([token]).strip()), None)
         if last is not None and last in self.ends:
+            end = self._special.get(last, str(last))
             self.doubt(
-                where,
-                f"it ends with {self._special.get(last, str(last))!r}, after which a response seldom goes on; give the template a generation prompt, "
-                "or pass `verbatim=True` for text to which nothing is added",
+                where, f"it ends with {end!r}, after which a response seldom goes on; give the template a generation prompt, {remedy}"
             )
