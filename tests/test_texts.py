@@ -1,6 +1,7 @@
 """Text that somebody wrote -> rollouts for SFT: one template, one end, no prompt among the targets, and a writer who is named."""
 
 import json
+import warnings
 
 import datasets
 import pyarrow as pa
@@ -236,6 +237,21 @@ def test_a_response_that_the_template_would_write_otherwise_draws_one_warning():
     thinking = CHATML.replace("{% endif %}", "<think>\n{% endif %}")
     with pytest.warns(PromptWarning, match="the chat template writes its prompt otherwise where an answer follows"):
         import_text([("q", "a")], byte_tokenizer(thinking), teacher=WRITER)
+
+
+def test_a_thought_that_prompt_and_response_both_open_is_named():
+    """As with DeepSeek-R1 and its distilled models, whose template opens it where an answer is asked for."""
+    opened, doubled = (
+        CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
+        "its prompt ends with '<think>', and its response",
+    )
+    for response, said in (("<think>\nhm</think>5", True), ("\n<think>hm</think>5", True), ("hm</think>5", False), ("<b>5</b>", False)):
+        with pytest.warns(PromptWarning) as caught:
+            import_text([("q", response), ("r", response)], byte_tokenizer(opened), teacher=WRITER)
+        assert [str(warning.message).startswith(f"Text number 0 and 1 more: {doubled}") for warning in caught].count(True) == said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_text([("q", "<think>hm</think>5")], byte_tokenizer(CHATML), teacher=WRITER)
 
 
 @pytest.mark.parametrize(

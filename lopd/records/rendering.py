@@ -111,6 +111,8 @@ class Rendering:
             self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; {remedy}")
         if _MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
+        if (mark := re.match(r"\s*(<[^<>\s]+>)", response)) and self.tokenizer.decode([*prompt_ids[-32:]]).rstrip().endswith(mark[1]):
+            self.doubt(where, f"its prompt ends with {mark[1]!r}, and its response begins with it again; leave it out of the response")
         # a template may treat each kind otherwise, as with `enable_thinking`; longer values are of one record
         named = self._variables_in(where, given["variables"]).items()
         switches = frozenset((name, v if isinstance(v, str | int) and len(str(v)) < 20 else bool(v)) for name, v in named)
