@@ -307,15 +307,49 @@ def test_an_infinite_kl_is_null_in_json(capsys):
     assert found["kls"] == [[1.0, None, 2.0]]
 
 
+def with_template(folder, template):
+    """Give the example's models this chat template, in a folder of their own; return the settings that name them, and the tokenizer."""
+    for role in ("student", "teacher"):
+        tokenizer = AutoTokenizer.from_pretrained(f"runs/tiny/{role}")
+        tokenizer.chat_template = template
+        shutil.copytree(f"runs/tiny/{role}", folder / role)
+        tokenizer.save_pretrained(folder / role)
+    return {"student": str(folder / "student"), "teacher__model": str(folder / "teacher"), "out": str(folder / "out")}, tokenizer
+
+
+@pytest.mark.filterwarnings("error::lopd.errors.PromptWarning")
+def test_variables_of_the_chat_template_are_those_of_all_prompts_and_stay(here, tmp_path, capsys):
+    """Of Qwen3 one switches thinking off."""
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{{ ' 7' if enable_thinking is false else '' }}"
+    changes, tokenizer = with_template(tmp_path, template)
+    file = written(tmp_path, "".join(f'{{"prompt": "what is {i} + 1?"}}\n' for i in range(9)), "p.jsonl")
+
+    def prepared(**prompts):
+        made, _ = before.prepare(read_settings(written(tmp_path, example(**changes, prompts={"file": file, **prompts}))))
+        return [prompt.token_ids.tolist() for prompt in made]
+
+    found = prepared(chat_template_kwargs={"enable_thinking": False})
+    assert all(tokenizer.decode(ids).replace(" ", "").endswith("1?7") for ids in found)
+    phases.Run(tmp_path / "out/seed-0").phase("SFT text", dict)
+    assert prepared(chat_template_kwargs={"enable_thinking": False}) == found
+    with pytest.raises(
+        ConflictError, match=r"prompts.chat_template_kwargs is None now, and was {'enable_thinking': False} when .*attempts"
+    ):
+        prepared()
+    sample = ["sample", str(tmp_path / "run.zarr"), "--student", changes["student"], "--prompts", file, "--max-new-tokens", "2"]
+    assert main([*sample, "--chat-template-kwargs", '{"enable_thinking": false}']) == 0
+    store = ZarrStore.open(tmp_path / "run.zarr")
+    assert [record.rollout.prompt_ids.tolist() for record in store.read(range(9))] == found
+    capsys.readouterr()
+    for wrong, says in (("enable_thinking", "is text that is not JSON"), ("[1]", r"is \[1\], expected a mapping")):
+        assert main([*sample, "--chat-template-kwargs", wrong]) == 2
+        assert re.search(says, capsys.readouterr().err)
+
+
 @pytest.mark.filterwarnings("error::lopd.errors.PromptWarning")
 def test_a_run_goes_on_with_the_day_on_which_it_was_begun(here, tmp_path, monkeypatch):
     """The chat template of Llama 3.2 writes it: other prompts were sampled the day after, and texts of those that are held out trained on."""
-    for role in ("student", "teacher"):
-        tokenizer = AutoTokenizer.from_pretrained(here / "runs/tiny" / role)
-        tokenizer.chat_template = "{{ strftime_now('%d') }}{% for message in messages %}{{ message.content }}{% endfor %}"
-        shutil.copytree(here / "runs/tiny" / role, tmp_path / role)
-        tokenizer.save_pretrained(tmp_path / role)
-    changes = {"student": str(tmp_path / "student"), "teacher__model": str(tmp_path / "teacher"), "out": str(tmp_path / "out")}
+    changes, tokenizer = with_template(tmp_path, "{{ strftime_now('%d') }}{% for message in messages %}{{ message.content }}{% endfor %}")
     settings, found = read_settings(written(tmp_path, example(**changes))), []
     for day in (7, 8):
         monkeypatch.setattr(before, "datetime", SimpleNamespace(now=lambda day=day: datetime.datetime(2026, 1, day)))

@@ -1,5 +1,6 @@
 """The file of `lopd run`: values that are refused, and what is kept of it."""
 
+import datetime
 import json
 import re
 from contextlib import nullcontext
@@ -41,6 +42,14 @@ def test_urls_of_several_servers_are_kept_without_their_secrets():
         "out", Model("a"), Model("b", engine=["https://u:hunter2@h1", "https://h2"]), ["x"], settings.Training(1, 1e-3)
     ).flat()
     assert "hunter2" not in str(found)
+
+
+def test_variables_of_the_chat_template_are_kept_as_json_and_only_where_there_are_some():
+    given = {"day": datetime.date(2026, 1, 7), "urls": ["https://u:hunter2@h"], "none": None}
+    for variables, kept in ((None, None), ({}, {}), (given, {"day": "2026-01-07", "urls": ["https://h"]})):
+        prompts = settings.Prompts("p.jsonl", chat_template_kwargs=variables)
+        found = settings.RunSettings("out", Model("a"), Model("b"), prompts, settings.Training(1, 1e-3)).flat()
+        assert (found.get("prompts.chat_template_kwargs"), "prompts.chat_template_kwargs" in found) == (kept, variables is not None)
 
 
 def test_the_folder_of_a_run_is_one_of_this_machine(tmp_path, monkeypatch):

@@ -78,7 +78,10 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     if isinstance(given := s.prompts, list):
         prompts = lopd.make_prompts(given, tokenizer, date=day)
     else:
-        prompts = lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template, date=day)
+        variables = given.chat_template_kwargs
+        prompts = lopd.read_prompts(
+            given.file, tokenizer, field=given.field, template=given.template, chat_template_kwargs=variables, date=day
+        )
     unfit = _unfit(s, prompts, ours)
     fit = len(prompts) - len(unfit)
     if s.evaluation and fit <= s.evaluation.held_out:

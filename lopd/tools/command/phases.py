@@ -46,6 +46,11 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines or parquet, local or a URL")
     parser.add_argument("--field", default="prompt", help="key of the prompt in a record (prompt)")
     parser.add_argument("--template", default="{prompt}", help="text around each prompt that is a string")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='variables of the chat template, as {"enable_thinking": false}; those of a record override them',
+    )
     for name, kind, what in _SAMPLING:
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what} (as `lopd.SamplingParams` has it)")
     parser.add_argument(
@@ -135,7 +140,8 @@ def _sample(options: Namespace) -> int:
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     sampling = lopd.SamplingParams(**given, stop_ids=options.stop_id or ())
     model = model_of(options)
-    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template, date=options.date)
+    how = {name: getattr(options, name) for name in ("field", "template", "chat_template_kwargs", "date")}
+    prompts = lopd.read_prompts(options.prompts, model.tokenizer(), **how)
     kind = lopd.LanceStore if options.url.rstrip("/").endswith(".lance") else lopd.ZarrStore
     longest = max((prompt.token_ids.size for prompt in prompts), default=0) + sampling.max_new_tokens
     together = model.together(sampling.samples_per_prompt) if options.prompts_per_batch is None else options.prompts_per_batch

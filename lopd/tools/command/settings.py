@@ -13,6 +13,7 @@ from lopd.records.checks import check_at_least, check_number
 from lopd.records.manifest import SamplingParams
 from lopd.records.optional import need
 from lopd.records.paths import local_path, read_regular, without_secrets
+from lopd.records.plain import plain
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
 
@@ -91,6 +92,7 @@ class Prompts:
     file: str
     field: str = "prompt"
     template: str = "{prompt}"
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 @frozen
@@ -101,8 +103,9 @@ class Text:
     written_by: str
     field: str = "prompt"
     response: str = "response"
-    #: None takes that of the prompts: a text that answers one that is held out is known by its tokens.
+    #: None takes those of the prompts, here and below: a text that answers one that is held out is known by its tokens.
     template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 @frozen
@@ -159,7 +162,9 @@ class RunSettings:
         if isinstance(self.prompts, list):
             tops["prompts"] = sha256(repr(self.prompts).encode()).hexdigest()[:16]
         sections = {top: keys for top, keys in tops.items() if isinstance(keys, dict)}
-        inner = {f"{top}.{key}": value for top, keys in sections.items() for key, value in keys.items()}
+        pairs = ((top, *pair) for top, keys in sections.items() for pair in keys.items())
+        # runs were begun when there was no such key
+        inner = {f"{top}.{key}": value for top, key, value in pairs if (key, value) != ("chat_template_kwargs", None)}
         flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
         return {key: _shown(value) for key, value in flat.items()}
 
@@ -176,6 +181,8 @@ def decisive(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """Return the value, with URLs as they may be shown and kept."""
+    if isinstance(value, Mapping):
+        return {key: _shown(item) for key, item in plain(value, "Run file").items()}  # YAML has dates
     if isinstance(value, list | tuple):
         return [_shown(item) for item in value]
     return without_secrets(value) if isinstance(value, str) and "://" in value else value

@@ -24,7 +24,7 @@ from lopd.records.estimates import mean
 from lopd.records.warn import noting, warn_user
 from lopd.tools.command.before import day_of, prepare, read_verifier
 from lopd.tools.command.models import Model, running
-from lopd.tools.command.settings import Evaluation, RunSettings, Training
+from lopd.tools.command.settings import Evaluation, Prompts, RunSettings, Training
 from lopd.tools.console import RichProgress, table
 from lopd.tools.phases import EVALUATION_SEEDS, TEXT_SEEDS, Run, console, counted_in, train_phase, write_json, write_page
 from lopd.verbs import StepStream
@@ -150,16 +150,18 @@ class _Seeded:
         """Return what SFT trains on: the teacher's responses, or a file."""
         if self.s.text is None:
             return self._sample(self.s.teacher, "text", self.seed + TEXT_SEEDS)
-        writer, teacher, tokenizer = self.s.text.written_by, self.s.teacher, self.s.student.tokenizer()
-        of_prompts = "{prompt}" if isinstance(self.s.prompts, list) else self.s.prompts.template
+        text, writer, teacher, tokenizer = self.s.text, self.s.text.written_by, self.s.teacher, self.s.student.tokenizer()
+        of_prompts = Prompts("") if isinstance(self.s.prompts, list) else self.s.prompts
+        variables = of_prompts.chat_template_kwargs if text.chat_template_kwargs is None else text.chat_template_kwargs
         store = lopd.import_text(
-            self.s.text.file,
+            text.file,
             tokenizer,
             date=day_of(self.s, tokenizer),
             teacher=None if writer == "unknown" else teacher.identity() if writer == "teacher" else writer,
-            field=self.s.text.field,
-            response=self.s.text.response,
-            template=of_prompts if self.s.text.template is None else self.s.text.template,
+            field=text.field,
+            response=text.response,
+            template=of_prompts.template if text.template is None else text.template,
+            chat_template_kwargs=variables,
             store=partial(lopd.ZarrStore.open_or_create, self._url("text")),
         )
         return {**counted_in(store), "rollouts": len(store)}
