@@ -99,6 +99,33 @@ def test_torch_compile_in_the_place_of_a_layer_is_refused_as_it_renames_weights(
         CausalLMStudent(model, TOKENIZER_ID)
 
 
+def heated(model):
+    model.generation_config.update(do_sample=False, temperature=0.9)
+
+
+def tied_unsaid(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("run", [partial(torch.compile, backend="eager"), torch.nn.DataParallel], ids=["compile", "parallel"])
+@pytest.mark.parametrize(
+    ("spoil", "said"), [(heated, "its generation_config cannot be saved .*before training"), (tied_unsaid, "are one tensor")]
+)
+def test_what_runs_a_model_does_not_hide_that_it_could_not_be_exported(spoil, said, run, make_model):
+    model = make_model("qwen3_padded")
+    spoil(model)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ModelError, match=said):
+        CausalLMStudent(run(model), TOKENIZER_ID)
+
+
+def test_the_export_of_a_model_in_data_parallelism_is_that_of_the_model(llama, tokenizer, tmp_path):
+    from lopd.engines.hf import folder_model_id, model_id
+    from lopd.records import Lineage
+
+    CausalLMStudent(torch.nn.DataParallel(copy.deepcopy(llama)), TOKENIZER_ID).export(tmp_path / "made", tokenizer, Lineage())
+    assert folder_model_id(tmp_path / "made").revision == model_id(llama).revision
+
+
 def test_what_is_compiled_is_exported_under_the_same_names(llama, tokenizer, tmp_path):
     from lopd.engines.hf import load_model
     from lopd.records import Lineage

@@ -38,11 +38,15 @@ _CONTEXTS = (
 
 def unwrap(model: Any) -> Any:
     """Return the transformers model inside torch.compile, data parallelism and peft (its layers keep their adapters), or the model itself."""
-    if hasattr(model, "_orig_mod"):
-        return unwrap(model._orig_mod)
-    if isinstance(model, DataParallel | DistributedDataParallel):
-        return unwrap(model.module)
+    model = without_runners(model)
     return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
+
+
+def without_runners(model: Any) -> Any:
+    """Return what is inside torch.compile and data parallelism: a transformers model, or a model of peft around one."""
+    if "_orig_mod" in getattr(model, "_modules", ()):  # its attribute shows through a model of peft
+        return without_runners(model._orig_mod)
+    return without_runners(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
 def recompute_layers(model: Any) -> None:

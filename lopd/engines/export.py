@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from safetensors import SafetensorError
 
-from lopd.engines.causal_lm import unwrap
+from lopd.engines.causal_lm import unwrap, without_runners
 from lopd.engines.effective import saved_adapter
 from lopd.engines.older import is_untied, spell_out
 from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
@@ -49,6 +49,7 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
             in the place of a layer; or several adapters are active.
         StoreWriteError: the folder for temporary files, where it is tried, has no space.
     """
+    model = without_runners(model)
     saved_adapter(model)
     base, name = unwrap(model), type(unwrap(model)).__name__
     generation = getattr(base, "generation_config", None)
@@ -108,7 +109,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
     """Write the folder, or leave it as it was.
 
     Args:
-        model: a transformers model, or a peft model around one.
+        model: a transformers model, or a peft model around one, whatever runs it.
         tokenizer: transformers'.
         lineage: written beside the weights.
         folder: may hold an earlier export, which is replaced, and files that are not a model's, which are kept.
@@ -120,7 +121,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             folder that the message names.
         StoreWriteError: the disk refused.
     """
-    owner, folder = f"Export {folder}", folder.expanduser().resolve()
+    owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
     fresh = folder.parent / f".{folder.name}.partial"
     with _saving(owner, "it"):
         try:

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap
+from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap, without_runners
 from lopd.engines.conditions import check_device, check_trained_dtype, warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
@@ -208,5 +208,5 @@ class CausalLMStudent(nn.Module):
         check_kind("Lineage", lineage, Lineage, "pass `steps.lineage`")
         check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
         folder = local_path("Export", folder)
-        state = on_first(self.model.state_dict()) if sharded(self) else None
+        state = on_first(without_runners(self.model).state_dict()) if sharded(self) else None
         Ranks.current().first(lambda: export_model(self.model, tokenizer, lineage, folder, state))
