@@ -263,6 +263,7 @@ TUNERS = {
     "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
     "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
     "vera": peft.VeraConfig(target_modules=["q_proj"], r=4),
+    "lora": peft.LoraConfig(target_modules=["q_proj"]),
     "dora": peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "saved modules": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),
@@ -282,6 +283,8 @@ def test_methods_of_peft(method: str) -> None:
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     seen["trained"] = look(made)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model_id(made) == seen["trained"][0]
     with made.disable_adapter():
         seen["off"] = look(made)
     if method not in ("saved modules",):

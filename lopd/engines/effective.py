@@ -173,10 +173,11 @@ def _merged(layer: Any) -> Any:
     """
     copied = copy.deepcopy(layer)._apply(lambda tensor: tensor.cpu().float() if tensor.dtype in _MERGEABLE[:2] else tensor.cpu())
     try:
-        while is_adapted(copied):
-            if _differs_from_base(copied):
-                copied.unmerge() if copied.disable_adapters else copied.merge()
-            copied = copied.base_layer
+        with torch.autocast("cpu", enabled=False):  # the caller's would round the product of two adapters
+            while is_adapted(copied):
+                if _differs_from_base(copied):
+                    copied.unmerge() if copied.disable_adapters else copied.merge()
+                copied = copied.base_layer
     except Exception as error:  # whatever a method of peft raises
         raise ModelError(
             f"Model: its layer {type(layer).__name__} cannot be merged ({error}), expected adapters with an effect on weights alone; merge them, or "
