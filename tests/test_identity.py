@@ -6,8 +6,10 @@ import os
 
 import pytest
 import torch
+import transformers
 from conftest import PAD_ROWS
 from huggingface_hub.utils import filter_repo_objects
+from odd_models import SHAPE
 from safetensors.torch import load_file, save_file
 
 from lopd import import_text
@@ -72,6 +74,18 @@ def test_one_changed_value_is_another_model(saved):
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
     save_file(weights, path, {"format": "pt"})
     assert not folder_model_id(folder).same_weights(before)
+
+
+def test_models_that_mask_experts_by_another_jitter_in_eval_too_are_two():
+    made, logits = [], []
+    for jitter in (0.01, 0.4):
+        torch.manual_seed(0)
+        config = transformers.PhimoeConfig(**SHAPE, num_local_experts=4, router_jitter_noise=jitter)
+        made.append(transformers.PhimoeForCausalLM(config).eval())
+        with torch.no_grad():
+            logits.append(made[-1](input_ids=torch.arange(4, 24)[None]).logits)
+    assert not torch.allclose(*logits, atol=1e-2)
+    assert model_id(made[0]).revision != model_id(made[1]).revision
 
 
 def test_files_that_do_not_hold_what_the_model_holds_are_refused(saved):

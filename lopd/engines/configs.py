@@ -21,6 +21,8 @@ _IRRELEVANT = frozenset(transformers.GenerationConfig().to_dict()) | {
     *("norm_reduction_force_float32", "enable_moe_fp32_combine"),
 }
 _IRRELEVANT_PARTS = ("dropout", "pdrop", "layerdrop", "jitter_noise", "initializer_", "loss", "summary_", "version")
+# What counts nevertheless, by kind of model: by this one, Phi-MoE masks experts in eval too, where it is noise of training in others.
+_RELEVANT: Mapping[str, tuple[str, ...]] = {"phimoe": ("router_jitter_noise",)}
 # Which of their settings the kinds of rotary embeddings read, and what transformers takes for one that is left out.
 _ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -98,7 +100,8 @@ def _defaults(kind: Any) -> Mapping[str, Any]:
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in config.to_dict().items() if not _is_irrelevant(name)}
+    kept = _RELEVANT.get(config.model_type, ())
+    return {name: _plain(value) for name, value in config.to_dict().items() if name in kept or not _is_irrelevant(name)}
 
 
 def _is_irrelevant(name: str) -> bool:
