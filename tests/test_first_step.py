@@ -1,6 +1,7 @@
 """What a run does not train, or trains from far away, is said once, in the first step."""
 
 import copy
+import json
 import warnings
 from functools import partial
 
@@ -131,7 +132,8 @@ def test_a_text_that_ends_where_its_student_does_not_stop_is_said(llama, scored)
     train([ended(step, TOKENIZER_ID.eos_id)])
     taught = evolve(step, batches=tuple(evolve(batch, targets=own_before_last(batch)) for batch in step.batches))
     train([taught])
-    student.stop_at(9)
+    student.stop_at(np.int64(9))
+    json.dumps(student.model.generation_config.eos_token_id)
     assert student.model.generation_config.eos_token_id == sorted({TOKENIZER_ID.eos_id, 9})
     train([step])
 

@@ -150,6 +150,9 @@ def test_stop_ids_are_those_asked_for_or_those_of_model_and_tokenizer(llama, tok
     model.generation_config.eos_token_id = [7, 8]
     assert source_of(model, tokenizer).stop_ids == {7, 8, EOS_ID}
     assert source_of(model, tokenizer, stop_ids=(11,)).stop_ids == {11}
+    for seven in (7, np.int64(7), torch.tensor(7), [7], np.array([7]), [7, None]):
+        model.generation_config.eos_token_id = seven
+        assert source_of(model, tokenizer).stop_ids == {7, EOS_ID}
     model.generation_config.eos_token_id = None
     assert source_of(model, tokenizer).stop_ids == {EOS_ID}
 

@@ -146,7 +146,7 @@ def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, t
     """Return ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
     if sampling.stop_ids:
         return frozenset(sampling.stop_ids)
-    ids = [configured] if configured is None or isinstance(configured, int) else configured
+    ids = np.asarray(configured).reshape(-1).tolist()  # programs put numbers of numpy and torch there
     return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
 
 

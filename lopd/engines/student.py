@@ -1,6 +1,7 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
 import warnings
+from operator import index
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -112,7 +113,7 @@ class CausalLMStudent(nn.Module):
                 f"Model {type(unwrap(self.model)).__name__}: it has no generation_config, where an export states what ends a response; sample with "
                 "`SamplingParams(stop_ids=...)`."
             )
-        config.eos_token_id = sorted({*self.stop_ids, token})
+        config.eos_token_id = sorted({*self.stop_ids, index(token)})
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the layers below the head by `torch.compile`, in place and with its arguments; head and loss have their own passes over memory.
