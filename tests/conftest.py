@@ -174,6 +174,7 @@ def build_model(kind: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
     model = getattr(transformers, name)(config)
+    model.name_or_path = kind  # as a loaded one has it, which adapters are exported for
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name or "ln_" in name:

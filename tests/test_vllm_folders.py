@@ -64,10 +64,16 @@ def opened(monkeypatch):
     return lambda folder: (lambda: VLLMSource.from_folder(folder, SamplingParams()), lambda: VLLMScorer.from_folder(folder))
 
 
+def export_adapters(base, tokenizer, folder):
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    CausalLMStudent(adapted, tokenizer).export(folder / "adapters", tokenizer, Lineage())
+
+
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a model"])
 def test_the_export_of_a_lora_student_is_refused_before_anything_is_loaded(beside, opened, make_model, tokenizer, tmp_path):
-    adapted = peft.get_peft_model(make_model("llama_tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    CausalLMStudent(adapted, tokenizer).export(tmp_path / "adapters", tokenizer, Lineage())
+    export_adapters(make_model("llama_tied"), tokenizer, tmp_path)
     if beside:
         # transformers applies the adapters there, and vLLM passes them by
         (tmp_path / "adapters" / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -79,8 +85,7 @@ def test_the_export_of_a_lora_student_is_refused_before_anything_is_loaded(besid
 
 
 def test_a_command_refuses_the_export_of_a_lora_student_by_the_same_name(make_model, tokenizer, tmp_path):
-    adapted = peft.get_peft_model(make_model("llama_tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    CausalLMStudent(adapted, tokenizer).export(tmp_path / "adapters", tokenizer, Lineage())
+    export_adapters(make_model("llama_tied"), tokenizer, tmp_path)
     with pytest.raises(ModelError, match=r"it holds adapters \(adapter_config.json\), and vLLM is given one model"):
         Model(str(tmp_path / "adapters"), "vllm").fitted(8)
 

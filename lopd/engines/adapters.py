@@ -1,12 +1,22 @@
-"""Adapters of peft, loaded in the precision that they were trained in, and with what ends a response of theirs."""
+"""Adapters of peft: loaded in the precision that they were trained in, with what ends a response of theirs, and on the base that they are for."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor
 
+from lopd.engines.causal_lm import unwrap
+from lopd.engines.effective import saved_adapter
 from lopd.engines.finding import local_folder
+from lopd.engines.stored import StoredModel
+from lopd.errors import ModelError
+
+#: Initialisations of adapters that change the weights under them, and do so again, in the same way, where they are loaded.
+_REPEATED = ("pissa", "olora", "loftq")
 
 
 def keep_precision(model: Any, folder: str | Path) -> None:
@@ -40,3 +50,46 @@ def take_generation_config(model: Any, folder: str | Path) -> None:
         found = local_folder(str(folder), weights=False)
         if (found / "generation_config.json").exists():
             model.generation_config = transformers.GenerationConfig.from_pretrained(found)
+
+
+def check_base(model: Any) -> None:
+    """Compare some values of the model under adapters with those in the folder that their export names, which it is loaded on.
+
+    What cannot be compared passes: a base that is not on this machine, is quantised, or has code of its own, and weights that are converted.
+
+    Args:
+        model: a model of peft, or one with adapters that transformers loaded.
+
+    Raises:
+        ModelError: the base has no name, or other values than the folder; or several adapters are active.
+    """
+    config = model.peft_config[saved_adapter(model) or next(iter(model.peft_config))]
+    name, owner = config.base_model_name_or_path, f"Model {type(unwrap(model)).__name__}"
+    remedy = "save that model without them, load it, and put adapters on what is loaded"
+    if not name:
+        raise ModelError(f"{owner}: it has adapters on a model without a name, expected that of a folder to load them on; {remedy}.")
+    changed = _changed(unwrap(model), name, config)
+    if changed:
+        raise ModelError(
+            f"{owner}: {changed!r} under its adapters is not as in {name}, on which they are loaded again; {remedy}, or leave out an "
+            "`init_lora_weights` that changes it."
+        )
+
+
+def _changed(base: Any, name: str, config: Any) -> str | None:
+    """Return the first weight under adapters that the files of this folder or hub name hold otherwise."""
+    # merged adapters are in weights until they are taken out again, and trained biases are saved with adapters
+    aside = [f"{path}." for path, module in base.named_modules() if getattr(module, "merged_adapters", None)]
+    repeated = str(getattr(config, "init_lora_weights", None)).lower() in _REPEATED
+    biased = getattr(config, "bias", "none") != "none"
+    try:
+        stored = StoredModel(Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True)), base.dtype)
+        for path, held in base.named_parameters():
+            plain = type(held) in (torch.nn.Parameter, Tensor) and held.is_floating_point() and not held.is_meta
+            own = (repeated and ".base_layer." in path) or (biased and "bias" in path) or path.startswith(tuple(aside))
+            original = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", path)
+            if plain and not own and not stored.holds(original, held.detach()):
+                return original
+    except Exception:  # what cannot be read is refused where it is loaded
+        return None
+    return None

@@ -121,6 +121,25 @@ class StoredModel:
             )
         return tensor
 
+    def holds(self, name: str, held: Tensor) -> bool:
+        """Return whether a weight has the values of the files, whatever 16 bits it was in between; it looks at a few rows.
+
+        Args:
+            name: the one that it has in the model; one that is not a single tensor of the files passes.
+            held: its values.
+        """
+        source = self._sources.get(name)
+        if source is None or source.converter is not None or not held.ndim:
+            return True
+        with safe_open(self._places[source.stored[0][0]], "pt") as file:
+            part = file.get_slice(source.stored[0][0])
+            if part.get_shape() != [*held.shape]:
+                return False
+            # of a stack, such as the matrices of experts, one row of each that is looked at
+            places = [(slice(i, i + 1), *[slice(0, 1)] * (held.ndim - 2)) for i in range(0, len(held), max(len(held) // 4, 1))]
+            ours, theirs = (torch.cat([values[place].flatten() for place in places]).cpu() for values in (held, part))
+        return any(torch.equal(ours, theirs.to(dtype).to(ours.dtype)) for dtype in (theirs.dtype, torch.bfloat16, torch.float16))
+
     def _make(self, source: _Source, name: str, dtype: torch.dtype) -> Tensor:
         if source.converter is None:
             return self._load(source.stored[0][0]).to(dtype)

@@ -1,0 +1,109 @@
+"""Adapters are exported for the base that is under them: one that was changed in memory is refused before anything is trained."""
+
+import re
+
+import peft
+import pytest
+import torch
+
+from lopd import CausalLMStudent
+from lopd.engines.adapters import check_base
+from lopd.engines.hf import load_model
+from lopd.errors import ModelError
+from lopd.records import Lineage
+
+CHANGED = r"Model \w+: '{}' under its adapters is not as in .*, on which they are loaded again; save that model without them"
+
+
+@pytest.fixture
+def base(make_model, tokenizer, tmp_path):
+    """Return `base(kind, dtype)`: a model that was loaded from the folder `base`, which is in shards."""
+
+    def load(kind="qwen3_padded", dtype=torch.float32):
+        make_model(kind).save_pretrained(tmp_path / "base", max_shard_size="20KB")
+        tokenizer.save_pretrained(tmp_path / "base")
+        return load_model(tmp_path / "base", dtype)[0]
+
+    return load
+
+
+def adapted(model, **options):
+    return peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options}))
+
+
+def assert_compared(model):
+    """See that a model passes, and no longer does when a frozen weight is changed."""
+    state = torch.get_rng_state()
+    check_base(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    names = [name for name, _ in model.named_parameters() if re.search(r"\.1\.(input_layernorm|ln_1)\.(original_module\.)?weight", name)]
+    with torch.no_grad():
+        model.get_parameter(names[0]).mul_(1.01)
+    with pytest.raises(ModelError, match=CHANGED.format(r"[\w.]+\.1\.(input_layernorm|ln_1)\.weight")):
+        check_base(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen3_padded", {"use_dora": True}),
+        ("qwen3_padded", {"modules_to_save": ["norm", "lm_head"]}),
+        ("llama_tied", {"trainable_token_indices": [5, 6]}),
+        ("qwen3_padded", {"target_modules": ["embed_tokens", "down_proj"]}),
+        ("qwen3_padded", {"target_modules": ["q_proj"], "target_parameters": ["mlp.gate_proj.weight"]}),
+        ("llama_tied", {"init_lora_weights": "pissa"}),
+        ("llama_tied", {"init_lora_weights": "olora"}),
+        ("phi_bias", {"bias": "all"}),
+        ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    ],
+)
+def test_what_adapters_change_by_themselves_is_not_a_change_of_their_base(kind, options, base):
+    model = adapted(base(kind), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    assert_compared(model)
+
+
+def test_neither_are_merged_adapters_nor_those_that_transformers_loaded(base, tokenizer, tmp_path):
+    model = adapted(base())
+    model.merge_adapter()
+    check_base(model)
+    model.unmerge_adapter()
+    CausalLMStudent(adapted(base()), tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    assert_compared(load_model(tmp_path / "out")[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_neither_is_a_cast(dtype, base):
+    check_base(adapted(base(dtype=dtype).bfloat16()))
+    assert_compared(adapted(base(dtype=dtype).float()))
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_a_base_that_other_adapters_were_merged_into_is_refused(snapshot, base, tokenizer, tmp_path, monkeypatch):
+    model = base()
+    if snapshot:
+        place = tmp_path / "hub/models--org--base"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("a" * 40)
+        (tmp_path / "base").rename((place / "snapshots").mkdir() or place / "snapshots" / ("a" * 40))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        model.name_or_path = "org/base"
+    first = adapted(model)
+    check_base(first)
+    merged = first.merge_and_unload()
+    with pytest.raises(ModelError, match=CHANGED.format(r"model.layers.0.self_attn.q_proj.weight")):
+        CausalLMStudent(adapted(merged), tokenizer)
+
+
+def test_a_base_of_other_shapes_or_without_a_name_is_refused(base, tokenizer):
+    model = base()
+    model.resize_token_embeddings(140)
+    with pytest.raises(ModelError, match=CHANGED.format("model.embed_tokens.weight")):
+        CausalLMStudent(adapted(model), tokenizer)
+    model = base()
+    model.name_or_path = ""
+    with pytest.raises(ModelError, match=r"it has adapters on a model without a name, expected .*; save that model without them, load it"):
+        CausalLMStudent(adapted(model), tokenizer)
