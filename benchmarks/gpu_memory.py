@@ -81,7 +81,6 @@ def run(config: Qwen3Config, case: str) -> None:
         if use.lora_rank:
             from peft import get_peft_model
 
-            model.name_or_path = case  # adapters are for a model with a name
             model = get_peft_model(model, lora_config(use.lora_rank))
         student = CausalLMStudent(model, words, autocast=use.autocast, gradient_checkpointing=use.gradient_checkpointing)
         # as on a card, where it is the default: all square roots at once

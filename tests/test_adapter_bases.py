@@ -1,4 +1,4 @@
-"""Adapters are exported for the base that is under them: one that was changed in memory is refused before anything is trained."""
+"""Adapters are exported for the base that is under them: one that was changed in memory is said before anything is trained, and refused."""
 
 import re
 
@@ -9,10 +9,10 @@ import torch
 from lopd import CausalLMStudent
 from lopd.engines.adapters import check_base
 from lopd.engines.hf import load_model
-from lopd.errors import ModelError
+from lopd.errors import ModelError, ModelWarning
 from lopd.records import Lineage
 
-CHANGED = r"Model \w+: '{}' under its adapters is not as in .*, on which they are loaded again; save that model without them"
+CHANGED = r"Model \w+: '{}' under its adapters is not as in .*, on which an export of them is loaded; export it merged"
 
 
 @pytest.fixture
@@ -34,13 +34,13 @@ def adapted(model, **options):
 def assert_compared(model):
     """See that a model passes, and no longer does when a frozen weight is changed."""
     state = torch.get_rng_state()
-    check_base(model)
+    check_base(model, before=False)
     assert torch.equal(torch.get_rng_state(), state)
     names = [name for name, _ in model.named_parameters() if re.search(r"\.1\.(input_layernorm|ln_1)\.(original_module\.)?weight", name)]
     with torch.no_grad():
         model.get_parameter(names[0]).mul_(1.01)
     with pytest.raises(ModelError, match=CHANGED.format(r"[\w.]+\.1\.(input_layernorm|ln_1)\.weight")):
-        check_base(model)
+        check_base(model, before=False)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_adapters_change_by_themselves_is_not_a_change_of_their_base(kind, 
 def test_neither_are_merged_adapters_nor_those_that_transformers_loaded(base, tokenizer, tmp_path):
     model = adapted(base())
     model.merge_adapter()
-    check_base(model)
+    check_base(model, before=False)
     model.unmerge_adapter()
     CausalLMStudent(adapted(base()), tokenizer).export(tmp_path / "out", tokenizer, Lineage())
     assert_compared(load_model(tmp_path / "out")[0])
@@ -77,7 +77,7 @@ def test_neither_are_merged_adapters_nor_those_that_transformers_loaded(base, to
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_neither_is_a_cast(dtype, base):
-    check_base(adapted(base(dtype=dtype).bfloat16()))
+    check_base(adapted(base(dtype=dtype).bfloat16()), before=False)
     assert_compared(adapted(base(dtype=dtype).float()))
 
 
@@ -92,18 +92,31 @@ def test_a_base_that_other_adapters_were_merged_into_is_refused(snapshot, base, 
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         model.name_or_path = "org/base"
     first = adapted(model)
-    check_base(first)
+    check_base(first, before=False)
     merged = first.merge_and_unload()
-    with pytest.raises(ModelError, match=CHANGED.format(r"model.layers.0.self_attn.q_proj.weight")):
-        CausalLMStudent(adapted(merged), tokenizer)
+    assert_refused_at_its_export(adapted(merged), "model.layers.0.self_attn.q_proj.weight", tokenizer, tmp_path)
+    CausalLMStudent(merged, tokenizer).export(tmp_path / "merged", tokenizer, Lineage())
 
 
-def test_a_base_of_other_shapes_or_without_a_name_is_refused(base, tokenizer):
+def assert_refused_at_its_export(model, name, tokenizer, tmp_path):
+    """See that a student is made with a warning, trained as it is, and exported in no folder."""
+    with pytest.warns(ModelWarning, match=CHANGED.format(name)):
+        student = CausalLMStudent(model, tokenizer)
+    with pytest.raises(ModelError, match=CHANGED.format(name)):
+        student.export(tmp_path / "out", tokenizer, Lineage())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_of_other_shapes_is_refused_at_its_export(base, tokenizer, tmp_path):
     model = base()
     model.resize_token_embeddings(140)
-    with pytest.raises(ModelError, match=CHANGED.format("model.embed_tokens.weight")):
-        CausalLMStudent(adapted(model), tokenizer)
+    assert_refused_at_its_export(adapted(model), "model.embed_tokens.weight", tokenizer, tmp_path)
+
+
+def test_adapters_on_a_model_without_a_name_are_exported_with_a_warning(base, tokenizer, tmp_path):
     model = base()
     model.name_or_path = ""
-    with pytest.raises(ModelError, match=r"it has adapters on a model without a name, expected .*; save that model without them, load it"):
-        CausalLMStudent(adapted(model), tokenizer)
+    student = CausalLMStudent(adapted(model), tokenizer)
+    with pytest.warns(ModelWarning, match=r"its adapters are on a model without a name, .*; save that model too"):
+        student.export(tmp_path / "out", tokenizer, Lineage())
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()

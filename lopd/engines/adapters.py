@@ -13,7 +13,8 @@ from lopd.engines.causal_lm import unwrap
 from lopd.engines.effective import saved_adapter
 from lopd.engines.finding import local_folder
 from lopd.engines.stored import StoredModel
-from lopd.errors import ModelError
+from lopd.errors import ModelError, ModelWarning
+from lopd.records.warn import warn_user
 
 #: Initialisations of adapters that change the weights under them, and do so again, in the same way, where they are loaded.
 _REPEATED = ("pissa", "olora", "loftq")
@@ -52,28 +53,38 @@ def take_generation_config(model: Any, folder: str | Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(found)
 
 
-def check_base(model: Any) -> None:
+def check_base(model: Any, *, before: bool) -> None:
     """Compare some values of the model under adapters with those in the folder that their export names, which it is loaded on.
 
     What cannot be compared passes: a base that is not on this machine, is quantised, or has code of its own, and weights that are converted.
 
     Args:
         model: a model of peft, or one with adapters that transformers loaded.
+        before: whether nothing is exported yet, and perhaps never is: what would be refused is a warning.
+
+    Warns:
+        ModelWarning: the base has no name, so nothing loads what is exported by itself; or `before` has found what is an error later.
 
     Raises:
-        ModelError: the base has no name, or other values than the folder; or several adapters are active.
+        ModelError: the base has other values than the folder; or several adapters are active.
     """
     config = model.peft_config[saved_adapter(model) or next(iter(model.peft_config))]
     name, owner = config.base_model_name_or_path, f"Model {type(unwrap(model)).__name__}"
-    remedy = "save that model without them, load it, and put adapters on what is loaded"
     if not name:
-        raise ModelError(f"{owner}: it has adapters on a model without a name, expected that of a folder to load them on; {remedy}.")
-    changed = _changed(unwrap(model), name, config)
-    if changed:
-        raise ModelError(
-            f"{owner}: {changed!r} under its adapters is not as in {name}, on which they are loaded again; {remedy}, or leave out an "
-            "`init_lora_weights` that changes it."
+        if not before:
+            warn_user(
+                f"{owner}: its adapters are on a model without a name, so `load_model` does not load them by themselves, expected that of its "
+                "folder; save that model too, and load these on it by `PeftModel.from_pretrained`.",
+                ModelWarning,
+            )
+    elif changed := _changed(unwrap(model), name, config):
+        wrong = (
+            f"{owner}: {changed!r} under its adapters is not as in {name}, on which an export of them is loaded; export it merged "
+            "(`merge_and_unload()`), or save that model without them, load it, and put adapters on what is loaded"
         )
+        if not before:
+            raise ModelError(f"{wrong}.")
+        warn_user(f"{wrong}; an export as it is is refused.", ModelWarning)
 
 
 def _changed(base: Any, name: str, config: Any) -> str | None:

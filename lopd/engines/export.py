@@ -46,15 +46,11 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
 
     Raises:
         ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; torch.compile stands
-            in the place of a layer; or `lopd.engines.adapters.check_base` refuses the adapters.
+            in the place of a layer.
         StoreWriteError: the folder for temporary files, where it is tried, has no space.
     """
     model = without_runners(model)
     base, name = unwrap(model), type(unwrap(model)).__name__
-    if base is not model or getattr(base, "_hf_peft_config_loaded", False):
-        from lopd.engines.adapters import check_base  # brings a client of HTTP along, as below
-
-        check_base(model)
     generation = getattr(base, "generation_config", None)
     own = {"config": getattr(base, "config", None), "generation_config": generation} if base is model else {}
     for what, part in {**own, "tokenizer": tokenizer}.items():

@@ -49,7 +49,8 @@ class CausalLMStudent(nn.Module):
 
     Warns:
         ModelWarning: torch.compile is around the model as a whole, where it does nothing; the model also reads images, and the files of its
-            processor are not where it was loaded from; or what `lopd.engines.probes.check_training` warns of.
+            processor are not where it was loaded from; its adapters could not be exported, since it was changed under them; or what
+            `lopd.engines.probes.check_training` warns of.
 
     Raises:
         ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here
@@ -77,6 +78,7 @@ class CausalLMStudent(nn.Module):
             )
         check_trained_dtype(model, autocast)
         check_exportable(model, tokenizer)
+        _check_adapters(model, before=True)
         if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
             warnings.warn(
                 f"Model {type(unwrap(model)).__name__}: its torch.compile is passed by, since a student computes the layers below the head by "
@@ -196,18 +198,31 @@ class CausalLMStudent(nn.Module):
         The folder appears whole or not at all.  An earlier export of the same teachers is replaced, lineage included; other files in it, such as
         notes, are kept.
 
+        Warns:
+            ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself.
+
         Raises:
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
             TokenizerMismatchError: the tokenizer is not the one whose ids the student reads.
             StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (like the SFT student),
                 the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
                 message names.
-            ModelError: transformers refuses to save the model or the tokenizer, or several adapters are active.
+            ModelError: transformers refuses to save the model or the tokenizer, several adapters are active, or they are on a model that was changed
+                since it was loaded.
             StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """
         check_kind("Tokenizer to export", tokenizer, _Saved, "pass the tokenizer that `load_model` gave")
         check_kind("Lineage", lineage, Lineage, "pass `steps.lineage`")
         check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
         folder = local_path("Export", folder)
+        _check_adapters(self.model, before=False)
         state = on_first(without_runners(self.model).state_dict()) if sharded(self) else None
         Ranks.current().first(lambda: export_model(self.model, tokenizer, lineage, folder, state))
+
+
+def _check_adapters(model: Any, *, before: bool) -> None:
+    model = without_runners(model)
+    if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
+        from lopd.engines.adapters import check_base  # such a model brought transformers and peft along
+
+        check_base(model, before=before)
