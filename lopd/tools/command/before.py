@@ -21,6 +21,7 @@ from lopd.errors import (
     RefusedPromptsWarning,
     SamplerWarning,
     TeacherConsistencyError,
+    TrainingWarning,
 )
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
@@ -58,14 +59,14 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     Warns:
         RefusedPromptsWarning: there are some that do not fit, see `_unfit`.
         SamplerWarning: the loss would have a biased gradient.
+        TrainingWarning: a rollout may be too long for a micro-batch.
 
     Raises:
         ConflictError: `out` holds a run of other settings, or files that no run wrote, or what it reads has changed.
         StoreWriteError: `out` cannot be written to.
         TokenizerMismatchError: student and teacher do not share a vocabulary.
         TeacherConsistencyError: the teacher is not known to have written the text of SFT.
-        InvalidRecordError: there are too few prompts, a rollout may be too long for a micro-batch, a file that is named is not there, or the
-            verifier cannot judge an empty text.
+        InvalidRecordError: there are too few prompts, a file that is named is not there, or the verifier cannot judge an empty text.
     """
     tokenizer = s.student.tokenizer()
     ours = fingerprint_tokenizer(tokenizer)
@@ -133,9 +134,9 @@ def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str
 
 
 def _check_batches(s: RunSettings, sizes: list[int]) -> None:
-    """Refuse micro-batches that cannot hold the longest rollout that prompts of these sizes may get; `batches` would when all is paid for.
+    """Warn of micro-batches that cannot hold the longest rollout that prompts of these sizes may get; `batches` refuses one when all is paid for.
 
-    Where a seed has begun to draw them, their true lengths decide, in `batches`.
+    Where a seed has begun to draw them, their true lengths decide.
     """
     readable = stated_context(_described(s.student))
     student, teacher = s.student.context or readable, s.teacher.context or stated_context(_described(s.teacher))
@@ -144,9 +145,10 @@ def _check_batches(s: RunSettings, sizes: list[int]) -> None:
         positions = min(max(sizes, default=0) + s.sampling.max_new_tokens, most) - 1  # the last token is not read
         begun = (read_kept(Path(s.out) / f"seed-{seed}/phases/{phase}.attempts", int) for seed in s.seeds)
         if plan and plan.tokens_per_batch < positions and not any(begun):
-            raise InvalidRecordError(
-                f"Run: {section}.tokens_per_batch is {plan.tokens_per_batch}, and a rollout may have {positions} positions, expected at least as "
-                "many; raise it, or lower sampling.max_new_tokens."
+            warn_user(
+                f"Run: {section}.tokens_per_batch is {plan.tokens_per_batch}, and a rollout may have {positions} positions; one of more would end "
+                "the run after sampling, so raise it, or lower sampling.max_new_tokens.",
+                TrainingWarning,
             )
 
 
