@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import EntropyBonus, WindowRatio
+from lopd.losses.chunked import selected_logprobs
 from lopd.losses.divergences import Divergence, jensen_shannon, reverse_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
@@ -100,6 +101,31 @@ class Gap:
 def test_an_objective_of_another_shape_than_the_tokens_is_refused(path: Any, beside: Any, part: str) -> None:
     for per_token_alone in (True, False):
         refused(path, beside(Gap(part, per_token_alone)), rf"Objective Gap: {part} is of shape \(15, 1\), expected shape \(15,\)")
+
+
+@both_paths
+@pytest.mark.parametrize("beside", [lambda objective: objective, EntropyBonus, WindowRatio], ids=["alone", "bonus", "window"])
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (lambda tokens: tokens.targets[:1, None], r"of shape \(1, 1\)"),
+        (lambda tokens: tokens.targets[1:, None], r"of shape \(14, 1\)"),
+        (lambda tokens: tokens.targets, r"of shape \(15,\)"),
+        (lambda tokens: tokens.targets[:, None].tolist(), "a list"),
+    ],
+)
+def test_ids_that_are_not_a_row_for_each_token_are_refused(path: Any, beside: Any, ids: Any, said: str) -> None:
+    for per_token_alone in (True, False):
+        own = Gap("loss", per_token_alone)
+        own.ids = ids  # type: ignore[method-assign]
+        refused(path, beside(own), rf"Loss: ids are {said}, expected shape \(15, K\); pass a row of ids for each hidden state")
+
+
+@pytest.mark.parametrize("shape", [(14,), (16,), (1,), (1, 2), (16, 2), (15, 1, 1), ()], ids=str)
+def test_log_probs_of_ids_that_are_not_of_each_hidden_state_are_refused(shape: tuple[int, ...]) -> None:
+    case = loss_case("shift", counted=1.0)
+    with pytest.raises(InvalidRecordError, match=r"Loss: ids are of shape .*, expected shape \(15, K\); pass a row"):
+        selected_logprobs(case.hidden, case.head, torch.zeros(shape, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("of", [ReferenceLoss, FusedLoss, EntropyBonus, WindowRatio])

@@ -28,6 +28,7 @@ from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, chunk_rows, dtypes_of, sum_dtype
 from lopd.losses.products import Products
 from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
+from lopd.losses.tokens import check_ids
 from lopd.records.devices import has_bfloat16
 from lopd.records.steps import LMHead
 
@@ -89,7 +90,11 @@ class ChunkedHead:
         """Yield the rows of each chunk and the statistics of their logits, without a gradient: one matrix product.
 
         Where gradients are wanted, call `add` before the next chunk.
+
+        Raises:
+            InvalidRecordError: the ids are not a row for each hidden state.
         """
+        check_ids(ids_MK, len(self._hidden_MD))
         self._ids_MK = ids_MK
         first, count = 0, len(self._hidden_MD)
         while first < count:
@@ -236,7 +241,7 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
         Log-probs in the shape of `ids`, nats, at most 0; float64 if hidden states or weight are, float32 otherwise.
 
     Raises:
-        InvalidRecordError: hidden states of another size than the head's.
+        InvalidRecordError: hidden states of another size than the head's, or ids that are not one, or a row, for each of them.
         GradientError: in a backward pass with `create_graph`.
 
     Memory: `chunk_bytes`, never M * V.
@@ -245,9 +250,9 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
     >>> selected_logprobs(torch.tensor([[0.0]]), head, torch.tensor([1])).exp()
     tensor([0.5000])
     """
-    logprobs_MK, _ = logprobs_and_entropies(hidden_MD, head, ids if ids.ndim == 2 else ids[:, None], chunking)
+    logprobs_MK, _ = logprobs_and_entropies(hidden_MD, head, ids[:, None] if ids.ndim == 1 else ids, chunking)
     logprobs_MK = logprobs_MK.to(sum_dtype(hidden_MD, head.weight))
-    return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)
+    return logprobs_MK.squeeze(-1) if ids.ndim == 1 else logprobs_MK
 
 
 def logprobs_and_entropies(

@@ -71,7 +71,7 @@ class FusedLoss(OfObjective):
 
         Raises:
             InvalidRecordError: hidden states of another size than the head's; or the objective, or a function in it, gives another shape than
-                one value a token.
+                one value a token, or ids that are not a row for each.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import OfObjective, check_objective, ignores_labels, is_baselined, is_uncorrected
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
-from lopd.losses.tokens import Tokens, counted_rows
+from lopd.losses.tokens import Tokens, check_ids, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_number, to_real
@@ -39,14 +39,16 @@ class ReferenceLoss(OfObjective):
         """Return weighted sums over the counted tokens.
 
         Raises:
-            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token.
+            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each.
         """
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
             finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
-        return self._losses(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
+        ids_MK = self.objective.ids(tokens)
+        check_ids(ids_MK, len(logprobs_MV))
+        return self._losses(logprobs_MV.gather(-1, ids_MK), tokens).sums()
 
 
 @final

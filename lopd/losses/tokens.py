@@ -155,8 +155,22 @@ def check_per_token(owner: str, value: Any, tokens: Tokens) -> None:
         InvalidRecordError: it has another shape, or is not a tensor.
     """
     if not isinstance(value, Tensor) or value.shape != tokens.weight.shape:
-        got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
-        raise InvalidRecordError(f"{owner} is {got}, expected shape {tuple(tokens.weight.shape)}; return one value for each token.")
+        expected = tuple(tokens.weight.shape)
+        raise InvalidRecordError(f"{owner} is {_found(value)}, expected shape {expected}; return one value for each token.")
+
+
+def check_ids(ids_MK: Any, states: int) -> None:
+    """Refuse ids that are not a row for each of so many hidden states: gathered, they would be broadcast, or be those of other tokens.
+
+    Raises:
+        InvalidRecordError: they have another shape, or are not a tensor.
+    """
+    if not isinstance(ids_MK, Tensor) or ids_MK.ndim != 2 or len(ids_MK) != states:
+        raise InvalidRecordError(f"Loss: ids are {_found(ids_MK)}, expected shape ({states}, K); pass a row of ids for each hidden state.")
+
+
+def _found(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else a_kind(value)
 
 
 def _present(column: Tensor | None, name: str, expected: str) -> Tensor:
