@@ -128,7 +128,7 @@ def test_a_round_that_counts_its_steps_from_0_is_refused_at_its_first(refresh):
     steps = refresh(3, lambda generation, start: (SimpleNamespace(step=step) for step in count()), stop=6)
     assert [metrics.step for metrics in islice(steps, 3)] == [0, 1, 2]
     with pytest.raises(
-        InvalidRecordError, match=r"round 1 gave step 0, expected step 3 or a later one; give a round `batches\(\.\.\.\)\[start:\]`"
+        InvalidRecordError, match=r"round 1 gave step 0, expected step 3( or a later one)?; give a round `batches\(\.\.\.\)\[start:\]`"
     ):
         next(steps)
 
@@ -272,6 +272,13 @@ def test_numbers_that_make_no_sense_are_refused(steps, start, new_run):
             next(refresh_when(lambda _: False, new_run().make_round, start=start))
 
 
+@pytest.mark.parametrize("refresh", [every_three, after_two_or_five])
+@pytest.mark.parametrize(("stop", "said"), [(2.5, "a whole number"), ("10", "a whole number"), (-1, "at least 0")])
+def test_a_stop_that_no_step_has_is_refused(stop, said, refresh):
+    with pytest.raises(InvalidRecordError, match=f"Refresh: stop is {stop!r}, expected {said}"):
+        next(refresh(SimpleNamespace(make_round=lambda generation, start: []), stop=stop))
+
+
 def test_rows_of_prompts_and_rounds(new_run):
     run = new_run()
     for generation in (0, 1):
@@ -296,3 +303,7 @@ def test_steps_may_be_left_out_of_a_round():
 
     assert [m.step for m in islice(refresh_when(lambda m: m.step in {2, 7}, make_round), 6)] == [1, 2, 4, 5, 7, 8]
     assert rounds == [0, 3, 8]
+    for stop in (6, 7):
+        assert [m.step for m in islice(refresh_when(lambda m: m.step == 2, make_round, stop=stop), 9)] == [1, 2, 4, 5], "6 is left out"
+    with pytest.raises(InvalidRecordError, match="round 0 gave step 1, expected step 0; "):
+        next(refresh_every(3, make_round))  # which would take the third of them for the end of the round

@@ -15,6 +15,7 @@ All rounds go into one store, each with its number and the policy that sampled i
 rollout's own round.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count, islice
 from typing import Protocol
@@ -55,11 +56,12 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
         stop: one past the last step, and no round begins there; None never ends.
 
     Raises:
-        InvalidRecordError: `steps` is less than 1, or `start` than 0; or a round ended by itself, or its steps have other numbers.
+        InvalidRecordError: `steps` is less than 1, or `start` or `stop` than 0; or a round ended by itself, or its steps have other numbers.
     """
     check_call("Refresh: make_round", make_round, "generation,first")
     steps = check_at_least("Refresh", "steps", steps, 1)
     start = check_at_least("Refresh", "start", start, 0)
+    stop = None if stop is None else check_at_least("Refresh", "stop", stop, 0)
     for generation in count(start // steps):
         first, end = max(start, generation * steps), (generation + 1) * steps
         end = end if stop is None else min(end, stop)
@@ -67,7 +69,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
             return
         ended = first
         for metrics in islice(make_round(generation, first), end - first):
-            _check_step(generation, metrics, ended)
+            _check_step(generation, metrics, ended, most=ended)  # islice counts them
             yield metrics
             ended += 1
         _check_whole(generation, ended, end)
@@ -82,21 +84,24 @@ def refresh_when(
         stale: whether a step's metrics ask for a new round, such as `lambda m: m.drift.ratio_mean < 0.9`.
         make_round: one round.
         start: first step, so that a run resumes exactly.
-        stop: one past the last step, and no round begins there; None never ends.
+        stop: one past the last step, and no round begins there; None never ends.  Where a round leaves steps out, the first beyond it is not given.
         generation: the round of `start`: that of the step before, or the next one if that step was stale.
 
     Raises:
-        InvalidRecordError: `start` or `generation` is less than 0; or a round ended by itself, or its steps have other numbers.
+        InvalidRecordError: `start`, `stop` or `generation` is less than 0; or a round ended by itself, or its steps have other numbers.
     """
     check_call("Refresh: stale", stale, "metrics")
     check_call("Refresh: make_round", make_round, "generation,first")
     start = check_at_least("Refresh", "start", start, 0)
+    stop = None if stop is None else check_at_least("Refresh", "stop", stop, 0)
     generation = check_at_least("Refresh", "generation", generation, 0)
     for current in count(generation):
         if stop is not None and start >= stop:
             return
         for metrics in make_round(current, start):
             _check_step(current, metrics, start)
+            if stop is not None and metrics.step >= stop:
+                return
             yield metrics
             start = metrics.step + 1  # some may be left out
             if stale(metrics) or start == stop:
@@ -105,10 +110,11 @@ def refresh_when(
             _check_whole(current, start, None)
 
 
-def _check_step(generation: int, metrics: StepMetrics, wanted: int) -> None:
+def _check_step(generation: int, metrics: StepMetrics, wanted: int, most: float = math.inf) -> None:
     """Refuse a round that counts its steps in another way, from 0 for example: checkpoints and `stop` go by these numbers."""
-    if metrics.step < wanted:
-        raise InvalidRecordError(f"Refresh: round {generation} gave step {metrics.step}, expected step {wanted} or a later one; {_REMEDY}")
+    if not wanted <= metrics.step <= most:
+        later = " or a later one" if most > wanted else ""
+        raise InvalidRecordError(f"Refresh: round {generation} gave step {metrics.step}, expected step {wanted}{later}; {_REMEDY}")
 
 
 def _check_whole(generation: int, ended: int, wanted: int | None) -> None:
