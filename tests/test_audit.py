@@ -9,7 +9,7 @@ from attrs import evolve
 
 from lopd import MemoryStore, SamplingParams, audit, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards.audit import FOREIGN_Z
 from lopd.records import Prompt, Scores, TopK
 from lopd.records.estimates import mean
@@ -177,12 +177,14 @@ def test_what_cannot_be_audited_is_refused():
     store.append_scores("a", tiny_provenance("a"), [Scores.of(store.read([0])[0].rollout, [-1.0] * 3)])
     with pytest.raises(MissingScoresError, match="'b' is absent"):
         audit(store, ["a", "b"])
+    with pytest.raises(ArgumentError, match=r"Audit: columns: it was given a str \('a'\), expected a list of texts"):
+        audit(store, "a")
     for columns in ([], ["a", "a"]):
         with pytest.raises(InvalidRecordError, match="Audit"):
             audit(store, columns)
     for rows, error, says in (([], InvalidRecordError, "0 rows were chosen"), ([1], NoSuchRowError, "row 1 was chosen")):
         with pytest.raises(error, match=says):
             audit(store, ["a"], rows=np.array(rows, np.int64))
-    alone = audit(store, ["a"])
+    alone = audit(store, (column for column in ["a"]))
     assert (alone.author, alone.error) == ("a", 1.0)
     assert "nothing shows whether the text is consistent with it" in alone.verdict

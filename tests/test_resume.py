@@ -12,7 +12,7 @@ from conftest import TOKENIZER_ID
 from small_runs import adamw, scored, small, teacher_model  # noqa: F401
 
 from lopd import CausalLMStudent, batches, by_token, load_checkpoint, save_checkpoint
-from lopd.errors import CheckpointError, InvalidRecordError, StoreWriteError, TrainingWarning
+from lopd.errors import ArgumentError, CheckpointError, InvalidRecordError, StoreWriteError, TrainingWarning
 from lopd.records import Lineage
 
 
@@ -234,6 +234,8 @@ def test_steps_that_were_made_otherwise_are_refused_by_name_unless_they_are_mean
     with pytest.raises(CheckpointError, match=rf"{name} of its steps is .*, expected .*; .*`changed=\['{name}'\]`"):
         load_checkpoint(tmp_path, *small, steps=changed)
     assert all(torch.equal(a, b) for a, b in zip(before, small[0].parameters(), strict=True))
+    with pytest.raises(ArgumentError, match=rf"Checkpoint: changed: it was given a str \('{name}_and_more'\), expected a list of texts"):
+        load_checkpoint(tmp_path, *small, steps=changed, changed=f"{name}_and_more")
     assert load_checkpoint(tmp_path, *small, steps=changed, changed=[name]) == 2
 
 

@@ -29,6 +29,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, named, walk
+from lopd.records.checks import several
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout, prompt_id_of
@@ -90,14 +91,16 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
         max_error: an author is named if `Audit.error` is at most this.
 
     Raises:
+        ArgumentError: the store is something else, or one text is given in place of several.
         MissingScoresError: a column is not there, or a row has no scores in it.
         InvalidRecordError: there are no columns or one comes twice, or there are no rows, or no tokens that count.
         NoSuchRowError: a row is not in the store.
     """
     check_noun(store, LogprobReader)
+    columns = list(several("Audit: columns", columns))
     refuse_labels(store, *columns)
     every = chosen(store, rows)
-    if not len(columns) or len(set(columns)) < len(columns):
+    if not columns or len(set(columns)) < len(columns):
         raise InvalidRecordError(
             f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct), expected at least 1; name each once."
         )

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from lopd.errors import CheckpointError, LopdError, StoreWriteError, TrainingWarning
 from lopd.protocols import Student
 from lopd.protocols.doors import check_noun
-from lopd.records.checks import check_at_least, check_kind
+from lopd.records.checks import check_at_least, check_kind, several
 from lopd.records.flush import flush, share_mode
 from lopd.records.lineage import Lineage
 from lopd.records.paths import listed, local_path, open_regular
@@ -217,7 +217,7 @@ def load_checkpoint(
         CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, ranks that find different
             checkpoints, a folder that cannot be listed, or one checkpoint was named that is not there; nothing was changed.
     """
-    ranks, own = Ranks.current(), inner(student)
+    ranks, own, changed = Ranks.current(), inner(student), list(several("Checkpoint: changed", changed))
     looks = ranks.each(lambda: _look(folder, student, optimizer, steps, CheckpointError, itself=_STATE))
     (folder, found), names = looks[ranks.rank], [there[-1].name if there else "none" for _, there in looks]
     if differing := [(rank, name) for rank, name in enumerate(names) if name != names[0]]:
