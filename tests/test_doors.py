@@ -51,7 +51,7 @@ from lopd.errors import (
     TrainingWarning,
 )
 from lopd.losses.divergences import reverse_kl
-from lopd.records import Lineage, ModelId
+from lopd.records import Lineage, ModelId, Ranks
 from lopd.tools.doctor import check_store
 from lopd.tools.interop import (
     TorchDataset,
@@ -273,6 +273,8 @@ def test_numbers_of_numpy_and_torch_are_made_pythons_own(source, prompts):
         (lambda: SamplingParams(top_p=np.array([0.5, 0.6])), "top_p is .* expected a number"),
         (lambda: FusedOPDLoss(clip="10"), "clip is '10', expected a number"),
         (lambda: DriftLimits(ess="low"), "ess is 'low', expected a number"),
+        (lambda: Ranks("0", "2"), "Ranks: rank is '0', expected a whole number"),
+        (lambda: Ranks(0.5, 2), "Ranks: rank is 0.5, expected a whole number"),
     ],
 )
 def test_what_is_not_a_number_is_refused_by_name(make, message):

@@ -190,6 +190,18 @@ def test_an_impossible_token_can_be_scored_with_a_floor_that_is_counted() -> Non
         Scores.of(tiny_rollout("r"), *floor_logprobs([-1.0, NAN, -1.0]))
 
 
+@pytest.mark.parametrize("floor", [NAN, -INF, -1e39, 0.5, "low"])
+def test_a_floor_that_is_no_log_prob_is_refused(floor: Any) -> None:
+    with refused(f"Log-probs: floor is {floor!r}, expected"):
+        floor_logprobs([-1.0, -2.0], floor)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, requires_grad=True)])
+def test_log_probs_that_numpy_cannot_read_are_refused_before_they_are_floored(tensor: torch.Tensor) -> None:
+    with refused("Log-probs: numpy cannot read a Tensor"):
+        floor_logprobs(tensor)
+
+
 WRONG_TOP_K: dict[str, tuple[Any, Any, Any, str]] = {
     "log-probs of another shape": ([[1, 2]], [[-1.0]], [0.5], "logprobs has shape (1, 1), expected (1, 2)"),
     "a tail of another length": ([[1]], [[np.log(0.5)]], [0.5, 0.5], "tail has shape (2,), expected (1,)"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lopd.errors import InvalidRecordError, LopdError, ModelError
+from lopd.records.checks import own_numbers
 
 _Item = TypeVar("_Item")
 
@@ -26,13 +27,14 @@ class Ranks:
         size: processes that each train on their share of a step.
 
     Raises:
-        InvalidRecordError: there is no such rank.
+        InvalidRecordError: there is no such rank, or one of them is not a whole number.
     """
 
     rank: int = 0
     size: int = 1
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Ranks")
         if not 0 <= self.rank < self.size:
             raise InvalidRecordError(f"Ranks: (rank, size) is {(self.rank, self.size)}, expected 0 <= rank < size; count from 0.")
 

@@ -18,7 +18,7 @@ from attrs import Factory, converters, field, fields, frozen
 
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import BoolArray, Float32Array, Int32Array, check_logprobs, to_floats, to_ids, to_mask
-from lopd.records.checks import a_kind, check_at_least, check_kind
+from lopd.records.checks import a_kind, check_at_least, check_kind, check_number, to_real
 from lopd.records.glance import Glance, Glanced, first_ids, quoted
 from lopd.records.support import TopK
 
@@ -239,13 +239,17 @@ def mean_of(values_M: Float32Array) -> float | str:
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
     """Return log-probs with every -inf replaced by `floor` (nats), and how many there were.
 
+    Raises:
+        InvalidRecordError: numpy cannot read the log-probs, or the floor is not a log-prob.
+
     >>> floor_logprobs([-1.0, float("-inf")])
     (array([  -1., -100.], dtype=float32), 1)
     """
-    logprobs = np.array(logprobs_T, dtype=np.float32)
+    floor = to_real("Log-probs", "floor", floor)
+    check_number("Log-probs", "floor", floor, float(np.finfo(np.float32).min) <= floor <= 0, "finite in float32 and at most 0 nats")
+    logprobs = to_floats(logprobs_T)
     below = np.isneginf(logprobs)
-    logprobs[below] = floor
-    return logprobs, int(below.sum())
+    return np.where(below, np.float32(floor), logprobs), int(below.sum())
 
 
 @frozen(eq=False, repr=False)
