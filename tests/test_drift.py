@@ -72,6 +72,7 @@ def test_every_number_is_its_definition():
     nearer = np.abs(tokens.teacher - tokens.ref) - np.abs(tokens.teacher - tokens.student)
     assert drift.gain[0] == pytest.approx(nearer[lowest].mean())
     assert sum(drift.gain[i] * n for i, n in enumerate((10, 10, 10, 9, 9))) == pytest.approx(nearer.sum())
+    assert drift.mean_gain == pytest.approx(nearer.mean())
     gaps = tokens.teacher - tokens.student
     assert drift.advantages.quantiles == pytest.approx([np.quantile(gaps, level) for level in LEVELS])
     assert (drift.advantages.negative, drift.advantages.tail) == pytest.approx((np.mean(gaps < 0), np.mean(gaps < -5)))
@@ -83,6 +84,13 @@ def test_a_student_that_is_the_reference_policy_has_not_drifted():
     assert (drift.ratio_mean, drift.ratio_std, drift.chi2, drift.kl, drift.gap_bound) == (1.0, 0.0, 0.0, 0.0, 0.0)
     assert drift.ess == 1.0
     assert set(drift.gain) == {0.0}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 9])
+def test_the_mean_gain_of_a_few_tokens_is_that_of_each(size):
+    tokens = random_tokens(lengths=(size,))
+    nearer = np.abs(tokens.teacher - tokens.ref) - np.abs(tokens.teacher - tokens.student)
+    assert measure_drift(tokens).mean_gain == pytest.approx(nearer.mean())
 
 
 @pytest.mark.parametrize("shift", [-2000.0, 0.0, 2000.0])

@@ -105,7 +105,8 @@ class Drift:
     @property
     def mean_gain(self) -> float:
         """Nats a token by which the student is nearer to the teacher than the reference policy was."""
-        return float(np.mean(self.gain))
+        # as `np.array_split` cuts: the first ones have a token more, and of fewer than five tokens the last ones none
+        return float(np.average(self.gain, weights=[(self.tokens + _BINS - 1 - place) // _BINS for place in range(_BINS)]))
 
     def numbers(self) -> dict[str, float]:
         """Return every field by its name: advantages/mean and so on, and the gains as gain/fifth1 (the least likely tokens) to gain/fifth5."""
