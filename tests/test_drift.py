@@ -335,6 +335,9 @@ def test_a_watch_with_nothing_to_watch_says_so():
         next(watch_drift([evolve(metrics_of(1.0, 3), drift=None)]))
     with pytest.raises(InvalidRecordError, match="steps is 0"):
         DriftLimits(steps=0)
+    for floor in (-0.1, math.nan):
+        with pytest.raises(InvalidRecordError, match=f"kl_floor is {floor}, expected at least 0 nats"):
+            DriftLimits(kl_floor=floor)
 
 
 def test_stored_advantages_are_those_of_the_counted_tokens_of_evenly_spaced_rollouts(scored):

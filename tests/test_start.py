@@ -335,7 +335,7 @@ def test_what_cannot_be_measured_is_one_clear_error(known):
     for wrong in ({"teacher": ["teacher"]}, {"ref": 5}):
         with pytest.raises(ArgumentError, match="expected a str; pass its name"):
             measure_start(store, **wrong)
-    for wrong in (math.nan, 1.5, -0.1):
+    for wrong in (math.nan, 1.5, -0.1, "low"):
         with pytest.raises(InvalidRecordError, match=r"Start: .* expected a"):
             advise(wrong)
     masked = MemoryStore(MANIFEST)

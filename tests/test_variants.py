@@ -154,6 +154,21 @@ def test_power_becomes_the_log_ratio_as_alpha_falls() -> None:
     torch.testing.assert_close(partial(power, alpha=1e-7)(signal()).advantages, signal().advantages, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        (partial(ppo_clip, low="0.2"), "low is '0.2', expected a number"),
+        (partial(ppo_clip, high=math.nan), r"\(low, high\) is \(0.2, nan\), expected at least 0 each"),
+        (partial(ppo_clip, low=-0.2), r"\(low, high\) is \(-0.2, 0.2\), expected at least 0 each"),
+        (partial(position_weights, gamma=math.nan), "gamma is nan, expected finite"),
+        (partial(extrapolate, scale=math.inf), "scale is inf, expected finite"),
+    ],
+)
+def test_a_bound_or_a_factor_that_is_none_is_refused(variant: Callable[[Signal], Signal], said: str) -> None:
+    with pytest.raises(InvalidRecordError, match=said):
+        variant(signal())
+
+
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
 def test_a_power_that_is_none_is_refused(alpha: float) -> None:
     with pytest.raises(InvalidRecordError, match="alpha is"):

@@ -20,7 +20,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, elsewhere, evenly, named, rounds_of, walk, way_to
-from lopd.records.checks import a_kind, check_at_least, check_number
+from lopd.records.checks import a_kind, check_at_least, check_number, to_real
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.overlap import compare_supports
@@ -150,6 +150,7 @@ def advise(tail: float) -> tuple[Verdict, str]:
     Raises:
         InvalidRecordError: it is not from 0 to 1.
     """
+    tail = to_real("Start", "tail", tail)
     check_number("Start", "tail", tail, 0 <= tail <= 1, "a share from 0 to 1")
     weak = f"{tail:.1%} of the advantages are below {TAIL:g} nats"
     if tail > MAX_WEAK_TAIL:

@@ -17,7 +17,7 @@ from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, evenly, named, walk
-from lopd.records.checks import a_kind, check_at_least, check_kind, own_numbers
+from lopd.records.checks import a_kind, check_at_least, check_kind, check_number, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -43,7 +43,7 @@ class DriftLimits:
         steps: how many are averaged; the first few are judged by what there is.
 
     Raises:
-        InvalidRecordError: `steps` is less than 1, or a limit is not a number.
+        InvalidRecordError: `steps` is less than 1, `kl_floor` than 0, or a limit is not a number.
     """
 
     gain_per_kl: float | None = 0.25
@@ -54,6 +54,7 @@ class DriftLimits:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Drift limits", steps=1)
+        check_number("Drift limits", "kl_floor", self.kl_floor, self.kl_floor >= 0, "at least 0 nats")
 
     def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:
         """Return the limits that the means of these are beyond, and a sentence on each; NaN exceeds every limit."""

@@ -3,7 +3,6 @@
 Memory: logits of all counted tokens of a micro-batch, M * V * 4 bytes, a few times over.
 """
 
-import math
 from collections.abc import Sequence
 from typing import final
 
@@ -17,7 +16,7 @@ from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, check_ids, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
-from lopd.records.checks import check_number, to_real
+from lopd.records.checks import to_finite
 from lopd.records.steps import Batch, LMHead, LossOutput
 
 
@@ -88,9 +87,8 @@ def _to_terms(terms: Sequence[tuple[float, OPDLoss]]) -> tuple[tuple[float, OPDL
         unpacked = [(coefficient, loss) for coefficient, loss in terms]
     except (TypeError, ValueError):
         raise ArgumentError(f"WeightedLoss: its terms are {terms!r:.80}, expected (coefficient, loss) pairs; pass such pairs.") from None
-    pairs = tuple((to_real("WeightedLoss", "coefficient", coefficient), loss) for coefficient, loss in unpacked)
-    for coefficient, loss in pairs:
-        check_number("WeightedLoss", "coefficient", coefficient, math.isfinite(coefficient), "finite")
+    pairs = tuple((to_finite("WeightedLoss", "coefficient", coefficient), loss) for coefficient, loss in unpacked)
+    for _, loss in pairs:
         check_noun(loss, OPDLoss)
     return pairs
 

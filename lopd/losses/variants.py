@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from lopd.losses import functional
 from lopd.losses.objective import Signal, baselined, changing, per_token, replacing, uncorrected, with_entropy, with_labels, with_ratio
-from lopd.records.checks import check_at_least, check_number, to_real
+from lopd.records.checks import check_at_least, check_number, to_finite, to_real
 from lopd.records.devices import running_sums
 
 _LEAST_RANGE = 2e-3
@@ -63,11 +63,13 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
 
     Args:
         signal: what is changed.
-        low: \(\epsilon_{low}\).
-        high: \(\epsilon_{high}\).
+        low: \(\epsilon_{low}\), at least 0.
+        high: \(\epsilon_{high}\), at least 0.
 
     Source: PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (arXiv 2503.14476).
     """
+    low, high = to_real("PPO clip", "low", low), to_real("PPO clip", "high", high)
+    check_number("PPO clip", "(low, high)", (low, high), low >= 0 <= high, "at least 0 each")
     moved_M = functional.bounded_ratio(signal.student_logprobs - signal.tokens.ref())
     beyond_M = ((signal.advantages > 0) & (moved_M > 1 + high)) | ((signal.advantages < 0) & (moved_M < 1 - low))
     return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
@@ -81,11 +83,11 @@ def extrapolate(signal: Signal, scale: float) -> Signal:
 
     Args:
         signal: what is changed; the ref column is the policy from which the teacher's step is measured.
-        scale: \(\lambda\).
+        scale: \(\lambda\), finite.
 
     Source: ExOPD (arXiv 2602.12125).
     """
-    ref_M = signal.tokens.ref()
+    ref_M, scale = signal.tokens.ref(), to_finite("Extrapolate", "scale", scale)
     return evolve(signal, advantages=scale * (signal.tokens.teacher() - ref_M) - (signal.student_logprobs - ref_M))
 
 
@@ -151,15 +153,15 @@ def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Si
 
 @uncorrected
 def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
-    r"""Weigh early tokens more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's
-    tokens.
+    r"""Weigh early tokens of a rollout more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\).
 
     Args:
         signal: what is changed; its advantages so far are the A.
-        gamma: \(\gamma\).
+        gamma: \(\gamma\), finite.
 
     Source: IW-OPD (arXiv 2606.22600).
     """
+    gamma = to_finite("Position weights", "gamma", gamma)
 
     def factors(sizes_T: Tensor) -> Tensor:
         before_T = running_sums(sizes_T) - sizes_T
@@ -264,8 +266,7 @@ def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
 
     Source: GRPO (arXiv 2402.03300) without its division by the standard deviation, as in Dr. GRPO (arXiv 2503.20783).
     """
-    scale = to_real("Labels", "scale", scale)
-    check_number("Labels", "scale", scale, math.isfinite(scale), "finite")
+    scale = to_finite("Labels", "scale", scale)
     return evolve(signal, advantages=signal.advantages + scale * signal.tokens.labels(centred=True))
 
 

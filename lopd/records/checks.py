@@ -1,5 +1,6 @@
 """Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from inspect import signature
@@ -61,6 +62,17 @@ def to_real(owner: str, name: str, value: Any) -> float:
     own = _scalar(value)
     check_number(owner, name, value, isinstance(own, Real) and not isinstance(own, bool), "a number")
     return value if type(value) in (int, float) else float(own)
+
+
+def to_finite(owner: str, name: str, value: Any) -> float:
+    """Return a finite number as Python's own, also from numpy or a tensor of one value.
+
+    Raises:
+        InvalidRecordError: it is not one.
+    """
+    real = to_real(owner, name, value)
+    check_number(owner, name, real, math.isfinite(real), "finite")
+    return real
 
 
 def own_numbers(record: Any, owner: str, /, **least: int) -> None:
