@@ -4,17 +4,20 @@ import errno
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import pytest
+import zarr
 from attrs import evolve
 from test_zarr_upkeep import assert_whole, go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
 from lopd.backends.zarr import compaction
+from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError
@@ -229,3 +232,59 @@ def test_a_sweep_removes_what_killed_writers_left_of_a_put(filled: ZarrStore) ->
         os.utime(path, (0, 0))
     filled.sweep(older_than=-1.0)
     assert not any(path.exists() for path in left)
+
+
+# Columns that were scored shortest first: each segment has rows from everywhere
+
+
+def scattered(folder: Path, segments: int) -> ZarrStore:
+    """Make a column of so many segments of two rows, which share one range of rows, without a merge by their writer."""
+    store, items = ZarrStore.create(folder, tiny_manifest()), many(0, 2 * segments)
+    store.append(items)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compaction, "_FAN_IN", 1000)
+        for k in range(segments):
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[i], -i) for i in (k, segments + k)])
+    return store
+
+
+def assert_scores(store: ZarrStore) -> None:
+    rows = range(len(store))
+    assert [row.scores["teacher"][0] for row in store.read(rows, ("teacher",))] == [-i for i in rows]
+    assert list(store.verify()) == []
+
+
+def test_what_a_compaction_of_scattered_scores_writes_down_grows_with_their_segments(tmp_path: Path) -> None:
+    sizes = []
+    for segments in (16, 64):
+        store = scattered(tmp_path / f"{segments}", segments)
+        store.compact(target_tokens=6)
+        assert len(store._state.columns["teacher"].segments) == segments
+        assert_scores(ZarrStore.open(place(store)))
+        groups = dict(zarr.open_group(place(store) / "scores/teacher", mode="r").groups())
+        live = groups.keys() - {name for group in groups.values() for name in group.attrs["lopd_replaces"]}
+        assert live == {segment.meta.path[len("scores/teacher/") :] for segment in store._state.columns["teacher"].segments}
+        written = [*place(store).glob("scores/teacher/*/zarr.json"), max(place(store).glob("commits/*"))]
+        sizes.append(sum(path.stat().st_size for path in written) / segments)
+    assert sizes[1] < 1.1 * sizes[0], "bytes a segment"
+
+
+def test_a_compaction_in_which_each_segment_names_all_that_it_replaced_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As lopd wrote them before."""
+    store, real = scattered(tmp_path / "run", 8), compaction.merge
+
+    def merge(column: str | None, segments: Sequence[Segment], *others: Any) -> Iterator[Any]:
+        names = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)
+        return (evolve(data, replaces=names) for data in real(column, segments, *others))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "merge", merge)
+        store.compact(target_tokens=6)
+    again = ZarrStore.open(place(store))
+    assert {len(segment.meta.replaces) for segment in again._state.columns["teacher"].segments} == {8}
+    assert_scores(again)
+    again.compact()
+    assert len(again._state.columns["teacher"].segments) == 1
+    assert_scores(ZarrStore.open(place(store)))

@@ -87,9 +87,12 @@ def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -
     made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
     level = 1 + max(segment.meta.level for segment in segments)
     replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)
+    left = sum(segment.meta.rows for segment in segments)
     for data in made:
         found = encode.found_by(data.lines, data.first_row, data.last_row)
-        yield evolve(data, arrays={**data.arrays, **found}, level=level, replaces=replaces)
+        left -= len(data.lines)
+        # said once, or a record would grow with the product of old and new segments; and by the last, with which all rows are there
+        yield evolve(data, arrays={**data.arrays, **found}, level=level, replaces=() if left else replaces)
 
 
 def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:

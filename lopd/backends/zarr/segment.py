@@ -40,7 +40,7 @@ class SegmentMeta:
         first_row, last_row: first and last row in the store; lines of scores may skip some in between.
         arrays: name -> what it is.
         level: 0 as an append made it; one more than those that were merged to make it.
-        replaces: names of those.
+        replaces: names of those, in the last that was made of them (in each of them, in older stores).
     """
 
     path: SegmentPath
