@@ -20,7 +20,7 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError, MissingScoresError
+from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError
 from lopd.testing import assert_holds, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_scores, tiny_top_k
 
 
@@ -288,3 +288,14 @@ def test_a_compaction_in_which_each_segment_names_all_that_it_replaced_is_gone_o
     again.compact()
     assert len(again._state.columns["teacher"].segments) == 1
     assert_scores(ZarrStore.open(place(store)))
+
+
+def test_a_compaction_whose_record_is_too_large_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = scattered(tmp_path / "run", 16)
+    before = set(place(store).rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lopd.backends.sealing.LARGEST_JSON", 1 << 12)
+        with pytest.raises(InvalidRecordError, match="expected at most 4,096"):
+            store.compact(target_tokens=6)
+    assert set(place(store).rglob("*")) == before
+    assert_scores(store)

@@ -191,14 +191,14 @@ class Writer:
 
     @contextmanager
     def _writing(self, paths: Sequence[str]) -> Iterator[None]:
-        """Remove these segments when the storage refuses."""
+        """Remove these segments when the storage refuses, or the log a record that is too large."""
         with writing(self._owner):
             try:
                 yield
             except StoreWriteError:
                 # The record is there, only its durability is in doubt: its segments must stay.
                 raise
-            except (OSError, StorePathError):
+            except (OSError, StorePathError, InvalidRecordError):
                 with suppress(OSError, LopdError):
                     if paths:
                         self._state.refresh()
