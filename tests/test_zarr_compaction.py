@@ -16,6 +16,7 @@ from attrs import evolve
 from test_zarr_upkeep import assert_whole, go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
+from lopd.backends.files.local import LocalFiles
 from lopd.backends.zarr import compaction
 from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.state import State
@@ -299,3 +300,12 @@ def test_a_compaction_whose_record_is_too_large_leaves_nothing(tmp_path: Path, m
             store.compact(target_tokens=6)
     assert set(place(store).rglob("*")) == before
     assert_scores(store)
+
+
+def test_a_merge_asks_for_its_segments_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = scattered(tmp_path / "run", 12)
+    store.append(many(24, 1))
+    asked, real = list[int](), LocalFiles.run
+    monkeypatch.setattr(LocalFiles, "run", lambda self, calls: asked.append(len(calls)) or real(self, calls))
+    store.compact()
+    assert asked == [2, 2, 2, 12, 12], "lines, tokens and ids of rollouts; lines and log-probs of scores"

@@ -1,12 +1,14 @@
 """Many small segments -> few large ones with the same rows in the same order.  Plans and arrays; what is written where is the store's."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
+from lopd.backends.files import Run
 from lopd.backends.zarr import decode, encode
 from lopd.backends.zarr.segment import LINES, Segment, SegmentData
 from lopd.records.rows import ends
@@ -82,9 +84,9 @@ def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
     return tuple(s for s in ordered if s.meta.tokens < target // 2 or s.meta.path in overlapping)
 
 
-def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
+def merge(column: str | None, segments: Sequence[Segment], target_tokens: int, run: Run) -> Iterator[SegmentData]:
     """Yield the new segments, one in memory at a time; everything that is moved is verified: nothing shows its damage once its file is new."""
-    made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
+    made = [_merge_rollouts(segments, run)] if column is None else _merge_scores(segments, target_tokens, run)
     level = 1 + max(segment.meta.level for segment in segments)
     replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)
     left = sum(segment.meta.rows for segment in segments)
@@ -95,8 +97,8 @@ def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -
         yield evolve(data, arrays={**data.arrays, **found}, level=level, replaces=() if left else replaces)
 
 
-def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
-    lines = [segment.lines().copy() for segment in segments]
+def _merge_rollouts(segments: Sequence[Segment], run: Run) -> SegmentData:
+    lines = [part.copy() for part in run([segment.lines for segment in segments])]
     responses = [int(part[:, encode.LENGTHS][:, 1].sum()) for part in lines]
     sizes = {
         "token_start": [segment.meta.tokens for segment in segments],
@@ -106,19 +108,19 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
     for column, counts in sizes.items():
         for part, offset in zip(lines, ends(np.array(counts)), strict=False):
             part[:, encode.R[column]] += offset
-    arrays = {name: np.concatenate([segment.whole(name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
+    arrays = {name: np.concatenate(run([partial(s.whole, name) for s in segments])) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
         having = [segment for segment in segments if name in segment]
         if having:
-            dtype = having[0].meta.arrays[name].dtype
-            parts = [s.whole(name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
-            arrays[name] = np.concatenate(parts)
+            full = partial(np.full, fill_value=filler, dtype=having[0].meta.arrays[name].dtype)
+            parts = [partial(s.whole, name) if name in s else partial(full, n) for s, n in zip(segments, responses, strict=True)]
+            arrays[name] = np.concatenate(run(parts))
     first, last = segments[0].meta.first_row, segments[-1].meta.last_row
     return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_start"]), first, last)
 
 
-def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:
-    lines = np.concatenate([segment.lines() for segment in segments])
+def _merge_scores(segments: Sequence[Segment], target: int, run: Run) -> Iterator[SegmentData]:
+    lines = np.concatenate(run([segment.lines for segment in segments]))
     owners = np.repeat(np.arange(len(segments)), [segment.meta.rows for segment in segments])
     order = np.argsort(lines[:, encode.S["row"]], kind="stable")
     lines, owners = lines[order], owners[order]
@@ -127,15 +129,15 @@ def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentD
     while first < len(lines):
         # as many as have `target` tokens, or one that alone has more
         last = max(int(np.searchsorted(bounds, bounds[first] + target, "right")) - 1, first + 1)
-        yield _gather_scores(segments, lines[first:last], owners[first:last], lengths[first:last])
+        yield _gather_scores(segments, lines[first:last], owners[first:last], lengths[first:last], run)
         first = last
 
 
 def _gather_scores(
-    segments: Sequence[Segment], lines: NDArray[np.int64], owners: NDArray[np.int64], lengths: NDArray[np.int64]
+    segments: Sequence[Segment], lines: NDArray[np.int64], owners: NDArray[np.int64], lengths: NDArray[np.int64], run: Run
 ) -> SegmentData:
     groups = [decode.Group(segments[n], where := np.flatnonzero(owners == n), where) for n in np.unique(owners).tolist()]
-    arrays = decode.joined_scores([(group, lines[group.places]) for group in groups], lengths)
+    arrays = decode.joined_scores([(group, lines[group.places]) for group in groups], lengths, run)
     lines = lines.copy()
     lines[:, encode.S["start"]] = ends(lengths)[:-1]
     rows = lines[:, encode.S["row"]]

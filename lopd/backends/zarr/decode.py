@@ -149,13 +149,14 @@ def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], chec
     return [_Pieces.at(group, names, *part[:, [S["start"], S["length"], S[checksum]]].T) for group, part in column]
 
 
-def joined_scores(column: Sequence[tuple[Group, _Int64]], lengths: _Int64) -> dict[str, NDArray[Any]]:
+def joined_scores(column: Sequence[tuple[Group, _Int64]], lengths: _Int64, run: Run) -> dict[str, NDArray[Any]]:
     """Return all arrays of the scores that these lines name, in the order of the call; verified."""
     arrays: dict[str, NDArray[Any]] = {}
     for names, checksum in ((("logprobs",), "logprobs_checksum"), (TOP_K_ARRAYS, "top_k_checksum")):
         if names[0] in column[0][0].segment:
-            found = [(pieces, pieces.read()) for pieces in _scored(column, names, checksum)]
-            arrays |= zip(names, _joined(found, lengths), strict=True)
+            wanted = _scored(column, names, checksum)
+            found = zip(wanted, run([pieces.read for pieces in wanted]), strict=True)
+            arrays |= zip(names, _joined([*found], lengths), strict=True)
     return arrays
 
 

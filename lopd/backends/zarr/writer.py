@@ -222,7 +222,7 @@ class Writer:
         parent = "segments" if column is None else f"scores/{column}"
         gone, added = [segment.meta.path for segment in segments], list[SegmentMeta]()
         try:
-            for data in compaction.merge(column, segments, target_tokens):
+            for data in compaction.merge(column, segments, target_tokens, self._files.run):
                 added.append(self._put_segment(parent, data))
         except Exception as error:
             self._remove([meta.path for meta in added])
