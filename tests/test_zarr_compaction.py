@@ -309,3 +309,24 @@ def test_a_merge_asks_for_its_segments_side_by_side(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(LocalFiles, "run", lambda self, calls: asked.append(len(calls)) or real(self, calls))
     store.compact()
     assert asked == [2, 2, 2, 12, 12], "lines, tokens and ids of rollouts; lines and log-probs of scores"
+
+
+# Checkpoints
+
+
+def test_segments_that_were_merged_go_though_no_checkpoint_can_be_written_and_that_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lopd.backends.sealing.LARGEST_JSON", 1 << 12)
+    store = grown(tmp_path / "run", 16)
+    merged = [place(store) / path for path in store._state.replaced]
+    assert [path.is_dir() for path in merged] == [True] * 2 * 16
+    go_on(store, 16, 40)
+    assert not any(path.exists() for path in merged)
+    assert not list(place(store).glob("checkpoints/*.json"))
+    assert ["no checkpoint holds its 16 segments" in message for message in caplog.messages] == [True]
+    assert_whole(ZarrStore.open(place(store)), 56)
+    store.compact()
+    monkeypatch.setattr("lopd.backends.sealing.LARGEST_JSON", 1 << 20)
+    go_on(store, 56, 7)
+    assert list(place(store).glob("checkpoints/*.json")), "of fewer segments it is tried again"

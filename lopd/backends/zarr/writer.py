@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -63,6 +64,8 @@ class Writer:
         self._owner = owner
         self._groups: set[str] = set()
         self._spare: _Written | None = None
+        # a checkpoint of so many segments was refused
+        self._too_many = sys.maxsize
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool:
         """Commit which policy samples in a round."""
@@ -166,12 +169,18 @@ class Writer:
         return True
 
     def _checkpoint(self) -> None:
-        """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
-        old = self._state.forget_replaced(self._state.commits - _REPLACED_STAY)
+        """Remove what was merged so long ago that few readers stand before it, who look up where their rows are now; and keep the state."""
+        with suppress(OSError):
+            self._files.remove(self._state.forget_replaced(self._state.commits - _REPLACED_STAY))
         # The commit is made; a checkpoint, which may also be too large, only makes opening quicker, and the next one will do as well.
-        with suppress(OSError, InvalidRecordError):
-            self._log.put_checkpoint(self._state.commits, self._state.to_json())
-            self._files.remove(old)
+        if (segments := len(self._state.all_segments())) < self._too_many:
+            try:
+                with suppress(OSError):
+                    self._log.put_checkpoint(self._state.commits, self._state.to_json())
+            except InvalidRecordError:
+                if self._too_many == sys.maxsize:
+                    _LOG.warning("%s: no checkpoint holds its %d segments, so opening gets slower; call compact", self._owner, segments)
+                self._too_many = segments
 
     def _tidy(self, column: str | None) -> bool:
         """Do the share of merging that falls to the writer of the last segment; return True.  What was appended is there, however it ends."""
