@@ -330,3 +330,12 @@ def test_segments_that_were_merged_go_though_no_checkpoint_can_be_written_and_th
     monkeypatch.setattr("lopd.backends.sealing.LARGEST_JSON", 1 << 20)
     go_on(store, 56, 7)
     assert list(place(store).glob("checkpoints/*.json")), "of fewer segments it is tried again"
+
+
+def test_scores_of_batches_as_large_as_the_defaults_make_are_merged_by_their_writer(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    for i in range(16):
+        made = many(i, 1, length=(1 << 19) + 1)
+        store.append(made)
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in made])
+    assert [len(segments) for segments in (store._state.segments, store._state.columns["teacher"].segments)] == [16, 1]

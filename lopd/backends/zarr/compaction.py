@@ -14,7 +14,8 @@ from lopd.backends.zarr.segment import LINES, Segment, SegmentData
 from lopd.records.rows import ends
 
 _FAN_IN = 16
-# What a single append made larger than this stays as it is; a merge by a writer moves no more bytes than that, which it has in memory.
+# A merge by a writer moves no more bytes than that, which it has in memory.  An append of more tokens than this is left as it is where its rows
+# follow those before it: scores, which may be of any rows, are where many segments cost.
 _LARGE_TOKENS, _MOST_BYTES = 1 << 19, 1 << 28
 # A compaction makes no segment of scores with more bytes of values: a support of 64 tokens has 520 a token, and twice as many are in memory.
 _MERGED_BYTES = 1 << 30
@@ -33,7 +34,8 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
     level = segments[-1].meta.level
     same, room = list[Segment](), _MOST_BYTES
     for segment in reversed(segments):
-        fits = segment.meta.level == level and (level or segment.meta.tokens < _LARGE_TOKENS)
+        small = segment.meta.tokens < _LARGE_TOKENS if neighbours and not level else segment.meta.stored_bytes * _FAN_IN <= _MOST_BYTES
+        fits = segment.meta.level == level and small
         if fits and (room := room - segment.meta.stored_bytes) >= 0:
             same.append(segment)
         elif neighbours or room < 0:
