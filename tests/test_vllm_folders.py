@@ -13,7 +13,7 @@ from engine_models import save_model
 from odd_models import LONGROPE, odd_model
 from test_vllm_life import fake  # noqa: F401
 
-from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text
+from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text, score_rollouts
 from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm.worker import WorkerExtension
 from lopd.errors import EngineError, ModelError
@@ -127,6 +127,33 @@ def test_a_quantised_teacher_is_stated_in_the_ways_that_its_refusal_names(fake, 
     store.refresh()
     assert store.columns["teacher"].model == stated
     assert fake.started[0]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_rollouts_that_come_while_vllm_is_loaded_are_for_the_next_call(scored, fake, rollouts, tokenizer, tmp_path, capsys, monkeypatch):
+    folder, load = save_model(tmp_path / "tiny", "llama_tied"), VLLMScorer.from_folder
+    store = ZarrStore.create(tmp_path / "run.zarr", Manifest(TOKENIZER_ID, ModelId("policy", "1", "float32"), SamplingParams()))
+    score = ["score", str(tmp_path / "run.zarr"), "--teacher", str(folder), "--engine", "vllm"]
+    assert main(score) == 2
+    assert "it has 0 rollouts" in capsys.readouterr().err
+    store.append(rollouts)
+    longer = Rollout("longer", [5] * 9, [6] * 90, [True] * 90, "length")
+
+    def loaded(*given, **named):
+        store.append([longer])
+        if scored:
+            score_rollouts(store, load(folder), rows=store.find(["longer"]))
+        return load(*given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VLLMScorer, "from_folder", loaded)
+        assert main(score) == 0
+    assert "1 rollouts came meanwhile, and are for the next call." in capsys.readouterr().out
+    store.refresh()
+    assert store.scored("teacher").tolist() == [True] * len(rollouts) + [scored]
+    assert main(score) == 0
+    store.refresh()
+    assert (store.scored("teacher").all(), store.quarantined("teacher")) == (True, {})
 
 
 def test_what_is_stated_of_a_model_is_recorded_by_transformers_too(tmp_path):

@@ -100,7 +100,7 @@ def add_score(parser: ArgumentParser) -> None:
         "lopd score run.zarr --teacher teacher-folder --engine http://gpu1:8000 --engine http://gpu2:8000",
         "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine https://host --speaks openai --revision COMMIT --dtype bfloat16",
         "",
-        "The same command again goes on.  Exit code 1 if rollouts of the column are in quarantine.",
+        "The same command again goes on, also with what came meanwhile.  Exit code 1 if rollouts of the column are in quarantine.",
     )
 
 
@@ -158,16 +158,18 @@ def _sample(options: Namespace) -> int:
 
 
 def _score(options: Namespace) -> int:
-    from lopd.protocols.reading import named
+    from lopd.protocols.reading import chosen, named
 
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
-    model = model_of(options).fitted(int(store.lengths().sum(axis=1).max(initial=0)))
+    rows = chosen(store, None)  # while a model is loaded others may sample longer ones, for which vLLM has no room then
+    model = model_of(options).fitted(int(store.lengths().sum(axis=1).max()))
     with running(model.scorer(options.top_k, options.candidates, options.drawn)) as scorer:
         report = lopd.score_rollouts(
             store,
             scorer,
             column=options.column,
+            rows=rows,
             rollouts_per_batch=options.rollouts_per_batch,
             retry_quarantined=options.retry_quarantined,
             progress=bar,
@@ -181,6 +183,8 @@ def _score(options: Namespace) -> int:
             f"{named(store)}: {report.rollouts:,} rollouts scored, {scored:,} of {len(store):,} are in {options.column!r}, {quarantined:,} in "
             f"quarantine; {report.floored:,} log-probs were -inf."
         )
+        if came := len(store) - len(rows):
+            say(f"{came:,} rollouts came meanwhile, and are for the next call.")
         if costs is not None:
             say(str(costs))
     return PROBLEMS if quarantined else FINE
