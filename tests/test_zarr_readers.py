@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from test_zarr_upkeep import grown
+from numpy.typing import NDArray
+from test_zarr_upkeep import go_on, grown
 from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
+from lopd.backends.zarr.state import State
 from lopd.backends.zarr.store import ZarrStore
 from lopd.testing import tiny_manifest
 
@@ -41,3 +43,18 @@ def test_attributes_of_others_and_consolidated_metadata_are_no_damage(filled: Za
     assert list(again.verify()) == []
     again.append(many(9, 1))
     np.testing.assert_array_equal(ZarrStore.open(place(filled)).find(["r9"]), [4])
+
+
+def test_a_read_stands_at_one_state_where_the_store_is_refreshed_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, places = grown(tmp_path / "run", 15), State.places
+    reader = ZarrStore.open(place(store))
+    go_on(store, 15, 1)  # merges them
+
+    def refreshed(state: State, column: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        found = places(state, column, rows)
+        reader.refresh()  # as the thread that trains may, while another reads ahead
+        return found
+
+    monkeypatch.setattr(State, "places", refreshed)
+    assert [row.scores["teacher"][0] for row in reader.read(range(15), ("teacher",))] == [-i for i in range(15)]
+    assert len(reader) == 16

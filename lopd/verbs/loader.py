@@ -40,6 +40,8 @@ class StepStream(Glanced):
 
     `steps[:150]` ends before step 150, and `steps[60:]` goes on with step 60: step k is the same wherever the run began.
     It trains on the `rows` that were there when it was made, also if the store grows; `positions` of each are what it takes of a micro-batch.
+    A store is for one thread at a time, and on a GPU a thread reads ahead: what else reads, writes or refreshes while steps run is for another
+    handle of the store.
     """
 
     lineage: Lineage

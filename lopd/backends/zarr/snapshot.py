@@ -7,6 +7,7 @@ looks up where its rows are now: rows keep their numbers, and what they hold nev
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import TypeVar, final
 
@@ -70,7 +71,8 @@ class Snapshot:
     def _now(self, work: Callable[[State], T]) -> T:
         """Return what this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
         while True:
-            now = max(self._state, self._later, key=lambda state: state.commits)
+            # a copy: a thread may refresh the store meanwhile, which replaces attributes of its state as a whole
+            now = copy(max(self._state, self._later, key=lambda state: state.commits))
             try:
                 return work(now)
             except SegmentGoneError as error:
@@ -160,7 +162,7 @@ class Snapshot:
             return Rows.of(())
         places = {name: state.places(name, rows) for name in columns}
         for name, found in places.items():
-            missing = found < 0 if state is self._state else (found < 0) | ~self.scored_rows(name, rows)
+            missing = found < 0 if state.commits <= self._state.commits else (found < 0) | ~self.scored_rows(name, rows)
             if missing.any():
                 raise admission.missing_scores(self._owner, self._name(int(rows[int(np.argmax(missing))])), name)
         scored = {name: state.grouped_scores(name, found) for name, found in places.items()}
