@@ -1,6 +1,7 @@
 """Opening a `ZarrStore`: places, manifests, many commits, and records that do not fit."""
 
 import errno
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -210,18 +211,22 @@ def test_a_record_that_a_listing_has_overlooked_is_not_missing(filled: ZarrStore
 
 def test_a_record_that_a_file_server_was_asked_for_too_early_is_not_missing(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client of NFS that has looked in vain answers so for up to a minute, until the folder is opened."""
-    read, names, unseen = LocalFiles.read, LocalFiles.names, {f"commits/{number:010d}.json" for number in (1, 2)}
+    reader, real, commits, unseen = ZarrStore.open(place(filled)), os.open, place(filled) / "commits", set[Path]()
 
-    def seen(self: LocalFiles, path: str) -> bytes:
-        return read(self, f"{path}.unseen" if path in unseen else path)
+    def opened(path: str | Path, flags: int) -> int:
+        if Path(path) in unseen:
+            raise FileNotFoundError(errno.ENOENT, "it was not there", path)
+        if path == commits:
+            unseen.clear()
+        return real(path, flags)
 
-    def listed(self: LocalFiles, folder: str) -> list[str]:
-        unseen.difference_update([f"{folder}/{name}" for name in names(self, folder)])
-        return names(self, folder)
-
-    monkeypatch.setattr(LocalFiles, "read", seen)
-    monkeypatch.setattr(LocalFiles, "names", listed)
-    assert len(ZarrStore.open(place(filled))) == 4
+    filled.append(many(9, 1))
+    monkeypatch.setattr(os, "open", opened)
+    unseen.add(commits / "0000000003.json")
+    reader.refresh()
+    assert len(reader) == 5
+    unseen.update(commits / f"{number:010d}.json" for number in (1, 2))
+    assert len(ZarrStore.open(place(filled))) == 5
     assert not unseen
 
 

@@ -80,7 +80,13 @@ class LocalFiles:
 
     def read(self, path: str, /) -> bytes:
         """Return a whole file."""
-        file = _Open(self.root / path)
+        whole = self.root / path
+        try:
+            file = _Open(whole)
+        except FileNotFoundError:
+            # a client of NFS that looked before it was there takes it for missing for up to a minute, until the folder is opened
+            os.close(os.open(whole.parent, os.O_RDONLY))
+            file = _Open(whole)
         return file.read([0], [file.size])[0]
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:

@@ -121,7 +121,7 @@ class CommitLog:
         with reading(self._owner, "reading its commit log"):
             paths = [_path(COMMITS, number) for number in range(start, self._end(start) if stop is None else stop)]
             try:
-                found = self._files.run([partial(self._read_again, path) for path in paths])
+                found = self._files.run([partial(self._files.read, path) for path in paths])
             except FileNotFoundError as error:
                 raise self._missing(f"{len(paths)} from {paths[0]} on ({error})") from error
         for number, data in enumerate(found, start):
@@ -132,13 +132,6 @@ class CommitLog:
         while stop is None and (later := self.next(number, previous)) is not None:
             number, previous = number + 1, later.checksum
             yield later
-
-    def _read_again(self, path: str) -> bytes:
-        """Return a record that is there: a client of NFS may remember for a minute that it was not, until its folder is listed."""
-        with suppress(FileNotFoundError):
-            return self._files.read(path)
-        self._files.names(COMMITS)
-        return self._files.read(path)
 
     def _end(self, start: int) -> int:
         """Return one more than the last number: as the head has it, if that is near, else as a listing does."""
