@@ -11,6 +11,8 @@ from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, fo
 from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.local import LocalScorer, LocalSource
+from lopd.engines.server import Servers
+from lopd.engines.vllm import VLLMSettings
 from lopd.errors import ArgumentError, EngineError, InvalidRecordError, RefusedPromptsWarning
 
 
@@ -103,6 +105,14 @@ def test_an_engine_is_not_what_makes_one():
     for wrong in ("student", KEPT):
         with pytest.raises(ArgumentError, match=r"LocalScorer: make is .*, expected a function without arguments that returns an engine"):
             LocalScorer(wrong)
+
+
+def test_what_may_be_a_secret_is_not_shown():
+    make, environments = partial(Servers, "http://host", "model", api_key="hidden"), [{"HF_TOKEN": "hidden"}]
+    for shown in (kind(make, workers=1, environments=environments) for kind in (LocalSource, LocalScorer)):
+        assert "make=Servers, workers=1" in repr(shown)
+        assert "hidden" not in repr(shown)
+    assert "hidden" not in repr(VLLMSettings(options={"hf_token": "hidden"}))
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -159,6 +160,18 @@ def test_a_cluster_that_has_not_what_is_asked_for_is_not_waited_for_forever(fold
         pytest.raises(EngineError, match=r"RayScorer: a worker did not start within 1 s.*the cluster has .*CPU"),
     ):
         scorer.provenance  # noqa: B018
+
+
+def test_what_may_be_a_secret_is_not_shown():
+    make = partial(HFScorer.from_folder, "hidden")
+    options = {"num_cpus": 1, "runtime_env": {"env_vars": {"KEY": ["hidden"]}}}
+    scorer = RayScorer(make, workers=1, options=options)
+    with pytest.raises(InvalidRecordError, match=r"Ray refuses options \['num_cpus', 'runtime_env'\] \(TypeError\); pass those") as caught:
+        scorer.provenance  # noqa: B018
+    assert "hidden" not in "".join([*traceback.format_exception(caught.value), repr(scorer), repr(RaySource(make, options=options))])
+    assert "make=from_folder" in repr(scorer)
+    with pytest.raises(InvalidRecordError, match=r"options \['num_gpu'\] \(ValueError: Invalid option keyword num_gpu for actors"):
+        RayScorer(make, options={"num_gpu": "hidden"}).provenance  # noqa: B018
 
 
 def test_what_workers_cannot_import_is_named(folders):

@@ -19,7 +19,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.workers import Down, Request
 from lopd.errors import ArgumentError, EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records.checks import a_kind, check_number, own_numbers
+from lopd.records.checks import a_kind, check_number, name_of, own_numbers
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
 
@@ -169,7 +169,7 @@ class Hosted(ABC, Generic[Engine]):
     _method: ClassVar[str]
     _item: ClassVar[str]
 
-    make: Callable[[], Engine]
+    make: Callable[[], Engine] = field(repr=name_of)  # what it passes may be a key
     workers: int = 2
     attempts: int = field(default=3, kw_only=True)
     patience_s: float = field(default=1800.0, kw_only=True)

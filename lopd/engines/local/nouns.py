@@ -22,7 +22,7 @@ from time import monotonic
 from traceback import format_exc
 from typing import Any, final
 
-from attrs import define
+from attrs import define, field
 
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
 from lopd.errors import EngineError
@@ -35,7 +35,7 @@ _CHILD = "import sys; from lopd.engines.local.nouns import serve; serve(int(sys.
 
 @define(eq=False, slots=False)
 class _Local(Hosted[Engine]):
-    environments: Sequence[Mapping[str, str]] = ()
+    environments: Sequence[Mapping[str, str]] = field(default=(), repr=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()

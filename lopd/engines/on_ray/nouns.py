@@ -18,13 +18,14 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
+from lopd.records.paths import asked
 
 _DEATHS = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 @define(eq=False, slots=False)
 class _OnRay(Hosted[Engine]):
-    options: Mapping[str, Any] = field(factory=dict)
+    options: Mapping[str, Any] = field(factory=dict, repr=False)
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
@@ -81,9 +82,13 @@ class _Actor:
             ray.init()
         self._make, self._actor = make, None
         try:
-            self._new: Any = ray.remote(Host).options(**options, max_restarts=0, max_task_retries=0)
-        except (TypeError, ValueError) as error:
-            raise InvalidRecordError(f"Ray workers: Ray refuses options {dict(options)} ({error}); pass those of an actor.") from error
+            self._new: Any = asked(
+                "",
+                lambda: ray.remote(Host).options(**options, max_restarts=0, max_task_retries=0),
+                secret="runtime_env" in options,  # Ray repeats its variables
+            )
+        except OSError as error:
+            raise InvalidRecordError(f"Ray workers: Ray refuses options {sorted(options)} ({error}); pass those of an actor.") from error
 
     def start(self, identity: str, patience_s: float) -> Any:
         if not ray.is_initialized():  # Ray would start another cluster, on this machine alone

@@ -64,7 +64,7 @@ class VLLMSettings:
     float32_head: bool = True
     restarts: int = 2
     least_tokens_per_batch: int = 256
-    options: Mapping[str, Any] = field(factory=dict)
+    options: Mapping[str, Any] = field(factory=dict, repr=False)  # one is hf_token
 
     def __attrs_post_init__(self) -> None:
         owner = "VLLMSettings"
