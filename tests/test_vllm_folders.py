@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
+from attrs import evolve
 from conftest import TOKENIZER_ID, build_tokenizer
 from engine_models import save_model
 from odd_models import LONGROPE, odd_model
@@ -55,6 +56,55 @@ def test_a_context_up_to_the_border_is_taken(fake, long_rope):
     assert len(VLLMSource.from_folder(long_rope, SamplingParams(), settings).sample([Prompt("p", [5])])) == 1
     assert len(VLLMScorer.from_folder(long_rope, settings).score([Rollout("r", [5], [6], [True], "length")])) == 1
     assert [started["max_model_len"] for started in fake.started] == [BORDER, BORDER]
+
+
+@pytest.fixture(params=["source", "scorer"])
+def running(request, fake, rollouts, tmp_path):
+    """Return a folder, what runs its model, and functions that ask it for its identity and for numbers."""
+    folder = save_model(tmp_path / "best", "llama_tied")
+    if request.param == "scorer":
+        return folder, VLLMScorer.from_folder(folder), lambda scorer: scorer.provenance.model, lambda scorer: scorer.score(rollouts)
+    source = VLLMSource.from_folder(folder, SamplingParams(temperature=0.5))
+    return folder, source, lambda source: source.manifest.policy, lambda source: source.sample([Prompt("p", [5])])
+
+
+REPLACED = r"VLLMS\w+: the model in .*best was replaced after it was identified, expected best@.*; make a new one"
+
+
+def test_an_engine_that_was_closed_does_not_start_again_on_another_model(running, fake):
+    folder, engine, _, ask = running
+    ask(engine)
+    engine.close()
+    save_model(folder, "llama_tied")
+    ask(engine)  # the same once more
+    save_model(folder, "llama_tied", seed=1)
+    ask(engine)  # it has not loaded that
+    assert len(fake.started) == 2
+    engine.close()
+    with pytest.raises(EngineError, match=REPLACED):
+        ask(engine)
+    assert len(fake.started) == 2
+
+
+def test_an_engine_that_dies_and_starts_again_on_another_model_gives_nothing(running, fake, monkeypatch):
+    folder, engine, _, ask = running
+    monkeypatch.setattr(fake, "shutdown", lambda: save_model(folder, "llama_tied", seed=1))
+    fake.faults = [RuntimeError("died")]
+    with pytest.raises(EngineError, match=REPLACED):
+        ask(engine)
+
+
+def test_a_round_after_an_export_is_of_what_was_exported_though_an_engine_of_before_runs(running, fake):
+    folder, engine, identity, ask = running
+    before = identity(engine)
+    ask(engine)
+    save_model(folder, "llama_tied", seed=1)
+    later = evolve(engine)
+    assert identity(later) != before
+    ask(later)
+    assert (len(fake.started), fake.stopped) == (2, 1)
+    with pytest.raises(EngineError, match=REPLACED):
+        ask(engine)
 
 
 @pytest.fixture

@@ -301,7 +301,7 @@ def test_a_gpu_may_read_a_prompt_in_parts_while_sampling(fake, folder, monkeypat
 
 def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, folder, rollouts):
     options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}, "kv_cache_dtype": "fp8"}
-    scorer_of(folder, options=options).score(rollouts)
+    VLLMScorer.from_folder(folder, VLLMSettings(options=options), identity=ModelId("model", "1", "float32")).score(rollouts)
     assert fake.started[0]["quantization"] == "fp8"
     assert fake.started[0]["max_num_seqs"] == 7
     assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}

@@ -152,6 +152,17 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
     return ModelId(_folder_name(folder), revision, _name_of(dtype))
 
 
+def folder_version(folder: Path) -> int:
+    """Return a number that changes when a model in its folder is replaced; values are not read.
+
+    Raises:
+        EngineError: there is no such folder.
+    """
+    with looking_for(folder):
+        files = sorted(file for file in folder.iterdir() if file.name == "config.json" or "safetensors" in file.name)
+        return hash(tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
 def folder_dtype(folder: str | Path) -> torch.dtype:
     """Return the dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights.
 

@@ -16,7 +16,7 @@ from attrs import define, field
 from lopd.engines.asked import FIRST, IDS
 from lopd.engines.causal_lm import stated_rope_borders
 from lopd.engines.finding import described, described_text
-from lopd.engines.identity import folder_dtype
+from lopd.engines.identity import folder_dtype, folder_version
 from lopd.engines.vllm.liveness import ran_out_of_memory, told_of_death, was_refused, words_of
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
@@ -70,6 +70,7 @@ class VLLMEngine:
     tokens_per_batch: int = field(init=False)
     starts: int = field(init=False, default=0)
     _llm: Any = field(init=False, default=None, repr=False)
+    _loaded: int = field(init=False, default=0, repr=False)
     _asks_worker: bool | None = field(init=False, default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -106,6 +107,11 @@ class VLLMEngine:
                     "transformers for longer texts."
                 )
         return int(length)
+
+    @property
+    def version(self) -> int:
+        """The version of its folder (`folder_version`) that it has loaded, or would load now."""
+        return folder_version(self.folder) if self._llm is None else self._loaded
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
@@ -206,7 +212,7 @@ class VLLMEngine:
 
     def _start(self, vllm: ModuleType) -> Any:
         self.starts += 1
-        self._asks_worker = None
+        self._asks_worker, self._loaded = None, folder_version(self.folder)
         # kept before it is looked at, so that one which is refused is stopped
         self._llm = llm = vllm.LLM(**self.arguments())
         config = llm.llm_engine.vllm_config

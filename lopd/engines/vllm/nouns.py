@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 from lopd.engines.asked import check_drawn, widest
 from lopd.engines.causal_lm import cut_to_rows
 from lopd.engines.finding import check_described, check_whole, configured_eos, described_text, load_tokenizer, local_folder
-from lopd.engines.identity import folder_model_id
+from lopd.engines.identity import Identified
 from lopd.engines.inputs import (
     SEED_BITS,
     check_prompts,
@@ -30,9 +30,10 @@ from lopd.engines.inputs import (
 )
 from lopd.engines.supports import entries, look_up, make_support, provenance_of
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
+from lopd.engines.vllm.folders import as_identified, identify
 from lopd.engines.vllm.reading import read_scores
 from lopd.engines.vllm.settings import VLLMSettings
-from lopd.errors import ContextOverflowError, EngineError, ModelError
+from lopd.errors import ContextOverflowError, EngineError
 from lopd.records.checks import check_kind, check_number, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
@@ -40,8 +41,6 @@ from lopd.records.manifest import Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01
-# Options of vLLM that change what the weights in a folder compute.
-_CHANGING = {"hf_overrides", "hf_config_path", "kv_cache_dtype", "quantization", "rope_scaling", "rope_theta"}
 
 
 @final
@@ -60,7 +59,7 @@ class VLLMSource:
         tokenizer: the model's own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: the model's identity; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first asked for.
+        identity: the model's identity; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first needed.
         generation: round of sampling.
 
     Raises:
@@ -102,13 +101,13 @@ class VLLMSource:
         return cut_to_rows(self.tokenizer, self.engine.vocab_size)
 
     @cached_property
-    def _identified(self) -> ModelId:
-        return self.identity or _folder_identity(self.engine)
+    def _identified(self) -> Identified:
+        return identify(self.engine, self.identity)
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of a store of these rollouts; the policy is identified once."""
-        return Manifest(self.tokenizer_id, self._identified, self.sampling, self.lineage.sft_teacher, self.generation)
+        return Manifest(self.tokenizer_id, self._identified.identity, self.sampling, self.lineage.sft_teacher, self.generation)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -116,16 +115,21 @@ class VLLMSource:
         return stop_ids(self.sampling, configured_eos(self.engine.folder), self.tokenizer_id)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """Return `samples_per_prompt` rollouts for each prompt, in their order."""
+        """Return `samples_per_prompt` rollouts for each prompt, in their order.
+
+        Raises:
+            EngineError: its folder holds another model than when it was identified, or vLLM failed; see `VLLMEngine.generate`.
+        """
         check_prompts(prompts, self._known, self._context)
         rows = [(p, rollout_id(p.prompt_id, s, self.generation)) for p in prompts for s in range(self.sampling.samples_per_prompt)]
         if not rows:
             return []
-        outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
-        rollouts = [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
-        if self._reads_again:
-            scores = read_scores(self.engine, rollouts, self.sampling.candidates)
-            rollouts = [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
+        with as_identified("VLLMSource", self.engine, self._identified):
+            outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
+            rollouts = [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
+            if self._reads_again:
+                scores = read_scores(self.engine, rollouts, self.sampling.candidates)
+                rollouts = [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
         return rollouts
 
     @property
@@ -242,17 +246,22 @@ class VLLMScorer:
         return cut_to_rows(self.tokenizer, self.engine.vocab_size)
 
     @cached_property
-    def _identified(self) -> ModelId:
-        return self.identity or _folder_identity(self.engine)
+    def _identified(self) -> Identified:
+        return identify(self.engine, self.identity)
 
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
         engine = f"vllm {import_vllm().__version__}"
-        return provenance_of(self._identified, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
+        model = self._identified.identity
+        return provenance_of(model, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
+
+        Raises:
+            EngineError: its folder holds another model than when it was identified, or vLLM failed; see `VLLMEngine.generate`.
+        """
         check_rollouts(rollouts, self._known, self.engine.context, self.candidates, self.drawn)
         for rollout in rollouts:
             if len(rollout) == self.engine.context:
@@ -262,7 +271,8 @@ class VLLMScorer:
                 )
         if not rollouts:
             return []
-        return read_scores(self.engine, rollouts, self.top_k, self.candidates, self.drawn)
+        with as_identified("VLLMScorer", self.engine, self._identified):
+            return read_scores(self.engine, rollouts, self.top_k, self.candidates, self.drawn)
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
@@ -288,13 +298,3 @@ def _check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int
     if engine.vocab_size != known.vocab_size:
         wanted = f"expected {known.vocab_size}, as the tokenizer has them; make it with `vocab_size={known.vocab_size}`."
         raise EngineError(f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, {wanted}")
-
-
-def _folder_identity(engine: VLLMEngine) -> ModelId:
-    options = engine.settings.options
-    for name in sorted(name for name in options.keys() & _CHANGING if options[name] not in (None, "auto")):
-        raise ModelError(
-            f"Model {engine.folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its "
-            "own."
-        )
-    return folder_model_id(engine.folder, engine.settings.dtype)

@@ -1,0 +1,79 @@
+"""Which model a vLLM runs: that of its folder, whose files may be replaced while it runs, or before a restart."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lopd.engines.finding import looking_for
+from lopd.engines.identity import Identified, folder_model_id, folder_version
+from lopd.engines.stored import plain_config
+from lopd.engines.vllm.engine import VLLMEngine
+from lopd.engines.vllm.settings import VLLMSettings
+from lopd.errors import EngineError, ModelError
+from lopd.records.identity import ModelId
+
+# Options of vLLM that change what the weights in a folder compute.
+_CHANGING = {"hf_overrides", "hf_config_path", "kv_cache_dtype", "quantization", "rope_scaling", "rope_theta"}
+
+
+def check_plain(folder: Path, settings: VLLMSettings) -> None:
+    """Refuse a model whose identity has to be stated; its weights need not be there.
+
+    Raises:
+        EngineError: its configuration cannot be read.
+        ModelError: an option changes what it computes, or its weights are quantised.
+    """
+    options = settings.options
+    for name in sorted(name for name in options.keys() & _CHANGING if options[name] not in (None, "auto")):
+        raise ModelError(
+            f"Model {folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its own."
+        )
+    with looking_for(folder):
+        plain_config(folder)
+
+
+def identify(engine: VLLMEngine, identity: ModelId | None) -> Identified:
+    """Return the identity that was stated, or that of the folder with its version, for `as_identified`.
+
+    Raises:
+        EngineError: a file is damaged.
+        ModelError: see `check_plain` and `folder_model_id`.
+    """
+    if identity is not None:
+        return Identified(identity, None)
+    check_plain(engine.folder, engine.settings)
+    version = folder_version(engine.folder)  # first: what is written meanwhile has another
+    return Identified(folder_model_id(engine.folder, engine.settings.dtype), version)
+
+
+@contextmanager
+def as_identified(owner: str, engine: VLLMEngine, identified: Identified) -> Iterator[None]:
+    """Refuse to run another model than was identified, here and after what is done within: an engine that dies there is started again.
+
+    An engine that has loaded what its folder held at another time is closed; where the files were replaced, the identity is taken again.
+
+    Args:
+        owner: how messages name who computes.
+        engine: that computes.
+        identified: what it was; its version is brought up to date.
+
+    Raises:
+        EngineError: the folder holds another model.
+    """
+    _check(owner, engine, identified)
+    yield
+    _check(owner, engine, identified)
+
+
+def _check(owner: str, engine: VLLMEngine, identified: Identified) -> None:
+    if identified.version is None or engine.version == identified.version:
+        return
+    engine.close()
+    if engine.version == identified.version:
+        return
+    found = identify(engine, None)
+    if found.identity != identified.identity:
+        raise EngineError(
+            f"{owner}: the model in {engine.folder} was replaced after it was identified, expected {identified.identity}; make a new one."
+        )
+    identified.version = found.version
