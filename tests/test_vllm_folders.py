@@ -12,6 +12,7 @@ from attrs import evolve
 from conftest import TOKENIZER_ID, build_tokenizer
 from engine_models import save_model
 from odd_models import LONGROPE, odd_model
+from test_identity import fetched  # noqa: F401
 from test_vllm_life import fake  # noqa: F401
 
 from lopd import CausalLMStudent, Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, ZarrStore, import_text, score_rollouts
@@ -110,7 +111,7 @@ def test_a_round_after_an_export_is_of_what_was_exported_though_an_engine_of_bef
 @pytest.fixture
 def opened(monkeypatch):
     """Return a function that opens a folder in both ways, where loading anything fails."""
-    monkeypatch.setattr("lopd.engines.vllm.nouns.load_tokenizer", lambda _: pytest.fail("something was loaded"))
+    monkeypatch.setattr("lopd.engines.vllm.folders.load_tokenizer", lambda _: pytest.fail("something was loaded"))
     return lambda folder: (lambda: VLLMSource.from_folder(folder, SamplingParams()), lambda: VLLMScorer.from_folder(folder))
 
 
@@ -204,6 +205,20 @@ def test_rollouts_that_come_while_vllm_is_loaded_are_for_the_next_call(scored, f
     assert main(score) == 0
     store.refresh()
     assert (store.scored("teacher").all(), store.quarantined("teacher")) == (True, {})
+
+
+def test_a_model_whose_identity_has_to_be_stated_is_refused_before_its_weights_are_downloaded(fetched, tmp_path):
+    folder = save_model(tmp_path / "tiny", "llama_tied")
+    asked, quantised = fetched(["config.json", "model.safetensors"], folder), VLLMSettings(options={"quantization": "fp8"})
+    with pytest.raises(ModelError, match=r"vLLM's option 'quantization' makes a model that its folder does not have; pass `identity=`"):
+        VLLMSource.from_folder("someone/tiny", SamplingParams(), quantised)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(ModelError, match=r"its weights are quantised.*as `identity=` to a source or scorer"):
+        VLLMScorer.from_folder("someone/tiny-AWQ")
+    assert set(asked) == {"config.json"}
+    VLLMScorer.from_folder("someone/tiny-AWQ", identity=ModelId("tiny-AWQ", "abc", "float16"))
+    assert "model.safetensors" in asked
 
 
 def test_what_is_stated_of_a_model_is_recorded_by_transformers_too(tmp_path):

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lopd.engines.finding import looking_for
+from lopd.engines.causal_lm import cut_to_rows
+from lopd.engines.finding import check_described, check_whole, described_text, load_tokenizer, local_folder, looking_for
 from lopd.engines.identity import Identified, folder_model_id, folder_version
 from lopd.engines.stored import plain_config
 from lopd.engines.vllm.engine import VLLMEngine
@@ -16,20 +18,24 @@ from lopd.records.identity import ModelId
 _CHANGING = {"hf_overrides", "hf_config_path", "kv_cache_dtype", "quantization", "rope_scaling", "rope_theta"}
 
 
-def check_plain(folder: Path, settings: VLLMSettings) -> None:
-    """Refuse a model whose identity has to be stated; its weights need not be there.
+def open_folder(
+    folder: str | Path, settings: VLLMSettings | None, identity: ModelId | None, *, scoring: bool = False, top_k: int = 0
+) -> tuple[VLLMEngine, Any]:
+    """Return an engine on a model folder or hub name, and the tokenizer; what cannot be run or identified is refused before weights are downloaded.
 
     Raises:
-        EngineError: its configuration cannot be read.
-        ModelError: an option changes what it computes, or its weights are quantised.
+        EngineError: there is no such model, or it cannot be read.
+        ModelError: it has adapters, its identity has to be stated, or see `VLLMEngine.context`.
     """
-    options = settings.options
-    for name in sorted(name for name in options.keys() & _CHANGING if options[name] not in (None, "auto")):
-        raise ModelError(
-            f"Model {folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its own."
-        )
-    with looking_for(folder):
-        plain_config(folder)
+    beside, settings = local_folder(folder, weights=False), settings or VLLMSettings()
+    check_described(beside)
+    check_whole(beside)
+    if identity is None:
+        _check_plain(beside, settings)
+    path = local_folder(folder)
+    tokenizer = load_tokenizer(path)
+    known = cut_to_rows(tokenizer, getattr(described_text(path), "vocab_size", None))
+    return VLLMEngine(path, known.vocab_size, settings, scoring=scoring, top_k=top_k), tokenizer
 
 
 def identify(engine: VLLMEngine, identity: ModelId | None) -> Identified:
@@ -37,11 +43,11 @@ def identify(engine: VLLMEngine, identity: ModelId | None) -> Identified:
 
     Raises:
         EngineError: a file is damaged.
-        ModelError: see `check_plain` and `folder_model_id`.
+        ModelError: it has to be stated, or see `folder_model_id`.
     """
     if identity is not None:
         return Identified(identity, None)
-    check_plain(engine.folder, engine.settings)
+    _check_plain(engine.folder, engine.settings)
     version = folder_version(engine.folder)  # first: what is written meanwhile has another
     return Identified(folder_model_id(engine.folder, engine.settings.dtype), version)
 
@@ -77,3 +83,19 @@ def _check(owner: str, engine: VLLMEngine, identified: Identified) -> None:
             f"{owner}: the model in {engine.folder} was replaced after it was identified, expected {identified.identity}; make a new one."
         )
     identified.version = found.version
+
+
+def _check_plain(folder: Path, settings: VLLMSettings) -> None:
+    """Refuse a model whose identity has to be stated; its weights need not be there.
+
+    Raises:
+        EngineError: its configuration cannot be read.
+        ModelError: an option changes what it computes, or its weights are quantised.
+    """
+    options = settings.options
+    for name in sorted(name for name in options.keys() & _CHANGING if options[name] not in (None, "auto")):
+        raise ModelError(
+            f"Model {folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its own."
+        )
+    with looking_for(folder):
+        plain_config(folder)

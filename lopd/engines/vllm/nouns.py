@@ -1,8 +1,8 @@
 """vLLM in this process as a RolloutSource and as a TeacherScorer: token ids in, token ids and log-probs out, never text.
 
 Log-probs are those of the model itself: log-softmax of the logits at temperature 1, uncut, over the ids of the tokenizer.  Where a source draws
-from another distribution, the log-probs in that one are recorded too.  Two computers of
-log-probs never agree to the last bit; how far vLLM is from transformers on a model is measured, not assumed (`benchmarks/bench_engines.py`).
+from another distribution, the log-probs in that one are recorded too.  Two computers of log-probs never agree to the last bit; how far vLLM is from
+transformers on a model is measured, not assumed (`benchmarks/bench_engines.py`).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
 from lopd.engines.causal_lm import cut_to_rows
-from lopd.engines.finding import check_described, check_whole, configured_eos, described_text, load_tokenizer, local_folder
+from lopd.engines.finding import configured_eos
 from lopd.engines.identity import Identified
 from lopd.engines.inputs import (
     SEED_BITS,
@@ -30,7 +30,7 @@ from lopd.engines.inputs import (
 )
 from lopd.engines.supports import entries, look_up, make_support, provenance_of
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
-from lopd.engines.vllm.folders import as_identified, identify
+from lopd.engines.vllm.folders import as_identified, identify, open_folder
 from lopd.engines.vllm.reading import read_scores
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError
@@ -78,8 +78,13 @@ class VLLMSource:
     def from_folder(
         cls, folder: str | Path, sampling: SamplingParams, settings: VLLMSettings | None = None, *, identity: ModelId | None = None
     ) -> "VLLMSource":
-        """Return a source on a model folder or hub name, with the SFT teacher that is recorded there."""
-        engine, tokenizer = _open(folder, settings, top_k=sampling.candidates)
+        """Return a source on a model folder or hub name, with the SFT teacher that is recorded there.
+
+        Raises:
+            EngineError: there is no such model, or it cannot be read.
+            ModelError: it has adapters, its identity has to be stated, or see `VLLMEngine.context`.
+        """
+        engine, tokenizer = open_folder(folder, settings, identity, top_k=sampling.candidates)
         return cls(engine, tokenizer, sampling, Lineage.read(engine.folder), identity)
 
     def __attrs_post_init__(self) -> None:
@@ -227,8 +232,13 @@ class VLLMScorer:
         candidates: int = 0,
         drawn: int = 0,
     ) -> "VLLMScorer":
-        """Return a scorer on a model folder or hub name."""
-        engine, tokenizer = _open(folder, settings, scoring=True, top_k=widest(top_k, candidates, drawn))
+        """Return a scorer on a model folder or hub name.
+
+        Raises:
+            EngineError: there is no such model, or it cannot be read.
+            ModelError: it has adapters, its identity has to be stated, or see `VLLMEngine.context`.
+        """
+        engine, tokenizer = open_folder(folder, settings, identity, scoring=True, top_k=widest(top_k, candidates, drawn))
         return cls(engine, tokenizer, identity, top_k, candidates, drawn)
 
     def __attrs_post_init__(self) -> None:
@@ -252,9 +262,8 @@ class VLLMScorer:
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
-        engine = f"vllm {import_vllm().__version__}"
-        model = self._identified.identity
-        return provenance_of(model, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
+        whose = self._identified.identity, self.tokenizer_id, f"vllm {import_vllm().__version__}"
+        return provenance_of(*whose, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
@@ -277,15 +286,6 @@ class VLLMScorer:
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
         self.engine.close()
-
-
-def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
-    path = local_folder(folder)
-    check_described(path)
-    check_whole(path)
-    tokenizer = load_tokenizer(path)
-    known = cut_to_rows(tokenizer, getattr(described_text(path), "vocab_size", None))
-    return VLLMEngine(path, known.vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
 
 def _check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int, *, scoring: bool) -> None:
