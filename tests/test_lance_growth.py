@@ -12,6 +12,7 @@ from lance_stores import filled, reopened, table_of  # noqa: F401
 from lancedb.index import BTree
 from zarr_stores import _quick_disk, many, place, rows_of  # noqa: F401
 
+from lopd.backends import id_index
 from lopd.backends.growing import Growing
 from lopd.backends.lance import tiers
 from lopd.backends.lance.store import LanceStore
@@ -276,3 +277,40 @@ def test_an_array_that_grows_is_what_a_concatenation_is() -> None:
         np.testing.assert_array_equal(growing.view(), np.concatenate(parts))
         np.testing.assert_array_equal(before, kept)
     assert len(growing) == 109
+
+
+def interrupted(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_look_for_rollouts_forgets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    store.append([tiny_rollout("r0", [5])])
+    store.find(["r0"])
+    store.append([tiny_rollout("r1", [6])])
+    with monkeypatch.context() as patch:
+        patch.setattr(id_index.np, "argsort", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.find(["r0"])
+    assert store.find(["r0", "r1"]).tolist() == [0, 1]
+    # an interrupt after that, before they are counted, adds the same rows again
+    store._snapshot._indexed = 0
+    assert store.find(["r0", "r1", "r2"]).tolist() == [0, 1, -1]
+    store.append([tiny_rollout("r0", [5])])
+    assert len(store) == 2
+
+
+def test_after_an_interrupted_refresh_a_store_reads_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    writer.append([tiny_rollout("r0", [5])])
+    store = reopened(writer)
+    assert rows_of(store) == ["r0"]
+    writer.append([tiny_rollout("r1", [6])])
+    assert store._snapshot.rollouts is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store._snapshot.rollouts.table._handle), "schema", property(interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            store.refresh()
+    assert rows_of(store) == ["r0"]
+    store.refresh()
+    assert rows_of(store) == ["r0", "r1"]

@@ -48,12 +48,13 @@ class IdIndex:
 
     def add(self, id_hashes: NDArray[np.void], first_row: int) -> None:
         """Add the (n,) hashes of the ids of n more rows."""
-        block = _halves(id_hashes), np.arange(first_row, first_row + len(id_hashes))
-        while self._blocks and len(self._blocks[-1][1]) <= len(block[1]):
-            older = self._blocks.pop()
+        blocks, block = [*self._blocks], (_halves(id_hashes), np.arange(first_row, first_row + len(id_hashes)))
+        while blocks and len(blocks[-1][1]) <= len(block[1]):
+            older = blocks.pop()
             block = np.concatenate([older[0], block[0]]), np.concatenate([older[1], block[1]])
         order = np.argsort(block[0][:, 0], kind="stable")
-        self._blocks.append((block[0][order], block[1][order]))
+        # all at once: what an interrupt took out on the way would not be added again
+        self._blocks = [*blocks, (block[0][order], block[1][order])]
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): the row of each id, -1 where it is not known."""

@@ -148,12 +148,14 @@ class LanceTable:
 
     def _load(self, seen: tuple[int, int] | None = None) -> None:
         there = int(self._handle.count_rows())
-        self.version, self.rows = seen or (int(self._handle.version), there)
-        if there < self.rows:
-            raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {self.rows}; restore it from a backup.")
+        version, rows = seen or (int(self._handle.version), there)
+        if there < rows:
+            raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
         if self._view is not None and self._view.version != self._handle.version:
             self._view = None
+        # last: after an interrupt, what is read of later rows is not to come from the columns or the view of before
+        self.version, self.rows = version, rows
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
