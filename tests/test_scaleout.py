@@ -17,11 +17,11 @@ from conftest import CONTEXT, TOKENIZER_ID
 from mortal import Mortal, Small, ids
 from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
-from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, label_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
-from lopd.records.waiting import overlapped
-from lopd.testing import ScorerConformance, tiny_rollout
+from lopd.records.waiting import overlapped, own_call
+from lopd.testing import ScorerConformance, tiny_manifest, tiny_rollout
 
 # What calls Ray after its end starts another cluster, whose end ends this whole process a minute later, in the middle of other tests.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -259,6 +259,53 @@ def test_the_first_error_of_overlapped_calls_ends_them_and_no_further_one_begins
     with pytest.raises(KeyError, match="1"):
         done += [item for item, _ in overlapped(call, range(100), 2)]
     assert max(begun) <= 3
+
+
+@pytest.mark.parametrize("leave", [False, True])
+def test_a_loop_that_is_left_cancels_the_calls_under_way_and_may_wait_for_them(leave):
+    gate, ended = threading.Event(), []
+
+    def call(i):
+        while i and not own_call().cancelled():
+            time.sleep(0.01)
+        if i and leave:
+            gate.wait(30)
+        ended.append(i)
+
+    loop = overlapped(call, range(100), 2, leave=leave)
+    next(loop)
+    loop.close()
+    assert ended == ([0] if leave else [0, 1])
+    gate.set()
+    assert not own_call().cancelled()
+
+
+@pytest.mark.parametrize("where", ["verifier", "commit"])
+def test_an_interrupt_waits_for_no_verifier_and_each_ends_with_its_rollout(monkeypatch, where):
+    store, judged, begun, leave = MemoryStore(tiny_manifest()), [], threading.Event(), threading.Event()
+    store.append([tiny_rollout(f"p/s{i}/g0", [5]) for i in range(4)])
+
+    def verifier(_, rollout):
+        if rollout.rollout_id in ("p/s2/g0", "p/s3/g0"):
+            judged.append(rollout.rollout_id)
+            begun.set()
+            leave.wait(5)
+        elif begun.wait(30) and where == "verifier":
+            raise KeyboardInterrupt
+        return 1.0
+
+    def commit(column, provenance, scores):
+        if scores:
+            raise KeyboardInterrupt
+
+    if where == "commit":
+        monkeypatch.setattr(store, "append_scores", commit)
+    with pytest.raises(KeyboardInterrupt):
+        label_rollouts(store, verifier, None, batches_at_once=2)
+    (left,) = (thread for thread in threading.enumerate() if thread.name == "lopd-overlap")
+    leave.set()
+    left.join()
+    assert judged == ["p/s2/g0"]
 
 
 @pytest.mark.parametrize("verb", [collect_rollouts, score_rollouts])

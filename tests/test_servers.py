@@ -364,6 +364,23 @@ def test_control_c_ends_the_call_while_requests_are_under_way(stub):
         until(lambda: all(map(is_dropped, stub.connections)))
 
 
+@pytest.mark.usefixtures("_control_c_interrupts")
+def test_control_c_ends_several_calls_at_once_and_nothing_is_committed_after_it(stub):
+    store = MemoryStore(source_of(stub).manifest)
+    store.append(make_rollouts())
+    with held(stub):
+        main = threading.main_thread().ident
+        interrupter = threading.Thread(target=lambda: (until(lambda: stub.busy >= 8), signal.pthread_kill(main, signal.SIGINT)))
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            score_rollouts(store, scorer_of(stub, timeout_s=600), rollouts_per_batch=4, batches_at_once=2, preflight=None)
+        interrupter.join()
+        assert stub.busy >= 8, "requests do not wait for the answers"
+        until(lambda: all(map(is_dropped, stub.connections)))
+    until(lambda: not any(thread.name == "lopd-overlap" for thread in threading.enumerate()))
+    assert not store.scored("teacher").any()
+
+
 def test_it_runs_where_an_event_loop_runs_already(stub):
     async def notebook():
         return scorer_of(stub).score(make_rollouts())

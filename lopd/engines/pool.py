@@ -1,7 +1,8 @@
 """Like workers that share the items of a call: HTTP servers, processes of this machine, actors of a Ray cluster.
 
 A worker that fails is started again, with growing pauses where it has time to recover, and what it had to do goes to another.
-Workers block, so each item that is under way has a thread.  The threads are daemons: an interrupt does not wait for them.
+Workers block, so each item that is under way has a thread.  The threads are daemons: an interrupt does not wait for them,
+and where a verb has several calls under way it ends each (`own_call`).
 """
 
 import logging
@@ -16,7 +17,7 @@ from attrs import define, field
 
 from lopd.engines.workers import Down, Request, T, Worker, backoff
 from lopd.errors import EngineError, LopdError, printable
-from lopd.records.waiting import QUIET_S
+from lopd.records.waiting import QUIET_S, own_call
 
 _LOG = logging.getLogger(__name__)
 _FIRST_LOOK_S, _LAST_WAIT_S = 1.0, 1.0
@@ -84,6 +85,7 @@ class Pool:
             EngineError: `attempts` workers failed over the same request, no worker is left, or the pool was closed.
         """
         call: _Call[T] = _Call(iter(enumerate(requests)))
+        own_call().add_done_callback(lambda _: self._fail(call, InterruptedError()))
         with self._changed:  # a moment for all to start: else the first would get everything
             self._changed.wait_for(lambda: self._all_tried() or self.over, _FIRST_LOOK_S)
         for _ in range(min(self._slots * len(self._places), len(requests))):
@@ -206,9 +208,12 @@ class Pool:
                     call.results[i] = results
                     self._changed.notify_all()
         except BaseException as error:  # it is the caller's
-            with self._changed:
-                call.error = call.error or error
-                self._changed.notify_all()
+            self._fail(call, error)
+
+    def _fail(self, call: _Call[Any], error: BaseException) -> None:
+        with self._changed:
+            call.error = call.error or error
+            self._changed.notify_all()
 
     def _results(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
         """Return all results together or, if there is something wrong with one of them, those of each part."""

@@ -1,6 +1,6 @@
 """How verbs ask an engine: in several calls at a time, and on without the rows that it refuses, for one bad row must not stop a month of work."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ def ask(
     *,
     at_once: int,
     most: int,
-) -> Iterator[tuple[Sequence[_Item], list[Answer], list[tuple[_Item, str]]]]:
+) -> Generator[tuple[Sequence[_Item], list[Answer], list[tuple[_Item, str]]], None, None]:
     """Yield each batch in order with what `call` gives for its items, and with the items that it refuses and why.
 
     See `isolate` and `overlapped`; `most` counts the refused items of all batches.
@@ -41,14 +41,14 @@ def bounded(
     *,
     at_once: int,
     most: int,
-) -> Iterator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]]]:
+) -> Generator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]], None, None]:
     """Yield the same of a call that gives the items that it refuses, and why, beside the results of the others.
 
     Raises:
         EngineError: more than `most` are refused in all batches together.
     """
     reasons: list[str] = []
-    for batch, (results, refused) in overlapped(call, batches, at_once):
+    for batch, (results, refused) in overlapped(call, batches, at_once, leave=True):
         reasons += [reason for _, reason in refused]
         _check_refused(owner, reasons, most)
         yield batch, results, refused

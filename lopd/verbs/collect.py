@@ -1,6 +1,7 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 from attrs import evolve, field, frozen
@@ -113,7 +114,7 @@ def collect_rollouts(
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
     asked = ask(f"Source {manifest.policy}", Rollout, source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
-    with shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
+    with closing(asked), shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)

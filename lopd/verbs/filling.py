@@ -1,6 +1,7 @@
 """How a score column is filled: what is left to do, committed batch by batch; what was refused goes into quarantine when all is done."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 from attrs import evolve, field, frozen
@@ -101,7 +102,7 @@ class Filling:
         what: str,
         provenance: Provenance,
         work: Work,
-        asked: Iterable[tuple[Sequence[Rollout], Sequence[Scores], Sequence[tuple[Rollout, str]]]],
+        asked: Generator[tuple[Sequence[Rollout], Sequence[Scores], Sequence[tuple[Rollout, str]]], None, None],
     ) -> ScoringReport:
         """Commit each batch as it comes (`commit_scores`), with its refused rollouts counted, and put those in quarantine at the end.
 
@@ -110,7 +111,7 @@ class Filling:
             EngineError: more were refused than have scores.
         """
         report = ScoringReport(skipped=work.skipped, parity=provenance.parity)
-        with shown(self.progress, what, work.wanted, work.wanted - len(work.rows), work.tokens) as advance:
+        with closing(asked), shown(self.progress, what, work.wanted, work.wanted - len(work.rows), work.tokens) as advance:
             for rollouts, scores, refused in asked:
                 reasons = check_scores(rollouts, scores, refused)
                 commit_scores(self.store, self.column, provenance, scores)

@@ -17,6 +17,7 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
 from lopd.records.paths import said_without_secrets
 from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of
+from lopd.records.waiting import own_call
 from lopd.verbs.asking import bounded
 from lopd.verbs.filling import Filling, ScoringReport
 
@@ -94,6 +95,8 @@ def label_rollouts(
     def judge(rollouts: Sequence[Rollout]) -> tuple[list[Scores], list[tuple[Rollout, str]]]:
         made, refused = list[Scores](), list[tuple[Rollout, str]]()
         for rollout in rollouts:
+            if own_call().cancelled():
+                raise InterruptedError
             try:
                 made.append(_label(verifier, by_id, rollout))
             except InvalidRecordError as error:
