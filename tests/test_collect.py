@@ -202,6 +202,20 @@ def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(sourc
     assert (report.skipped, report.rollouts) == (6, 2 * len(prompts) - 6)
 
 
+def test_a_collection_that_is_repeated_reads_a_sample_of_the_prompts_and_compares_the_length_of_each(source, prompts, monkeypatch):
+    store, read, asked = MemoryStore(source.manifest), MemoryStore.read, []
+    collect_rollouts(source, prompts, store)
+    monkeypatch.setattr("lopd.verbs.collect._COMPARED", 3)
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: asked.extend(rows) or read(self, rows, **options))
+    assert collect_rollouts(source, prompts, store).skipped == 2 * len(prompts)
+    assert len(asked) == 3
+    longer = Prompt(prompts[1].prompt_id, [*prompts[1].token_ids.tolist(), 7])
+    other = Prompt(prompts[6].prompt_id, prompts[6].token_ids[::-1])
+    for edited in ([prompts[0], longer, *prompts[2:]], [*prompts[:6], other]):
+        with pytest.raises(ConflictError, match="tokens other than"):
+            collect_rollouts(source, edited, store)
+
+
 def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(source, prompts, tmp_path, monkeypatch):
     ours, stale = ZarrStore.create(tmp_path / "run", source.manifest), ZarrStore.open(tmp_path / "run")
     collect_rollouts(source, prompts, ZarrStore.open(tmp_path / "run"))

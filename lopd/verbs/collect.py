@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
-from lopd.protocols.reading import in_batches, named, walk
+from lopd.protocols.reading import evenly, in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
 from lopd.records.warn import warn_user
 from lopd.verbs.asking import ask, check_rollouts, shown
 from lopd.verbs.filling import commit_scores
+
+# Of prompts that are there; a read of each would fetch nearly all of a store, responses and log-probs too.
+_COMPARED = 4096
 
 
 @frozen
@@ -76,6 +79,7 @@ def collect_rollouts(
     Raises:
         ArgumentError: source, prompts, store or progress are something else.
         ConflictError: the store has other tokens under the id of a prompt, and nothing is sampled; or another policy began the round meanwhile.
+            Of prompts that are there, the number of tokens is compared, and of 4,096 of them, evenly spaced, each token.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
@@ -175,9 +179,16 @@ def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
-    """Stop if a prompt was edited since its row (-1: none) was sampled: its rollouts would be skipped, and be those of the old one."""
+    """Stop if a prompt was edited since its row (-1: none) was sampled: its rollouts would be skipped, and be those of the old one.
+
+    Lengths are compared of all, and tokens of a sample.  A prompt that lacks samples is sampled whole, and an append compares all of it.
+    """
     there = np.flatnonzero(rows >= 0)
-    for place, record in zip(there.tolist(), walk(store, rows[there], rows_per_read=256), strict=True):
+    if not there.size:
+        return
+    sizes = [prompts[place].token_ids.size for place in there.tolist()]
+    looked = np.append(there[store.lengths()[rows[there], 0] != sizes][:1], evenly(there, _COMPARED))
+    for place, record in zip(looked.tolist(), walk(store, rows[looked], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
                 f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} tokens other than "
