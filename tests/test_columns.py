@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_rollout, make_store, scored
 
-from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, label_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     AdvantageWarning,
@@ -224,6 +224,17 @@ def test_a_reference_column_is_of_the_policy_of_every_round_that_is_read(store, 
     batches(store, teacher="near", ref="ref-1", rows=rows_of(store, prompts, [1])).step(0)
     with pytest.raises(InvalidRecordError, match="expected the policy that sampled"):
         batches(store, teacher="near", ref="ref-1", rows=rows_of(store, prompts, [0])).step(0)
+
+
+def test_labels_of_rounds_that_are_not_trained_on_are_not_read(monkeypatch):
+    store, read, asked = MemoryStore(tiny_manifest()), MemoryStore.read, set()
+    store.begin_generation(1, ModelId("policy", "rev-p2", "float32"))
+    store.append([tiny_rollout(f"p{i}/s{s}/g{g}", generation=g) for g in range(2) for i in range(3) for s in range(2)])
+    label_rollouts(store, lambda _, rollout: float("/s1/" in rollout.rollout_id), None)
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: asked.update(rows) or read(self, rows, **options))
+    (batch,) = batches(store, teacher=None, label="label", rows=np.array([6, 9])).step(0).batches
+    assert batch.label_means[batch.weight > 0].unique().tolist() == [0.5], "others of the group count"
+    assert asked == {6, 7, 8, 9}
 
 
 def test_what_cannot_be_chosen_is_refused(store, prompts):

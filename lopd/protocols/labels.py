@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import in_batches, named
+from lopd.protocols.reading import in_batches, named, samples_of
 from lopd.records.arrays import Float32Array
 from lopd.records.rollouts import prompt_id_of
 from lopd.records.rows import Rows
@@ -65,15 +65,16 @@ def labels_of(store: LogprobReader, column: str = "label") -> Float32Array:
     return _read(store, column)[0]
 
 
-def labels_and_means(store: LogprobReader, column: str) -> tuple[Float32Array, Float32Array | None]:
+def labels_and_means(store: LogprobReader, column: str, rows: NDArray[np.int64] | None = None) -> tuple[Float32Array, Float32Array | None]:
     """Return (len(store),) labels, and (len(store),) the mean label of each rollout's group; None if no group has two rollouts.
 
     A group is all labelled rollouts of one prompt, by its id and its tokens, that one policy sampled, whichever of them are trained on.
+    With `rows`, the others are NaN where no group needs them: rows of rounds that have none of these are not read.
 
     Raises:
         MissingScoresError, InvalidRecordError: as `labels_of`.
     """
-    labels, groups = _read(store, column)
+    labels, groups = _read(store, column, rows)
     there = groups >= 0
     counts = np.bincount(groups[there], minlength=1)
     if counts.max() < 2:
@@ -83,20 +84,30 @@ def labels_and_means(store: LogprobReader, column: str) -> tuple[Float32Array, F
     return labels, found
 
 
-def _read(store: LogprobReader, column: str) -> tuple[Float32Array, NDArray[np.int64]]:
-    """Return (len(store),) labels, NaN where there is none; and (len(store),) the number of the group, -1 there."""
+def _read(store: LogprobReader, column: str, rows: NDArray[np.int64] | None = None) -> tuple[Float32Array, NDArray[np.int64]]:
+    """Return (len(store),) labels, NaN where there is none or none was asked for; and (len(store),) the number of the group, -1 there."""
     check_noun(store, LogprobReader)
     check_labels(store, column)
     labels, groups = np.full(len(store), np.nan, np.float32), np.full(len(store), -1, np.int64)
     numbers: dict[tuple[str, int, int], int] = {}
-    for part in in_batches(np.flatnonzero(store.scored(column)), _ROWS_PER_READ):
-        read = store.read(part, columns=(column,))
-        labels[part] = mean_labels(read, column)
-        # turns of one conversation share its id, and have other prompts
-        starts = read.token_ends[:-1]
-        prompts = [read.token_ids[start:stop].tobytes() for start, stop in zip(starts, starts + read.prompt_lengths, strict=True)]
-        keys = zip(map(prompt_id_of, read.rollout_ids), map(hash, prompts), read.generations.tolist(), strict=True)
-        groups[part] = [numbers.setdefault(key, len(numbers)) for key in keys]
+    left = store.scored(column)
+
+    def take(rows: NDArray[np.int64]) -> None:
+        for part in in_batches(rows[left[rows]], _ROWS_PER_READ):
+            read = store.read(part, columns=(column,))
+            labels[part] = mean_labels(read, column)
+            # turns of one conversation share its id, and have other prompts
+            starts = read.token_ends[:-1]
+            prompts = [read.token_ids[start:stop].tobytes() for start, stop in zip(starts, starts + read.prompt_lengths, strict=True)]
+            keys = zip(map(prompt_id_of, read.rollout_ids), map(hash, prompts), read.generations.tolist(), strict=True)
+            groups[part] = [numbers.setdefault(key, len(numbers)) for key in keys]
+
+    every = np.arange(len(store))
+    take(every if rows is None else rows)
+    if rows is not None and len(rows) < len(every):
+        rounds = {generation for _, _, generation in numbers}
+        rest = every if rounds == {*store.generations} else samples_of(store, [*{prompt for prompt, _, _ in numbers}], rounds)
+        take(rest[groups[rest] < 0])
     return labels, groups
 
 

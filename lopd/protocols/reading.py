@@ -162,11 +162,16 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         raise ArgumentError(
             f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
         )
+    return samples_of(reader, [prompt.prompt_id for prompt in prompts], reader.generations if generations is None else generations)
+
+
+def samples_of(reader: LogprobReader, prompt_ids: Sequence[str], generations: Iterable[int]) -> NDArray[np.int64]:
+    """Return rows of all samples of the prompts with these ids in these rounds, in ascending order; reads no tokens."""
     found = [np.empty(0, np.int64)]
-    for generation in reader.generations if generations is None else generations:
+    for generation in generations:
         # imported rollouts may be more than the manifest's samples of a prompt; those of one prompt are numbered without a gap
         for sample in count():
-            rows = reader.find([rollout_id(prompt.prompt_id, sample, generation) for prompt in prompts])
+            rows = reader.find([rollout_id(prompt_id, sample, generation) for prompt_id in prompt_ids])
             found.append(rows[rows >= 0])
             if sample + 1 >= reader.manifest.sampling.samples_per_prompt and not len(found[-1]):
                 break

@@ -117,7 +117,7 @@ def choose(
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
-    labels, means = (None, None) if label is None else labels_and_means(store, label)
+    labels, means = (None, None) if label is None else labels_and_means(store, label, wanted)
     return Columns(names, ref, top_k, place, drawn, label, labels, means), np.sort(np.concatenate(usable))
 
 
