@@ -35,7 +35,7 @@ from lopd.errors import (
 )
 from lopd.protocols import LogprobReader
 from lopd.records import ModelId, Rollout
-from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.tools.interop import export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
 
 
@@ -117,6 +117,19 @@ def test_parquet_is_written_in_row_groups_and_reads_as_plain_columns(memory: Mem
     assert (row["rollout_id"], row["loss_mask"], row["response_ids"]) == ("masked", [True, False, True], [5, 6, 1])
     assert (len(row["logprobs/teacher"]), len(row["top_k_ids/teacher"]), row["logprobs/a.b-c"]) == (3, 12, None)
     assert file.read().to_pylist()[-1]["logprobs/teacher"] is None
+
+
+def test_rows_are_read_many_at_a_time_and_stay_in_order_where_every_other_one_has_scores(tmp_path: Path, monkeypatch: Any) -> None:
+    store, read, reads = MemoryStore(tiny_manifest()), MemoryStore.read, list[int]()
+    items = [tiny_rollout(f"p{i}/s0/g0") for i in range(150)]
+    store.append(items)
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(item) for item in items[::2]])
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **asked: reads.append(len(rows)) or read(self, rows, **asked))
+    export_parquet(store, tmp_path / "run.parquet", rows_per_group=100)
+    assert reads == [32, 32, 32, 32, 11, 11]
+    rows = pq.read_table(tmp_path / "run.parquet").to_pylist()
+    assert [row["rollout_id"] for row in rows] == [item.rollout_id for item in items]
+    assert [row["logprobs/teacher"] is None for row in rows] == [False, True] * 75
 
 
 def test_an_empty_store_goes_to_parquet_and_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lopd.records import Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_top_k
 
 
-def test_parts_cover_every_row_once_in_order_with_all_columns_it_has() -> None:
+def test_parts_cover_every_row_once_with_all_columns_it_has_in_one_read_for_all_alike() -> None:
     store = MemoryStore(tiny_manifest())
     items = [rollout(i) for i in range(23)]
     store.append(items)
@@ -20,8 +20,10 @@ def test_parts_cover_every_row_once_in_order_with_all_columns_it_has() -> None:
         scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size)) for s in scores] if k else scores
         store.append_scores(column, tiny_provenance(column, k), scores)
     whole = parts(store, 4)
-    assert [row for part in whole for row in part.rows] == list(range(23))
+    assert [list(part.rows) for part in whole[:5]] == [[0, 1], [2], [3], [4, 5, 6], [7]]
+    assert sorted(row for part in whole for row in part.rows) == list(range(23))
     assert max(len(part.rows) for part in whole) == 4
+    assert [list(part.rows) for part in parts(store, 20)] == [[0, 1], [2], [3, 4, 5, 6, *range(10, 20)], [7, 8, 9], [20, 21], [22]]
     for part in whole:
         for row in part.rows:
             assert set(part.columns) == {name for name in "ab" if store.scored(name)[row]}

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import count, pairwise
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -21,15 +21,15 @@ from lopd.records.rows import Rows
 
 @frozen
 class Part:
-    """Consecutive rows that are scored in the same columns: the arguments of one `read`.
+    """Rows close together that are scored in the same columns: the arguments of one `read`.
 
     Args:
-        rows: row numbers in the store.
+        rows: row numbers in the store, ascending.
         columns: in which all of them have scores; never a virtual one, which comes with the rollouts.
         top_k: those of the columns that keep a top-k support.
     """
 
-    rows: range
+    rows: Sequence[int]
     columns: tuple[str, ...]
     top_k: tuple[str, ...]
 
@@ -39,15 +39,17 @@ class Part:
 
 
 def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
-    """Return all rows, in order, in parts of at most `rows_per_read`; reads no tokens."""
+    """Return all rows, `rows_per_read` at a time: of these, a part for all that are scored in the same columns.  Reads no tokens."""
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
-    changes = np.flatnonzero((covered[1:] != covered[:-1]).any(axis=1)) + 1
-    borders = sorted({*changes.tolist(), *range(0, len(reader), rows_per_read), len(reader)})
     made = []
-    for start, stop in pairwise(borders):
-        names = tuple(name for name, there in zip(columns, covered[start, 1:], strict=True) if there)
-        made.append(Part(range(start, stop), names, tuple(name for name in names if columns[name].top_k)))
+    for start in range(0, len(reader), rows_per_read):
+        near, alike = range(start, min(start + rows_per_read, len(reader))), dict[bytes, list[int]]()
+        for row in near:
+            alike.setdefault(covered[row].tobytes(), []).append(row)
+        for rows in alike.values():
+            names = tuple(name for name, there in zip(columns, covered[rows[0], 1:], strict=True) if there)
+            made.append(Part(near if len(alike) == 1 else rows, names, tuple(name for name in names if columns[name].top_k)))
     return made
 
 

@@ -49,7 +49,7 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
         for part in whole:
             yield from _check_part(store, part)
             if progress is not None:
-                progress.advance(len(part.rows), int(tokens[part.rows.start : part.rows.stop].sum()), 0)
+                progress.advance(len(part.rows), int(tokens[[*part.rows]].sum()), 0)
     finally:
         if progress is not None:
             progress.end()
@@ -66,7 +66,7 @@ def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
             yield str(error)
         else:
             for number in part.rows:
-                yield from _check_part(store, evolve(part, rows=range(number, number + 1)))
+                yield from _check_part(store, evolve(part, rows=[number]))
         return
     for number, place, row in zip(part.rows, found, read, strict=True):
         yield from _check_row(store, row)

@@ -41,14 +41,15 @@ _FIELDS = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reas
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
     """Yield the whole store in tables of about so many rows."""
-    schema, waiting = description.schema(), list[ScoredRollout]()
-    for part in parts(reader, min(64, rows_per_table)):
-        waiting += part.read(reader)
-        if len(waiting) >= rows_per_table:
-            yield _table(waiting, schema)
-            waiting = []
+    schema, waiting, rows_per_read = description.schema(), dict[int, ScoredRollout](), min(64, rows_per_table)
+    for part in parts(reader, rows_per_read):
+        waiting.update(zip(part.rows, part.read(reader), strict=True))
+        # parts of the same rows follow one another, and only the last rows of all are fewer
+        if len(waiting) >= rows_per_table and len(waiting) % rows_per_read == 0:
+            yield _table([waiting[row] for row in sorted(waiting)], schema)
+            waiting = {}
     if waiting:
-        yield _table(waiting, schema)
+        yield _table([waiting[row] for row in sorted(waiting)], schema)
 
 
 def _table(rows: Sequence[ScoredRollout], schema: Any) -> Any:
