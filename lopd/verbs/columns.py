@@ -1,7 +1,6 @@
 """Which rows and which score columns a run trains on: one teacher, several that share the rollouts among them, or none."""
 
 from collections.abc import Mapping, Sequence
-from itertools import islice
 
 import numpy as np
 from attrs import evolve, frozen
@@ -153,8 +152,8 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
     usable = np.ones(len(rows), np.bool_)
     for column in columns:
         scored = store.scored(column)[rows]
-        mine = set(rows.tolist())
-        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in mine}
+        reasons = store.quarantined(column)
+        quarantined = rows[np.isin(rows, np.fromiter(reasons, np.int64))].tolist()
         done = int(scored.sum())
         if done + len(quarantined) < len(rows):
             if column not in (*store.columns, BEHAVIOR_COLUMN):
@@ -167,10 +166,10 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                 )
             remedy = way_to(store, column)
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
-        for row, reason in islice(quarantined.items(), 1):
+        for row in quarantined[:1]:
             warn_user(
                 f"{named(store)}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first "
-                f"is row {row} ({reason})",
+                f"is row {row} ({reasons[row]})",
                 QuarantineWarning,
             )
         usable &= scored
