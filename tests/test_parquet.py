@@ -119,6 +119,16 @@ def test_parquet_is_written_in_row_groups_and_reads_as_plain_columns(memory: Mem
     assert file.read().to_pylist()[-1]["logprobs/teacher"] is None
 
 
+def test_an_import_that_is_repeated_asks_no_table_for_which_rows_of_all_have_scores(
+    memory: MemoryStore, tmp_path: Path, monkeypatch: Any
+) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    scored, asked = MemoryStore.scored, list[str]()
+    monkeypatch.setattr(MemoryStore, "scored", lambda self, column: asked.append(column) or scored(self, column))
+    import_parquet(tmp_path / "run.parquet", memory, rows_per_commit=4)
+    assert asked == []
+
+
 def test_rows_are_read_many_at_a_time_and_stay_in_order_where_every_other_one_has_scores(tmp_path: Path, monkeypatch: Any) -> None:
     store, read, reads = MemoryStore(tiny_manifest()), MemoryStore.read, list[int]()
     items = [tiny_rollout(f"p{i}/s0/g0") for i in range(150)]

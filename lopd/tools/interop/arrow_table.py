@@ -19,10 +19,19 @@ from typing import Any
 
 import numpy as np
 from attrs import evolve
+from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from lopd.backends import admission
-from lopd.errors import ConflictError, CorruptStoreError, InvalidRecordError, LopdError, ManifestMismatchError, UncheckedDataWarning
+from lopd.errors import (
+    ConflictError,
+    CorruptStoreError,
+    InvalidRecordError,
+    LopdError,
+    ManifestMismatchError,
+    MissingScoresError,
+    UncheckedDataWarning,
+)
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import in_batches, named, parts
 from lopd.records.manifest import Provenance
@@ -36,7 +45,8 @@ _TYPES = {"b": "|b1", "i": "<i4", "u": "<i4", "f": "<f4"}
 # One read of a bucket costs as much as many rows; those that are compared are in memory already.
 _AT_ONCE = 1024
 _SCORES = ("logprobs/", *(f"top_k_{field}/" for field in TOP_K_FIELDS))
-_FIELDS = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation", "sampler_logprobs")
+FIELDS = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation", "sampler_logprobs")
+_Wanted = list[tuple[Mapping[str, Any], int]]  # rows of an import, each with its row in the store
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
@@ -89,11 +99,6 @@ def _value(row: ScoredRollout, name: str) -> Any:
     return getattr(row.top_k[column], kind.removeprefix("top_k_")).reshape(-1) if column in row.top_k else None
 
 
-def row_of(rollout: Rollout) -> dict[str, Any]:
-    """Return what a rollout has, by the names of columns."""
-    return {name: getattr(rollout, name) for name in _FIELDS}
-
-
 def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Provenance]) -> None:
     """Refuse rows of an import that are in the store, or among them, with other values, before it is written to.
 
@@ -117,23 +122,31 @@ def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], column
             if not (given is None and "/" in name) and not _same(given, firsts.setdefault((rollout_id, name), given)):
                 raise ConflictError(f"{named(store)}: rollout {rollout_id!r} comes twice, with other {name}; leave one of them out.")
     found = store.find(ids)
-    there = np.flatnonzero(found >= 0)
-    scored = {column: store.scored(column) for column in columns if there.size}
-    for part in in_batches(there, _AT_ONCE):
-        groups: dict[tuple[str, ...], list[int]] = {}
-        for i in part:
-            both = tuple(name for name in columns if rows[i][f"logprobs/{name}"] is not None and scored[name][found[i]])
-            groups.setdefault(both, []).append(i)
-        for both, places in groups.items():
-            read = store.read(found[places].tolist(), both, [name for name in both if columns[name].top_k])
-            for i, record in zip(places, read, strict=True):
-                for name, given in rows[i].items():
-                    if name.partition("/")[2] in ("", *both) and not _same(given, kept := _value(record, name)):
-                        how = "without" if kept is None else "with" if given is None else "with other"
-                        raise ConflictError(
-                            f"{named(store)}: rollout {rows[i]['rollout_id']!r} is there {how} {name}, and an import replaces nothing; import into "
-                            "a new store."
-                        )
+    for part in in_batches(np.flatnonzero(found >= 0), _AT_ONCE):
+        wanted = [(rows[i], row) for i, row in zip(part, found[part].tolist(), strict=True)]
+        try:
+            _compare(store, wanted, columns, {})
+        except MissingScoresError:
+            # not before: it looks at the whole store, and what an import has brought before has all its scores
+            _compare(store, wanted, columns, {column: store.scored(column) for column in columns})
+
+
+def _compare(store: LogprobReader, wanted: _Wanted, columns: Mapping[str, Provenance], scored: Mapping[str, NDArray[np.bool_]]) -> None:
+    """Refuse rows of an import that have other values in these rows of the store; a column that is not in `scored` has scores of them all."""
+    groups: dict[tuple[str, ...], _Wanted] = {}
+    for values, row in wanted:
+        both = tuple(name for name in columns if values[f"logprobs/{name}"] is not None and (name not in scored or scored[name][row]))
+        groups.setdefault(both, []).append((values, row))
+    for both, members in groups.items():
+        read = store.read([row for _, row in members], both, [name for name in both if columns[name].top_k])
+        for (values, _), record in zip(members, read, strict=True):
+            for name, given in values.items():
+                if name.partition("/")[2] in ("", *both) and not _same(given, kept := _value(record, name)):
+                    how = "without" if kept is None else "with" if given is None else "with other"
+                    raise ConflictError(
+                        f"{named(store)}: rollout {values['rollout_id']!r} is there {how} {name}, and an import replaces nothing; import into a "
+                        "new store."
+                    )
 
 
 def _same(given: Any, kept: Any) -> bool:
@@ -264,7 +277,7 @@ def _rows(table: Any, schema: Any, owner: str, first: int) -> Iterator[dict[str,
 
 
 def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
-    values: dict[str, Any] = {name: row.get(name) for name in _FIELDS}
+    values: dict[str, Any] = {name: row.get(name) for name in FIELDS}
     rollout = Rollout(**values)
     if rollout.content_hash != row["content_hash"]:
         raise CorruptStoreError(

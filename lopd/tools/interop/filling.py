@@ -12,7 +12,7 @@ from lopd.records.contents import several
 from lopd.records.files import named_file, read_records
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Rollout
-from lopd.tools.interop.arrow_table import refuse_other, row_of
+from lopd.tools.interop.arrow_table import FIELDS, refuse_other
 
 _ROWS_PER_COMMIT = 1024
 #: Makes the store of an import.
@@ -58,7 +58,7 @@ def fill(store: StoreMaker, manifest: Manifest, rollouts: Sequence[Rollout]) -> 
     vocab_size, generations = manifest.tokenizer.vocab_size, {manifest.generation}
     admission.new_rollouts("Import", rollouts, vocab_size=vocab_size, generations=generations, known={})
     made = store(manifest)
-    refuse_other(made, [row_of(rollout) for rollout in rollouts], {})
+    refuse_other(made, [{name: getattr(rollout, name) for name in FIELDS} for rollout in rollouts], {})
     for first in range(0, len(rollouts), _ROWS_PER_COMMIT):
         made.append(rollouts[first : first + _ROWS_PER_COMMIT])
     return made
