@@ -19,7 +19,7 @@ from s3_server import S3Server
 from served_table import MODEL, TOKENIZER
 
 from lopd.backends import retry
-from lopd.backends.files import cloud
+from lopd.backends.files import cloud, failures
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
@@ -150,7 +150,7 @@ def test_a_storage_that_has_answered_is_given_time(s3: S3Server) -> None:
     ],
 )
 def test_what_a_bucket_says_is_said_without_xml_and_secrets(said: str, words: str) -> None:
-    shown = cloud._said(ValueError(said))
+    shown = failures.said(ValueError(said))
     assert shown.startswith(words)
     assert not any(word in shown for word in ("SECRET", "xml", "html", "Debug"))
 

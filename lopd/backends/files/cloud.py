@@ -19,6 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
+from lopd.backends.files.failures import said
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -40,7 +41,6 @@ _ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 # A put that was answered so is not done, and another would be answered alike, as with a session token that has ended.
 _FINAL = re.compile(r"(?s)status code: (501|400(?!.*<Code>RequestTimeout<))")
-_METADATA_HOST = "169.254.169.254"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
@@ -166,7 +166,7 @@ class ObstoreFiles:
             if isinstance(error, self._obstore.exceptions.NotFoundError | FileNotFoundError):
                 self._hear()
                 raise FileNotFoundError(f"{self.url}/{path} is not there") from error
-            raise OSError(f"{self.url}/{path}: {_said(error)}") from error
+            raise OSError(f"{self.url}/{path}: {said(error)}") from error
         self._hear()
         return done
 
@@ -278,19 +278,3 @@ class ObstoreFiles:
             objects = [entry["path"] for entry in self._listed(path)] or [path]
             with suppress(FileNotFoundError):
                 self._call(path, lambda objects=objects: self._obstore.delete(self._store, objects))  # type: ignore[misc]
-
-
-def _said(error: Exception) -> str:
-    """Return an error of obstore in a few words: neither XML nor a query, which may carry a signature."""
-    text = str(error)
-    host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
-    if host is None:
-        return text.split("\n", 1)[0][:300]
-    if host[1] == _METADATA_HOST:
-        return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
-    if re.search(r"redirect without LOCATION|the region \S+ is wrong", text):
-        return f"{host[1]} answers that the bucket is in another region than AWS_REGION (or the option `aws_region`) names"
-    if code is not None and code[1] == "ExpiredToken":
-        return f"{host[1]} answers that the credentials have expired ({code[1]}), so set fresh ones and start again"
-    answer = code or status
-    return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"

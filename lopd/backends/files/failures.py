@@ -1,0 +1,21 @@
+"""What obstore raises, in our words."""
+
+import re
+
+_METADATA_HOST = "169.254.169.254"
+
+
+def said(error: Exception) -> str:
+    """Return an error of obstore in a few words: neither XML nor a query, which may carry a signature."""
+    text = str(error)
+    host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
+    if host is None:
+        return text.split("\n", 1)[0][:300]
+    if host[1] == _METADATA_HOST:
+        return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
+    if re.search(r"redirect without LOCATION|the region \S+ is wrong", text):
+        return f"{host[1]} answers that the bucket is in another region than AWS_REGION (or the option `aws_region`) names"
+    if code is not None and code[1] == "ExpiredToken":
+        return f"{host[1]} answers that the credentials have expired ({code[1]}), so set fresh ones and start again"
+    answer = code or status
+    return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"
