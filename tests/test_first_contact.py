@@ -4,7 +4,9 @@ import copy
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -28,8 +30,9 @@ from lopd.engines.finding import local_folder
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id
 from lopd.engines.server import Servers, ServerScorer
-from lopd.errors import EngineError, HubError, InvalidRecordError, LopdError, StorePathError, StoreReadError
+from lopd.errors import EngineError, HubError, InvalidRecordError, LopdError, PromptError, StorePathError, StoreReadError
 from lopd.records import Lineage, waiting
+from lopd.records.files import read_records
 from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.share.hub import Repository
 
@@ -47,6 +50,18 @@ def closed() -> Iterator[str]:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@contextmanager
+def listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Yield the address of a server with these answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
 
 
 @pytest.fixture
@@ -235,6 +250,35 @@ def test_a_hub_that_does_not_answer_is_asked_once(
         local_folder("somebody/model")
 
 
+class _Slow(BaseHTTPRequestHandler):
+    """Sends ten records one by one; after five it goes away where the name says so."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        for name, value in {"Content-Length": 160, "ETag": '"e"', "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(5 if "cut" in self.path else 10):
+                self.wfile.write(b'{"prompt": "a"}\n')
+                time.sleep(0.1)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_file_whose_download_takes_longer_than_a_first_contact_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "_FIRST_S", 0.1)
+    monkeypatch.setattr(cloud, "_FIRST_TIMEOUTS", {"timeout": "500ms"})
+    with listening(_Slow) as host:
+        for name, value in {"ENDPOINT": f"http://{host}", "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        assert len(read_records("Prompt file", "s3://lopd/p.jsonl")[1]) == 10
+        monkeypatch.setattr(cloud.ObstoreFiles, "_patience", 0.1)
+        with pytest.raises(PromptError, match=r"cut.jsonl: its download was cut off\), .*; try again, or copy it to this machine"):
+            read_records("Prompt file", "s3://lopd/cut.jsonl")
+
+
 class _Pages(BaseHTTPRequestHandler):
     """Answers whatever is asked with a page, as a router or a desktop application does; one path moves elsewhere."""
 
@@ -256,13 +300,8 @@ class _Pages(BaseHTTPRequestHandler):
 @pytest.fixture
 def pages() -> Iterator[str]:
     """Yield the address of something that is neither a hub nor a model server."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
-    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
-    yield f"127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with listening(_Pages) as host:
+        yield host
 
 
 @pytest.mark.parametrize("speaks", ["vllm", "sglang", "openai"])

@@ -11,7 +11,7 @@ from typing import BinaryIO, TypeVar
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
 
 T = TypeVar("T")
-_TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError)
+_TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError, ConnectionError)
 
 
 def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = ArgumentError) -> str:
@@ -114,8 +114,8 @@ def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type
         errors: kind of errors that this is about.
 
     Raises:
-        OSError: whatever the package raises, by its type alone where there are secrets; a FileNotFoundError, FileExistsError or
-            NotADirectoryError stays one.
+        OSError: whatever the package raises, by its type alone where there are secrets; a FileNotFoundError, FileExistsError,
+            NotADirectoryError or ConnectionError stays one.
         LopdError: as it is.
     """
     try:

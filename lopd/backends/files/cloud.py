@@ -19,7 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
-from lopd.backends.files.failures import said
+from lopd.backends.files.failures import CUT_OFF, said
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -166,7 +166,8 @@ class ObstoreFiles:
             if isinstance(error, self._obstore.exceptions.NotFoundError | FileNotFoundError):
                 self._hear()
                 raise FileNotFoundError(f"{self.url}/{path} is not there") from error
-            raise OSError(f"{self.url}/{path}: {said(error)}") from error
+            why = said(error)
+            raise (ConnectionError if why == CUT_OFF else OSError)(f"{self.url}/{path}: {why}") from error
         self._hear()
         return done
 
@@ -178,6 +179,9 @@ class ObstoreFiles:
 
     def read(self, path: str, /) -> bytes:
         """Return a whole object."""
+        if not self._answered:
+            # without its body, which may take longer than a first contact is given
+            self._call(path, lambda: self._obstore.get(self._store, path))
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:

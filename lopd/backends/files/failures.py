@@ -2,6 +2,8 @@
 
 import re
 
+#: Of a download that ended before all of it was there.
+CUT_OFF = "its download was cut off"
 _METADATA_HOST = "169.254.169.254"
 
 
@@ -10,7 +12,7 @@ def said(error: Exception) -> str:
     text = str(error)
     host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
     if host is None:
-        return text.split("\n", 1)[0][:300]
+        return CUT_OFF if "response body" in text else text.split("\n", 1)[0][:300]
     if host[1] == _METADATA_HOST:
         return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
     if re.search(r"redirect without LOCATION|the region \S+ is wrong", text):
