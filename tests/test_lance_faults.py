@@ -282,6 +282,15 @@ def test_a_storage_that_lets_nobody_in_any_more_is_not_damage(s3: S3Server, prox
         assert len(reader.read([1], ("teacher",))) == 1
 
 
+@pytest.mark.s3
+def test_a_storage_that_fails_for_a_while_is_given_the_repetitions_that_are_documented(s3: S3Server, proxy: FaultProxy) -> None:
+    store = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=s3.storage_options))
+    writer = reopened(store, proxy.storage_options)
+    proxy.refuse(20, "PUT", "/data/", status=500)
+    writer.append(many(10, 1))
+    assert proxy.pending == 0
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -33,7 +33,8 @@ _CLIENT_OPTION = re.compile(
     r"|http2_(?:keep_alive_(?:interval|timeout|while_idle)|max_frame_size)|pool_(?:idle_timeout|max_idle_per_host)"
     r"|proxy_(?:url|ca_certificate|excludes)|randomize_addresses|user_agent)"
 )
-_RETRY_OPTIONS = ("client_max_retries", "client_retry_timeout")
+# LanceDB, whose own defaults are lower, gets them as well.
+_RETRIES = {"client_max_retries": 10, "client_retry_timeout": 180}
 # Within them, and their sum, a first request fails; well below 20 s together.
 _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
 _LONGEST_S = 1e6
@@ -70,9 +71,9 @@ def _check_http(url: str, shown: str, options: StorageOptions) -> None:
         )
 
 
-def _number(shown: str, options: StorageOptions, name: str, default: float) -> float:
+def _number(shown: str, options: StorageOptions, name: str) -> float:
     with suppress(TypeError, ValueError):
-        if 0 <= (number := float(options.get(name, default))) <= _LONGEST_S:
+        if 0 <= (number := float(options[name])) <= _LONGEST_S:
             return number
     raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
 
@@ -108,11 +109,11 @@ class ObstoreFiles:
                 "`azure_storage_sas_token`."
             )
         # one form of each name: obstore ends in a panic where a client option has another, and LanceDB reads some in lower case alone
-        self.options = {_name(name): value for name, value in options.items()}
+        self.options = _RETRIES | {_name(name): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
-        self._max_retries = int(_number(self.url, self.options, "client_max_retries", 10))
-        self._retry_timeout = _number(self.url, self.options, "client_retry_timeout", 180)
+        self._max_retries = int(_number(self.url, self.options, "client_max_retries"))
+        self._retry_timeout = _number(self.url, self.options, "client_retry_timeout")
         self._answered = answered
         self._open()
 
@@ -131,7 +132,7 @@ class ObstoreFiles:
         url = bucket_url(self._given)
         _check_http(url, self.url, self.options)
         given = {name: value for name, value in self.options.items() if _CLIENT_OPTION.fullmatch(name)}
-        options = {name: value for name, value in self.options.items() if name not in {*given, *_RETRY_OPTIONS}}
+        options = {name: value for name, value in self.options.items() if name not in {*given, *_RETRIES}}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
         # what is passed takes the place of all that the environment sets
         client = ({} if self._answered else _FIRST_TIMEOUTS) | _client_options_of_environment(url) | given
