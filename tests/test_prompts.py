@@ -314,6 +314,10 @@ def test_prompts_in_a_bucket_are_read_as_stores_are(s3, tokenizer, monkeypatch):
         monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", value)
     s3.write("data/p.jsonl", LINES)
     assert [prompt.text for prompt in read_prompts(s3.url("data/p.jsonl"), tokenizer)] == ["a", "b"]
+    s3.write("data/t=00%3A00/a?b#c/p.jsonl", LINES)
+    assert len(read_prompts(s3.url("data/t=00%3A00/a?b#c/p.jsonl"), tokenizer)) == 2
+    with pytest.raises(PromptError, match=r"p.jsonl: it cannot be read \(.*empty path segment"):
+        read_prompts(s3.url("data//p.jsonl"), tokenizer)
     with pytest.raises(PromptError, match=rf"Prompt file {s3.url('data/q.jsonl')}: it cannot be read \(.*\), expected a .jsonl"):
         read_prompts(s3.url("data/q.jsonl"), tokenizer)
     with pytest.raises(LopdError, match="there is no such bucket; create it, or check its name"):

@@ -68,8 +68,9 @@ def open_anywhere(owner: str, path: str) -> Any:
     if "://" not in local:
         return open_regular(local)
     if path.startswith(IN_BUCKETS):
-        folder, _, name = path.rpartition("/")
-        return BytesIO(need("lopd.backends.files", owner).open_files(folder).read(name))
+        # the bucket alone: obstore takes a folder in its URL for percent-encoded, and a key as it is
+        *bucket, key = path.split("/", 3)
+        return BytesIO(need("lopd.backends.files", owner).open_files("/".join(bucket)).read(key))
     fsspec = need("fsspec", owner)
     try:
         # files of fsspec do not read lines up to a length

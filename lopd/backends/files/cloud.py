@@ -159,7 +159,8 @@ class ObstoreFiles:
         try:
             with waiting(f"Store {self.url}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
                 done = work()
-        except (self._obstore.exceptions.BaseError, FileNotFoundError) as error:
+        # a ValueError is for a path that no key can have
+        except (self._obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
             if any(words in str(error) for words in _NO_BUCKET):
                 raise StorePathError(
                     f"Store {self.url}: there is no such bucket; create it, or check its name, the region and the endpoint."
