@@ -105,6 +105,31 @@ def test_every_client_option_of_the_environment_stays_beside_one_that_is_passed(
     assert files._store.client_options == {"proxy_excludes": "host", "http1_only": "true", "connect_timeout": "3s"}
 
 
+@pytest.mark.parametrize(
+    ("url", "environment", "words"),
+    [
+        ("az://box/run", {}, "its URL names no account.*set AZURE_STORAGE_ACCOUNT_NAME, or write abfss://container@account/path"),
+        (
+            "gs://box/run",
+            {"GOOGLE_APPLICATION_CREDENTIALS": "/SECRET"},
+            "GOOGLE_APPLICATION_CREDENTIALS or an option names cannot be opened",
+        ),
+        ("s3://box/x//run", {}, "its path has `//`, .*leave one out"),
+        ("s3:///run", {}, "cannot be opened .*check the URL, and the variables that begin with AWS_"),
+        ("s3://box/run", {"AWS_ENDPOINT_URL_S3": "http://h"}, "its endpoint is http://h, .*set AWS_ALLOW_HTTP=true"),
+    ],
+)
+def test_what_keeps_a_bucket_from_being_opened_is_said(
+    url: str, environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    for name, value in {"AWS_ENDPOINT": "https://other", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StorePathError, match=f"^Store {url}: .*{words}") as caught:
+        open_store(url)
+    assert "SECRET" not in str(caught.value)
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:

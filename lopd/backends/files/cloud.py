@@ -19,7 +19,7 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
-from lopd.backends.files.failures import CUT_OFF, said
+from lopd.backends.files.failures import CUT_OFF, not_opened, said
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -42,6 +42,8 @@ _ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 # A put that was answered so is not done, and another would be answered alike, as with a session token that has ended.
 _FINAL = re.compile(r"(?s)status code: (501|400(?!.*<Code>RequestTimeout<))")
+# Of the environment alone, and goes before what is passed.
+_ENDPOINT_FIRST = "aws_endpoint_url_s3"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
@@ -62,7 +64,8 @@ def _check_http(url: str, shown: str, options: StorageOptions) -> None:
         return  # the endpoint in the environment is not that of other clouds
     environment = {name.lower(): value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
     given = environment | {name: str(value) for name, value in options.items()}
-    endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in options) if name in given), "")
+    names = (_ENDPOINT_FIRST, *sorted(_ENDPOINTS, key=lambda name: name not in options))
+    endpoint = next((given[name] for name in names if name in given), "")
     allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
     if endpoint.startswith("http://") and not allowed:
         raise StorePathError(
@@ -83,9 +86,12 @@ def _name(option: str) -> str:
     return found[1] if found else option.lower()
 
 
+def _prefix(url: str) -> str:
+    return next((prefix for scheme, prefix in _ENVIRONMENTS.items() if url.startswith(scheme)), "AWS_")
+
+
 def _client_options_of_environment(url: str) -> dict[str, str]:
-    prefix = next((prefix for scheme, prefix in _ENVIRONMENTS.items() if url.startswith(scheme)), "AWS_")
-    own = ((_CLIENT_OPTION.fullmatch(name.lower()), value) for name, value in os.environ.items() if name.upper().startswith(prefix))
+    own = ((_CLIENT_OPTION.fullmatch(name.lower()), value) for name, value in os.environ.items() if name.upper().startswith(_prefix(url)))
     return {found[1]: value for found, value in own if found}
 
 
@@ -97,7 +103,8 @@ class ObstoreFiles:
         """Keep the settings; a request is made later.
 
         Raises:
-            StorePathError: it refuses the options, the endpoint is http and that was not allowed, or the URL goes on with `?` or `#`.
+            StorePathError: it refuses the options, the endpoint is http and that was not allowed, or the URL goes on with `?` or `#`, or has `//`
+                in its path.
         """
         # with the secrets that are in it
         self._given = url.rstrip("/")
@@ -108,6 +115,8 @@ class ObstoreFiles:
                 f"Store {self.url}: its URL has a `?` or `#`, expected none in a bucket; choose another name, or pass a SAS token as the option "
                 "`azure_storage_sas_token`."
             )
+        if re.search("[^:/]//", self._given):
+            raise StorePathError(f"Store {self.url}: its path has `//`, expected a name between two slashes; leave one out.")
         # one form of each name: obstore ends in a panic where a client option has another, and LanceDB reads some in lower case alone
         self.options = _RETRIES | {_name(name): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
@@ -143,16 +152,14 @@ class ObstoreFiles:
             # A conditional put is repeated by `put_if_absent`, which knows what is in vain.
             self._store, self._once = make(retry_config=retry), make(retry_config=retry | {"max_retries": 0})
         except BaseException as error:
-            refused = type(error).__name__
             # a panic of its Rust code is not an `Exception`
-            if refused != "PanicException" and not isinstance(error, obstore.exceptions.BaseError | ValueError | TypeError):
+            if type(error).__name__ != "PanicException" and not isinstance(error, obstore.exceptions.BaseError | ValueError | TypeError):
                 raise
+            why = not_opened(error, None if self.options.keys() - _RETRIES else _prefix(url))
         else:
             return
         # Not in the block above, where Python would chain obstore's error: it has the URL in it, or the value of an option.
-        raise StorePathError(
-            f"Store {self.url}: it cannot be opened ({refused}), expected storage options of object_store; check their names."
-        )
+        raise StorePathError(f"Store {self.url}: {why}.")
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
         check_fork("obstore", f"Store {self.url}")

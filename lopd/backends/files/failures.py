@@ -4,7 +4,28 @@ import re
 
 #: Of a download that ended before all of it was there.
 CUT_OFF = "its download was cut off"
+_NOT_OPENED = {
+    "Account must be specified": "its URL names no account, expected that of Azure; set AZURE_STORAGE_ACCOUNT_NAME, or write "
+    "abfss://container@account/path",
+    "Unable to open service account file": "the file that GOOGLE_APPLICATION_CREDENTIALS or an option names cannot be opened, expected one of "
+    "credentials; check its path and permissions",
+}
 _METADATA_HOST = "169.254.169.254"
+
+
+def not_opened(error: BaseException, prefix: str | None) -> str:
+    """Return why obstore opens no bucket, without the URL and the values of options.
+
+    Args:
+        error: what it raises.
+        prefix: begin of the names of the variables that it reads; None where options were given.
+    """
+    if known := next((why for words, why in _NOT_OPENED.items() if words in str(error)), None):
+        return known
+    expected = "storage options of object_store; check their names"
+    if prefix:
+        expected = f"a URL and an environment of object_store; check the URL, and the variables that begin with {prefix}"
+    return f"it cannot be opened ({type(error).__name__}), expected {expected}"
 
 
 def said(error: Exception) -> str:
