@@ -176,17 +176,21 @@ class Segment:
             raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
         return lines
 
+    def keys(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
+        """Return the whole array by which its rows are found; `make` makes it of the lines where an older segment lacks it.
+
+        It has no other checksum than that of its bytes.
+        """
+        return self.whole(name) if name in self else make(self.lines())
+
     def keeps(self, name: str) -> bool:
         """Return whether `kept` has it in memory."""
         return name in self._kept
 
     def kept(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
-        """Return a whole array, which stays in memory; `make` makes it of the lines where an older segment lacks it.
-
-        It has no other checksum than that of its bytes.
-        """
+        """Return what `keys` gives, which stays in memory."""
         if name not in self._kept:
-            self._kept[name] = self.whole(name) if name in self else make(self.lines())
+            self._kept[name] = self.keys(name, make)
         return self._kept[name]
 
     def whole(self, name: str) -> NDArray[Any]:

@@ -10,18 +10,17 @@ import numpy as np
 from attrs import asdict, evolve, field, mutable
 from numpy.typing import NDArray
 
-from lopd.backends.files import Files
+from lopd.backends.files import Files, Run
 from lopd.backends.zarr.commit_log import CommitLog, Entry
 from lopd.backends.zarr.decode import Group
-from lopd.backends.zarr.encode import SCORED_ROWS, R, S, scored_rows
+from lopd.backends.zarr.encode import R, S
 from lopd.backends.zarr.record import Checkpoint
+from lopd.backends.zarr.scattered import LINE_BITS, Scattered
 from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 
-# A place is a segment number above these bits, and a line below.
-_LINE_BITS = 32
 _Int64 = NDArray[np.int64]
 
 
@@ -33,9 +32,10 @@ class Column:
     provenance: Provenance
     segments: Sequence[Segment] = ()
     reasons: dict[int, str] = field(factory=dict)
-    # Of segments that have every row from their first to their last: number << _LINE_BITS, first row, rows; and the numbers of others.
+    # Of the other segments; that of an earlier state until this one is asked.
+    _scattered: Scattered | None = None
+    # Of segments that have every row from their first to their last: number << LINE_BITS, first row, rows.
     _dense: tuple[_Int64, _Int64, _Int64] | None = field(init=False, default=None)
-    _loose: list[int] = field(init=False, factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of it."""
@@ -45,33 +45,26 @@ class Column:
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
         }
 
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def places(self, rows: NDArray[np.int64], run: Run) -> NDArray[np.int64]:
         """Return segment number * 2**32 + line of these rollouts' scores, -1 for one without; reads no lines."""
         found = np.full(len(rows), -1, np.int64)
         if not len(rows) or not self.segments:
             return found
-        if self._dense is None:
-            self._dense = self._arranged()
+        if self._scattered is None or self._dense is None:
+            self._scattered, self._dense = Scattered(self.segments, self._scattered), self._arranged()
         bases, firsts, sizes = self._dense
         if bases.size:
             at = np.searchsorted(firsts, rows, side="right") - 1
             lines = rows - firsts[at]
             found = np.where((at >= 0) & (lines < sizes[at]), bases[at] + lines, -1)
-        for number in self._loose:
-            meta = self.segments[number].meta
-            asked = np.flatnonzero((found < 0) & (rows >= meta.first_row) & (rows <= meta.last_row))
-            if asked.size:
-                known = self.segments[number].kept(SCORED_ROWS, scored_rows)
-                lines = np.minimum(np.searchsorted(known, rows[asked]), known.size - 1)
-                hit = known[lines] == rows[asked]
-                found[asked[hit]] = (number << _LINE_BITS) + lines[hit]
+        left = np.flatnonzero(found < 0)
+        found[left] = self._scattered.places(rows[left], run)
         return found
 
     def _arranged(self) -> tuple[_Int64, _Int64, _Int64]:
         metas = [segment.meta for segment in self.segments]
-        self._loose = [number for number, meta in enumerate(metas) if not meta.dense]
         dense = sorted((number for number, meta in enumerate(metas) if meta.dense), key=lambda number: metas[number].first_row)
-        table = np.array([(number << _LINE_BITS, metas[number].first_row, metas[number].rows) for number in dense], np.int64).reshape(-1, 3)
+        table = np.array([(number << LINE_BITS, metas[number].first_row, metas[number].rows) for number in dense], np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1].copy(), table[:, 2]
 
 
@@ -246,11 +239,11 @@ class State:
 
     def places(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return (n,): see `Column.places`; -1 for a column that is not there."""
-        return self.columns[column].places(rows) if column in self.columns else np.full(len(rows), -1, np.int64)
+        return self.columns[column].places(rows, self._files.run) if column in self.columns else np.full(len(rows), -1, np.int64)
 
     def grouped_scores(self, column: str, places: NDArray[np.int64]) -> list[Group]:
         """Group rows, whose scores are in these places, by the segments that have those."""
-        return _group(self.columns[column].segments, places >> _LINE_BITS, places & ((1 << _LINE_BITS) - 1)) if len(places) else []
+        return _group(self.columns[column].segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1)) if len(places) else []
 
 
 def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[Group]:
