@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from zarr_stores import _quick_disk, many  # noqa: F401
 
+from lopd.backends import id_index
 from lopd.backends.files.local import LocalFiles
 from lopd.backends.zarr import compaction
 from lopd.backends.zarr.scattered import LINE_BITS, Scattered
+from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.store import ZarrStore
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_scores
 
@@ -80,6 +82,28 @@ def test_of_two_segments_with_one_row_the_first_has_it_whichever_was_looked_into
     assert place == [2]
     after = Scattered([second, segment(0, 2, 5, 8)], found)
     assert after.places(np.array([5, 8, 6]), run).tolist() == [0, (1 << LINE_BITS) + 3, -1]
+
+
+def test_names_are_asked_for_together_and_looked_up_in_few_sorted_blocks(
+    interleaved: ZarrStore, count: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Segment, "lines", lambda *_: pytest.fail("hashed ids have a file of their own"))
+    monkeypatch.setattr("lopd.backends.id_index._NAMES_AT_ONCE", 50)
+    rows = np.random.default_rng(0).permutation(ROWS + 30)
+    np.testing.assert_array_equal(interleaved.find([f"r{row}" for row in rows]), np.where(rows < ROWS, rows, -1))
+    assert count == {"run": [SEGMENTS], "argsort": [ROWS], "searchsorted": [50] * 5 + [20]}
+    interleaved.append(many(ROWS, 4))
+    assert interleaved.find([f"r{ROWS + 3}"]).tolist() == [ROWS + 3]
+    assert max(count["argsort"][1:]) == 4, "what was sorted stays as it is beside the few rows that come"
+
+
+def test_names_that_share_the_first_half_of_their_hash_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = id_index.xxh3_128_digest
+    monkeypatch.setattr(id_index, "xxh3_128_digest", lambda name: bytes(8) + real(name)[8:])
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    for first in range(0, 20, 5):
+        store.append(many(first, 5))
+    assert store.find([f"r{row}" for row in range(24, -1, -1)]).tolist() == [-1] * 5 + [*range(19, -1, -1)]
 
 
 def test_rows_are_found_while_writers_merge_their_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

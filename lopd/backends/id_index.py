@@ -14,6 +14,8 @@ from lopd.records.checks import a_kind, several
 #: Type of a hashed id: 128 bits, which two ids never share in practice.
 ID_HASH = np.dtype("V16")
 _Block = tuple[NDArray[np.uint64], NDArray[np.int64]]
+# What is made of names on the way is some hundred bytes a name.
+_NAMES_AT_ONCE = 1 << 16
 
 
 def encode_ids(rollout_ids: Sequence[str]) -> list[bytes]:
@@ -58,7 +60,12 @@ class IdIndex:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): the row of each id, -1 where it is not known."""
-        hashes = _halves(hash_ids(encode_ids(several("Rollout ids", rollout_ids))))
+        names = [*several("Rollout ids", rollout_ids)]
+        parts = [self._rows(names[first : first + _NAMES_AT_ONCE]) for first in range(0, len(names), _NAMES_AT_ONCE)]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def _rows(self, names: Sequence[str]) -> NDArray[np.int64]:
+        hashes = _halves(hash_ids(encode_ids(names)))
         rows = np.full(len(hashes), -1, np.int64)
         for known, places in self._blocks:
             at = np.searchsorted(known[:, 0], hashes[:, 0])

@@ -64,16 +64,14 @@ BOUND_BY = tuple(
 #: What other readers find beside the lines: the names of their columns, and what the codes in them mean.
 ROLLOUT_ATTRIBUTES = {"fields": ROLLOUT_FIELDS, "finish_reasons": REASONS, "has_behavior_bits": REPORTED}
 SCORE_ATTRIBUTES = {"fields": SCORE_FIELDS}
-ID_INDEX, SCORED_ROWS = "id_index", "scored_rows"
+ID_HASHES, SCORED_ROWS = "id_hashes", "scored_rows"
 LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
 ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
 
-def id_index(lines: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (2, n): see `ID_INDEX`."""
-    halves = lines[:, ID_HASH.start]
-    order = np.argsort(halves, kind="stable")
-    return np.stack([halves[order], order])
+def id_hashes(lines: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (n, 2): see `ID_HASHES`."""
+    return lines[:, ID_HASH].copy()
 
 
 def scored_rows(lines: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -84,7 +82,7 @@ def scored_rows(lines: NDArray[np.int64]) -> NDArray[np.int64]:
 def found_by(lines: NDArray[np.int64], first_row: int, last_row: int) -> dict[str, NDArray[np.int64]]:
     """Return the arrays by which rows of a segment with these lines are found."""
     if lines.shape[1] == len(ROLLOUT_FIELDS):
-        return {ID_INDEX: id_index(lines)}
+        return {ID_HASHES: id_hashes(lines)}
     return {} if last_row - first_row + 1 == len(lines) else {SCORED_ROWS: scored_rows(lines)}
 
 

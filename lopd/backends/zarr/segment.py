@@ -159,7 +159,6 @@ class Segment:
         self._files = files
         self._owner = owner
         self._decoded = decoded
-        self._kept: dict[str, _Int64] = {}
 
     def __contains__(self, name: str) -> bool:
         return name in self.meta.arrays
@@ -182,16 +181,6 @@ class Segment:
         It has no other checksum than that of its bytes.
         """
         return self.whole(name) if name in self else make(self.lines())
-
-    def keeps(self, name: str) -> bool:
-        """Return whether `kept` has it in memory."""
-        return name in self._kept
-
-    def kept(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
-        """Return what `keys` gives, which stays in memory."""
-        if name not in self._kept:
-            self._kept[name] = self.keys(name, make)
-        return self._kept[name]
 
     def whole(self, name: str) -> NDArray[Any]:
         """Return a whole array, if its file is what was committed."""

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.files import Files
 from lopd.backends.growing import Growing
-from lopd.backends.id_index import encode_ids, hash_ids
+from lopd.backends.id_index import ID_HASH, IdIndex
 from lopd.backends.zarr import decode
-from lopd.backends.zarr.encode import ID_HASH, ID_INDEX, LENGTHS, REPORTED, R, id_index
+from lopd.backends.zarr.encode import ID_HASHES, LENGTHS, REPORTED, R, id_hashes
 from lopd.backends.zarr.segment import SegmentGoneError
 from lopd.backends.zarr.state import State
-from lopd.records.checks import several
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS
@@ -48,6 +47,8 @@ class Snapshot:
         self._later = state
         # prompt and response tokens, and which log-probs the engine reported
         self._seen = Growing(np.int64, 3)
+        # rows keep their numbers, whatever is merged
+        self._ids, self._indexed = IdIndex(), 0
 
     @property
     def rows(self) -> int:
@@ -103,31 +104,23 @@ class Snapshot:
 
     def known(self, rollout_ids: Sequence[str]) -> tuple[NDArray[np.int64], list[tuple[bytes, int]]]:
         """Return rows of rollouts, -1 for one that is not there, and content hash and number of response tokens of each that is."""
-        hashes = hash_ids(encode_ids(several("Rollout ids", rollout_ids))).view("<i8").reshape(-1, 2)
-        rows, lines = self._now(partial(self._find, hashes))
-        rows[rows >= self.rows] = -1
-        lines = lines[rows >= 0]
+        rows = self.find(rollout_ids)
+        lines = self._now(partial(self._lines, rows[rows >= 0]))
         return rows, list(zip(decode.contents(lines), lines[:, R["response_length"]].tolist(), strict=True))
 
-    def _find(self, hashes: NDArray[np.int64], state: State) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return rows and lines by the first half of a hashed id, if the line has the second half too."""
-        rows, found = np.full(len(hashes), -1, np.int64), np.empty((len(hashes), len(R)), np.int64)
-        self._files.run([partial(s.kept, ID_INDEX, id_index) for s in state.segments if not s.keeps(ID_INDEX)])
-        for segment in state.segments:
-            halves, lines = segment.kept(ID_INDEX, id_index)
-            looking = np.flatnonzero(rows < 0)
-            at = np.searchsorted(halves, hashes[looking, 0])
-            # Nearly always one round: more only where two ids share the first half of their hash.
-            while looking.size:
-                fits = at < halves.size
-                fits[fits] = halves[at[fits]] == hashes[looking[fits], 0]
-                looking, at = looking[fits], at[fits]
-                if looking.size:
-                    read = segment.lines(lines[at])
-                    same = (read[:, ID_HASH] == hashes[looking]).all(axis=1)
-                    rows[looking[same]], found[looking[same]] = segment.meta.first_row + lines[at[same]], read[same]
-                    looking, at = looking[~same], at[~same] + 1
-        return rows, found
+    def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return (n,): rows of rollouts, -1 for one that is not there."""
+        if self._indexed < self.rows:
+            self._ids.add(self._now(partial(self._id_hashes, self._indexed)), self._indexed)
+            self._indexed = self.rows
+        return self._ids.find(rollout_ids)
+
+    def _id_hashes(self, first: int, state: State) -> NDArray[np.void]:
+        """Return the hashed ids of the rows from this one on."""
+        segments = [segment for segment in state.segments if segment.meta.last_row >= first]
+        hashes = np.concatenate(self._files.run([partial(segment.keys, ID_HASHES, id_hashes) for segment in segments]))
+        begin = first - segments[0].meta.first_row
+        return hashes[begin : begin + self.rows - first].view(ID_HASH).reshape(-1)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """Return (rows,): which have scores in this column."""
