@@ -48,6 +48,16 @@ def test_collecting_again_after_any_prefix_gives_the_store_of_an_unbroken_run(
     assert finished.asked == [], "a finished collection samples nothing"
 
 
+def test_a_prompt_that_was_found_is_not_looked_for_again(source, prompts, make_store, monkeypatch):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts[:3], store)
+    asked, real = [], store.find
+    monkeypatch.setattr(store, "find", lambda names: asked.append(len(names)) or real(names))
+    collect_rollouts(source, prompts, store)
+    assert asked == [2 * len(prompts), 2 * (len(prompts) - 3)]
+    assert len(store) == 2 * len(prompts)
+
+
 def test_collecting_more_prompts_or_in_other_batches_keeps_what_is_there(source, prompts, make_store, contents):
     one, other = make_store(source.manifest), make_store(source.manifest)
     collect_rollouts(source, prompts, one)

@@ -27,10 +27,9 @@ from lopd.records.rows import Rows
 
 
 class _Snapshot(Protocol):
-    """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
+    """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`, `read` without virtual columns.
 
-    `known` gives the rows of rollouts, -1 for one that is not there, and content hash and number of response tokens of each that is;
-    `scored_rows` which of these rows have scores; `read` no virtual columns.
+    `known` gives what `find` does, and content hash and response tokens of each that is there; `scored_rows` which of these rows have scores.
     """
 
     @property

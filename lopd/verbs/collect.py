@@ -97,28 +97,29 @@ def collect_rollouts(
     check_prompt_list(prompts, unique=True)
     manifest = source.manifest
     samples = range(manifest.sampling.samples_per_prompt)
-    names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
-    compared = np.full(len(prompts), -1)
+    missing, compared = np.ones(len(prompts), np.bool_), np.full(len(prompts), -1)
 
-    def find_missing() -> NDArray[np.bool_]:
+    def look_again() -> None:
         _check_same_run(store, manifest)
-        rows = store.find(names).reshape(len(prompts), len(samples))
+        asked = np.flatnonzero(missing)
+        names = [rollout_id(prompts[i].prompt_id, s, manifest.generation) for i in asked.tolist() for s in samples]
+        rows = store.find(names).reshape(len(asked), len(samples))
         last = rows.max(axis=1)
-        _check_same_prompts(store, prompts, np.where(last == compared, -1, last))
-        compared[:] = last
-        found: NDArray[np.bool_] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
-        return found
+        _check_same_prompts(store, [prompts[i] for i in asked.tolist()], np.where(last == compared[asked], -1, last))
+        compared[asked] = last
+        missing[asked] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
 
-    missing = find_missing()
+    look_again()
     if missing.any():
         # one that cannot be written to is refused before anything is sampled; and it sees by that what others have committed
         store.append(())
-        missing = find_missing()
+        look_again()
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
     asked = ask(f"Source {manifest.policy}", Rollout, source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
-    with closing(asked), shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
+    whole = len(prompts) * len(samples)
+    with closing(asked), shown(progress, "sampling", whole, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
