@@ -1,7 +1,7 @@
 """Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.  What each column of a line means is documented here.
 
-Two arrays let rows be found without reading lines.  `id_index` of rollouts, (2, n): the first halves of their hashed ids in ascending order,
-and the line of each.  `scored_rows` of scores, (n,): the row of each line, where some between the first and the last have none.
+Two arrays let rows be found without reading lines.  `id_hashes` of rollouts, (n, 2): the hashed id of each line.  `scored_rows` of scores, (n,): the
+row of each line, where some between the first and the last have none.
 """
 
 from collections.abc import Mapping, Sequence
