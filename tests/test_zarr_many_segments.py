@@ -37,6 +37,7 @@ def score(store: ZarrStore, *rows: int) -> None:
 def interleaved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ZarrStore:
     """Make a store of large appends, which are never merged, of rollouts and of scores; rows lie in the segments of those anywhere."""
     monkeypatch.setattr(compaction, "_LARGE_TOKENS", 1)
+    monkeypatch.setattr(compaction, "_MOST_BYTES", 1)
     store = ZarrStore.create(tmp_path / "run", tiny_manifest())
     for first in range(0, ROWS, ROWS // SEGMENTS):
         store.append(many(first, ROWS // SEGMENTS))
