@@ -250,6 +250,8 @@ def test_a_rollout_that_may_not_fit_into_a_micro_batch_is_warned_of_before_it_is
     prepared(127, 127)
     phases.Run(out / "seed-0").phase("SFT text", dict)
     prepared(1, 127)
+    with pytest.warns(TrainingWarning, match=r"sft\.tokens_per_batch is 1, "):
+        prepared(1, 127, seeds=[0, 1])
     with pytest.warns(TrainingWarning, match=r"opd\.tokens_per_batch is 1, "):
         prepared(1, 1)
     phases.Run(out / "seed-0").phase("rollouts", dict)

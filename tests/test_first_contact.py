@@ -300,7 +300,7 @@ def test_a_file_whose_download_takes_longer_than_a_first_contact_is_read(monkeyp
             monkeypatch.setenv(f"AWS_{name}", value)
         assert len(read_records("Prompt file", "s3://lopd/p.jsonl")[1]) == 10
         monkeypatch.setattr(cloud.ObstoreFiles, "_patience", 0.1)
-        with pytest.raises(PromptError, match=r"cut.jsonl: its download was cut off\), .*; try again, or copy it to this machine"):
+        with pytest.raises(PromptError, match=r"cut.jsonl: its download was cut off\), .*; copy it to this machine, or try again"):
             read_records("Prompt file", "s3://lopd/cut.jsonl")
 
 

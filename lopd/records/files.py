@@ -41,7 +41,7 @@ def read_records(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
     try:
         item, records = asked(path, lambda: _records_of(owner, path))
     except OSError as error:
-        way = "try again, or copy it to this machine" if isinstance(error, ConnectionError) else "check the path"
+        way = "copy it to this machine, or try again" if isinstance(error, ConnectionError) else "check the path"
         raise PromptError(f"{owner}: it cannot be read ({error}), expected a .jsonl or .parquet file; {way}.") from error
     if not records:
         raise PromptError(f"{owner}: it has 0 records, expected at least 1; check that it was written.")

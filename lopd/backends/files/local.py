@@ -85,7 +85,8 @@ class LocalFiles:
             file = _Open(whole)
         except FileNotFoundError:
             # a client of NFS that looked before it was there takes it for missing for up to a minute, until the folder is opened
-            os.close(os.open(whole.parent, os.O_RDONLY))
+            with suppress(PermissionError):  # it may be entered, and not listed
+                os.close(os.open(whole.parent, os.O_RDONLY))
             file = _Open(whole)
         return file.read([0], [file.size])[0]
 

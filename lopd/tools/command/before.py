@@ -136,7 +136,7 @@ def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str
 def _check_batches(s: RunSettings, sizes: list[int]) -> None:
     """Warn of micro-batches that cannot hold the longest rollout that prompts of these sizes may get; `batches` refuses one when all is paid for.
 
-    Where a seed has begun to draw them, their true lengths decide.
+    Where all seeds have begun to draw them, their true lengths decide.
     """
     readable = stated_context(_described(s.student))
     student, teacher = s.student.context or readable, s.teacher.context or stated_context(_described(s.teacher))
@@ -144,7 +144,7 @@ def _check_batches(s: RunSettings, sizes: list[int]) -> None:
     for section, plan, phase, most in drawn:
         positions = min(max(sizes, default=0) + s.sampling.max_new_tokens, most) - 1  # the last token is not read
         begun = (read_kept(Path(s.out) / f"seed-{seed}/phases/{phase}.attempts", int) for seed in s.seeds)
-        if plan and plan.tokens_per_batch < positions and not any(begun):
+        if plan and plan.tokens_per_batch < positions and not all(begun):
             warn_user(
                 f"Run: {section}.tokens_per_batch is {plan.tokens_per_batch}, and a rollout may have {positions} positions; one of more would end "
                 "the run after sampling, so raise it, or lower sampling.max_new_tokens.",
