@@ -1,6 +1,7 @@
 """A real Ray cluster on this machine, of two workers."""
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -306,6 +307,39 @@ def test_an_interrupt_waits_for_no_verifier_and_each_ends_with_its_rollout(monke
     leave.set()
     left.join()
     assert judged == ["p/s2/g0"]
+
+
+ENDED = """
+import time
+from threading import Event
+from lopd import MemoryStore, label_rollouts
+from lopd.testing import tiny_manifest, tiny_rollout
+
+store, begun, interrupted = MemoryStore(tiny_manifest()), Event(), Event()
+store.append([tiny_rollout(f"p/s{i}/g0") for i in range(2)])
+
+def verifier(_, rollout):
+    if rollout.rollout_id == "p/s0/g0":
+        begun.wait()
+        raise KeyboardInterrupt
+    try:
+        begun.set()
+        interrupted.wait()
+        time.sleep(0.5)  # for the program to come to its end
+    finally:
+        print("removed")
+
+try:
+    label_rollouts(store, verifier, None, batches_at_once=2)
+except KeyboardInterrupt:
+    print("interrupted")
+    interrupted.set()
+"""
+
+
+def test_a_program_that_ends_after_an_interrupt_lets_a_verifier_remove_its_sandbox():
+    done = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["interrupted", "removed"]
 
 
 @pytest.mark.parametrize("verb", [collect_rollouts, score_rollouts])

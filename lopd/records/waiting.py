@@ -54,7 +54,8 @@ def overlapped(
         call: what takes long in it may look at `own_call`.
         items: one for each call.
         at_once: calls under way.
-        leave: an interrupt, and a loop that is left, do not wait for the calls under way; what they give is dropped.
+        leave: an interrupt, and a loop that is left, do not wait for the calls under way; what they give is dropped.  The end of the program does:
+            what a call holds, such as a sandbox, is given back.
     """
     if at_once == 1:
         yield from ((item, call(item)) for item in items)
@@ -63,7 +64,7 @@ def overlapped(
     try:
         for item in items:
             future = Future[_Result]()
-            thread = Thread(target=_do, args=(future, call, item), name="lopd-overlap", daemon=leave)
+            thread = Thread(target=_do, args=(future, call, item), name="lopd-overlap")
             thread.start()
             calls.append((item, future, thread))
             if len(calls) == at_once:
