@@ -1,5 +1,7 @@
 """Rollouts that cannot be scored: put in quarantine, counted, bounded, and left out of training."""
 
+import threading
+
 import numpy as np
 import pytest
 from attrs import evolve
@@ -8,9 +10,10 @@ from small_runs import Bar, Interrupted, Refusing, Stopping, make_store, names, 
 from lopd import batches, collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer
-from lopd.errors import EngineError, MissingScoresError, QuarantineWarning, ScorerError
+from lopd.errors import EngineError, InvalidRecordError, MissingScoresError, QuarantineWarning, ScorerError
 from lopd.records import Lineage, Prompt, Rollout
 from lopd.verbs import ScoringReport
+from lopd.verbs.asking import ask
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -105,3 +108,24 @@ def test_a_rollout_in_quarantine_may_be_longer_than_a_batch(source, teacher_mode
         score_rollouts(store, Refusing(scorer, ["long"]))
     with pytest.warns(QuarantineWarning):
         assert batches(store, rollouts_per_step=3, tokens_per_batch=8).rows.tolist() == [1, 2, 3]
+
+
+def test_what_is_refused_is_not_tried_in_halves_after_the_call_was_left():
+    asked, begun, left = [], threading.Event(), threading.Event()
+
+    def sample(prompts):
+        asked.append(prompts)
+        if prompts == ["a"]:
+            assert begun.wait(30)
+            return []
+        begun.set()
+        assert left.wait(30)
+        raise InvalidRecordError("Prompt: it is odd.")
+
+    loop = ask("Source", Rollout, sample, [["a"], ["b", "c"]], at_once=2, most=9)
+    next(loop)
+    loop.close()
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "lopd-overlap")
+    left.set()
+    thread.join()
+    assert sorted(asked) == [["a"], ["b", "c"]]

@@ -11,7 +11,7 @@ from lopd.protocols import Counted, Progress, TeacherScorer
 from lopd.protocols.doors import Answer, answers_of, check_order, check_scores
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
-from lopd.records.waiting import overlapped
+from lopd.records.waiting import overlapped, own_call
 from lopd.verbs.showing import Showing
 
 _Item = TypeVar("_Item")
@@ -84,12 +84,15 @@ def isolate(
 
     Raises:
         EngineError: more than `most` are refused; it gives the first reason.
+        InterruptedError: the verb that asked was left (`own_call`).
         SourceError, ScorerError: see `answers_of`.
     """
     results: list[Answer] = []
     refused: list[tuple[_Item, str]] = []
     waiting = [items] if items else []
     while waiting:
+        if own_call().cancelled():
+            raise InterruptedError
         part = waiting.pop()
         try:
             # a list first: a generator may give some before it refuses, and those are asked for again
