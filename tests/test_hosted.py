@@ -1,5 +1,6 @@
 """What several engines do when some of them fail, in places that are not processes."""
 
+import threading
 import time
 from contextlib import closing
 from functools import partial
@@ -12,6 +13,7 @@ from mortal import ids
 from lopd.engines import pool
 from lopd.engines.hosted import DiedError, Host, HostedScorer
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
+from lopd.records.waiting import overlapped
 
 NAMES = ids("a", "b", "c", "d")
 
@@ -99,3 +101,21 @@ def test_what_kills_every_worker_is_named_and_what_kills_by_its_number_is_made_i
         assert "HereScorer: 2 workers died over the same 2 rollouts; see its output, and leave that out, or give each" in caplog.text
         with pytest.raises(EngineError, match=r"HereScorer: 2 workers died over rollout 'fatal'; see its output, and leave that out"):
             scorer.score(ids("a", "b", "c", "fatal", "d"))
+
+
+def test_a_call_that_was_left_before_it_asks_asks_no_engine():
+    asked, left = [], Event()
+
+    def call(rollouts):
+        if rollouts:
+            assert left.wait(30)
+            scorer.score(rollouts)
+
+    with closing(HereScorer(lambda _: Engine(asked.extend), workers=1)) as scorer:
+        loop = overlapped(call, ([], NAMES), 2, leave=True)
+        next(loop)
+        loop.close()
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "lopd-overlap")
+        left.set()
+        thread.join()
+    assert asked == []

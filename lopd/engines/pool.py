@@ -212,7 +212,7 @@ class Pool:
 
     def _fail(self, call: _Call[Any], error: BaseException) -> None:
         with self._changed:
-            call.error = call.error or error
+            call.error, call.over = call.error or error, True
             self._changed.notify_all()
 
     def _results(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
