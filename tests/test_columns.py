@@ -22,6 +22,7 @@ from lopd.errors import (
 )
 from lopd.guards import ConsistencyPolicy
 from lopd.guards.consistency import verdict
+from lopd.protocols.labels import labels_and_means
 from lopd.protocols.reading import rows_of
 from lopd.records import Lineage, ModelId, Prompt, mixture_id
 from lopd.records.rollouts import rollout_id
@@ -235,6 +236,17 @@ def test_labels_of_rounds_that_are_not_trained_on_are_not_read(monkeypatch):
     (batch,) = batches(store, teacher=None, label="label", rows=np.array([6, 9])).step(0).batches
     assert batch.label_means[batch.weight > 0].unique().tolist() == [0.5], "others of the group count"
     assert asked == {6, 7, 8, 9}
+
+
+@pytest.mark.parametrize("names", [("p/s1/g0", "p/s2/g0"), ("p/s7/g1", "p/s8/g1")], ids=["another round", "a gap"])
+def test_a_group_whose_ids_are_of_another_form_has_all_its_members(names):
+    store = MemoryStore(tiny_manifest())
+    store.begin_generation(1, ModelId("policy", "rev-p2", "float32"))
+    store.append([tiny_rollout("p/s0/g0"), *(tiny_rollout(name, generation=1) for name in names)])
+    label_rollouts(store, lambda _, rollout: float(rollout.rollout_id == names[0]), None)
+    labels, means = labels_and_means(store, "label", np.array([2]))
+    assert means is not None
+    assert (labels[2], means[2]) == (0.0, 0.5)
 
 
 def test_what_cannot_be_chosen_is_refused(store, prompts):

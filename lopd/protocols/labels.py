@@ -69,7 +69,8 @@ def labels_and_means(store: LogprobReader, column: str, rows: NDArray[np.int64] 
     """Return (len(store),) labels, and (len(store),) the mean label of each rollout's group; None if no group has two rollouts.
 
     A group is all labelled rollouts of one prompt, by its id and its tokens, that one policy sampled, whichever of them are trained on.
-    With `rows`, the others are NaN where no group needs them: rows of rounds that have none of these are not read.
+    With `rows`, the others are NaN where no group needs them: rows of rounds that have none of these are not read.  Then members are found by their
+    ids, which are those of `rollout_id`, numbered without a gap; if that misses any of `rows`, all are read.
 
     Raises:
         MissingScoresError, InvalidRecordError: as `labels_of`.
@@ -107,6 +108,8 @@ def _read(store: LogprobReader, column: str, rows: NDArray[np.int64] | None = No
     if rows is not None and len(rows) < len(every):
         rounds = {generation for _, _, generation in numbers}
         rest = every if rounds == {*store.generations} else samples_of(store, [*{prompt for prompt, _, _ in numbers}], rounds)
+        if not np.isin(rows[left[rows]], rest).all():  # ids of another form, of which more may be missed
+            rest = every
         take(rest[groups[rest] < 0])
     return labels, groups
 
