@@ -226,6 +226,17 @@ def test_a_collection_that_is_repeated_reads_a_sample_of_the_prompts_and_compare
             collect_rollouts(source, edited, store)
 
 
+def test_of_what_a_collection_goes_on_with_each_prompt_is_compared_before_anything_is_sampled(source, prompts, monkeypatch):
+    store = MemoryStore(source.manifest)
+    made = source.sample(prompts)
+    store.append(made[:7] + made[8:])
+    monkeypatch.setattr("lopd.verbs.collect._COMPARED", 2)
+    monkeypatch.setattr(HFSource, "sample", lambda *_: pytest.fail("it was sampled"))
+    edited = Prompt(prompts[3].prompt_id, [*prompts[3].token_ids[:-1].tolist(), 7])
+    with pytest.raises(ConflictError, match="tokens other than"):
+        collect_rollouts(source, [*prompts[:3], edited, *prompts[4:]], store)
+
+
 def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(source, prompts, tmp_path, monkeypatch):
     ours, stale = ZarrStore.create(tmp_path / "run", source.manifest), ZarrStore.open(tmp_path / "run")
     collect_rollouts(source, prompts, ZarrStore.open(tmp_path / "run"))

@@ -79,7 +79,8 @@ def collect_rollouts(
     Raises:
         ArgumentError: source, prompts, store or progress are something else.
         ConflictError: the store has other tokens under the id of a prompt, and nothing is sampled; or another policy began the round meanwhile.
-            Of prompts that are there, the number of tokens is compared, and of 4,096 of them, evenly spaced, each token.
+            Of prompts that are there, the number of tokens is compared; each token of those that lack samples or candidates, and of 4,096,
+            evenly spaced.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
@@ -104,10 +105,11 @@ def collect_rollouts(
         asked = np.flatnonzero(missing)
         names = [rollout_id(prompts[i].prompt_id, s, manifest.generation) for i in asked.tolist() for s in samples]
         rows = store.find(names).reshape(len(asked), len(samples))
-        last = rows.max(axis=1)
-        _check_same_prompts(store, [prompts[i] for i in asked.tolist()], np.where(last == compared[asked], -1, last))
-        compared[asked] = last
         missing[asked] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+        last = rows.max(axis=1)
+        there = np.where(last == compared[asked], -1, last)
+        _check_same_prompts(store, [prompts[i] for i in asked.tolist()], there, missing[asked])
+        compared[asked] = last
 
     look_again()
     if missing.any():
@@ -179,16 +181,17 @@ def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]
     return scores
 
 
-def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
+def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64], missing: NDArray[np.bool_]) -> None:
     """Stop if a prompt was edited since its row (-1: none) was sampled: its rollouts would be skipped, and be those of the old one.
 
-    Lengths are compared of all, and tokens of a sample.  A prompt that lacks samples is sampled whole, and an append compares all of it.
+    Lengths are compared of all, and tokens of a sample, and of those that still miss something: these are sampled whole.
     """
     there = np.flatnonzero(rows >= 0)
     if not there.size:
         return
     sizes = [prompts[place].token_ids.size for place in there.tolist()]
-    looked = np.append(there[store.lengths()[rows[there], 0] != sizes][:1], evenly(there, _COMPARED))
+    unlike = there[store.lengths()[rows[there], 0] != sizes][:1]
+    looked = np.concatenate([unlike, there[missing[there]], evenly(there, _COMPARED)])
     for place, record in zip(looked.tolist(), walk(store, rows[looked], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
