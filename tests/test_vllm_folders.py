@@ -95,6 +95,29 @@ def test_an_engine_that_dies_and_starts_again_on_another_model_gives_nothing(run
         ask(engine)
 
 
+def test_an_export_that_lands_while_an_engine_starts_is_not_taken_for_what_was_identified(running, fake, monkeypatch):
+    folder, engine, identity, ask = running
+    identity(engine)
+    start = fake.LLM
+    monkeypatch.setattr(fake, "LLM", lambda **arguments: (save_model(folder, "llama_tied", seed=1), start(**arguments))[1])
+    with pytest.raises(EngineError, match=r"vLLM with .*best: the files in its folder were replaced while it started; call again"):
+        ask(engine)
+    monkeypatch.setattr(fake, "LLM", start)
+    with pytest.raises(EngineError, match=REPLACED):
+        ask(engine)
+    assert (len(fake.started), fake.stopped) == (1, 1)
+
+
+def test_an_engine_that_answered_with_another_model_gives_nothing_though_the_folder_is_as_it_was(running, fake, monkeypatch):
+    folder, engine, _, ask = running
+    seeds, real = [1, 0], fake.generate
+    monkeypatch.setattr(fake, "shutdown", lambda: save_model(folder, "llama_tied", seed=seeds.pop(0)))
+    monkeypatch.setattr(fake, "generate", lambda *args, **options: (save_model(folder, "llama_tied"), real(*args, **options))[1])
+    fake.faults = [RuntimeError("died")]
+    with pytest.raises(EngineError, match=REPLACED):
+        ask(engine)
+
+
 def test_a_round_after_an_export_is_of_what_was_exported_though_an_engine_of_before_runs(running, fake):
     folder, engine, identity, ask = running
     before = identity(engine)

@@ -120,7 +120,7 @@ class VLLMEngine:
         time; so it is where it died twice, since a dead process does not report of what.  One that cannot start ends the call.
 
         Raises:
-            EngineError: it did not start, went on failing, or refused a request.
+            EngineError: it did not start, its folder was replaced while it did, it went on failing, or refused a request.
         """
         deaths, lived = 0, False
         while True:
@@ -215,6 +215,8 @@ class VLLMEngine:
         self._asks_worker, self._loaded = None, folder_version(self.folder)
         # kept before it is looked at, so that one which is refused is stopped
         self._llm = llm = vllm.LLM(**self.arguments())
+        if folder_version(self.folder) != self._loaded:
+            raise EngineError(f"{self._name}: the files in its folder were replaced while it started; call again.")
         config = llm.llm_engine.vllm_config
         self._check("logprobs_mode", str(config.model_config.logprobs_mode), self._logprobs_mode)
         self._check("enable_prefix_caching", bool(config.cache_config.enable_prefix_caching) and self.scoring, False)

@@ -57,6 +57,7 @@ def as_identified(owner: str, engine: VLLMEngine, identified: Identified) -> Ite
     """Refuse to run another model than was identified, here and after what is done within: an engine that dies there is started again.
 
     An engine that has loaded what its folder held at another time is closed; where the files were replaced, the identity is taken again.
+    It must be that of the files that answered: those that took their place since may be others.
 
     Args:
         owner: how messages name who computes.
@@ -64,8 +65,10 @@ def as_identified(owner: str, engine: VLLMEngine, identified: Identified) -> Ite
         identified: what it was; its version is brought up to date.
 
     Raises:
-        EngineError: the folder holds another model.
+        EngineError: the folder holds another model, or did while it was asked.
     """
+    if identified.version is not None and engine.version != identified.version:
+        engine.close()
     _check(owner, engine, identified)
     yield
     _check(owner, engine, identified)
@@ -74,11 +77,9 @@ def as_identified(owner: str, engine: VLLMEngine, identified: Identified) -> Ite
 def _check(owner: str, engine: VLLMEngine, identified: Identified) -> None:
     if identified.version is None or engine.version == identified.version:
         return
-    engine.close()
-    if engine.version == identified.version:
-        return
     found = identify(engine, None)
-    if found.identity != identified.identity:
+    if (found.identity, found.version) != (identified.identity, engine.version):
+        engine.close()
         raise EngineError(
             f"{owner}: the model in {engine.folder} was replaced after it was identified, expected {identified.identity}; make a new one."
         )
