@@ -145,12 +145,19 @@ def test_a_prompt_with_an_id_outside_the_vocabulary_is_refused_by_name(qwen3, to
         source_of(qwen3, tokenizer).sample([Prompt("good", [5]), Prompt("bad", [5, 100])])
 
 
+class OnDevice(torch.Tensor):
+    """As on a GPU, whose tensors numpy does not read."""
+
+    def __array__(self, *_):
+        raise TypeError
+
+
 def test_stop_ids_are_those_asked_for_or_those_of_model_and_tokenizer(llama, tokenizer):
     model = copy.deepcopy(llama)
     model.generation_config.eos_token_id = [7, 8]
     assert source_of(model, tokenizer).stop_ids == {7, 8, EOS_ID}
     assert source_of(model, tokenizer, stop_ids=(11,)).stop_ids == {11}
-    for seven in (7, np.int64(7), torch.tensor(7), [7], np.array([7]), [7, None]):
+    for seven in (7, np.int64(7), torch.tensor(7), [7], np.array([7]), [7, None], {7}, torch.tensor([7]).as_subclass(OnDevice)):
         model.generation_config.eos_token_id = seven
         assert source_of(model, tokenizer).stop_ids == {7, EOS_ID}
     model.generation_config.eos_token_id = None

@@ -1,6 +1,6 @@
 """What every engine does with what it is given: the checks before it computes anything, batches, what ends a response, random streams."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -142,11 +142,13 @@ def in_order(order: Sequence[int], results: Sequence[T], each: int = 1) -> list[
     return [results[place * each + k] for place in places.tolist() for k in range(each)]
 
 
-def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, tokenizer: TokenizerId) -> frozenset[int]:
+def stop_ids(sampling: SamplingParams, configured: int | Collection[int] | None, tokenizer: TokenizerId) -> frozenset[int]:
     """Return ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
     if sampling.stop_ids:
         return frozenset(sampling.stop_ids)
-    ids = np.asarray(configured).reshape(-1).tolist()  # programs put numbers of numpy and torch there
+    # programs put sets there, numbers of numpy and torch, and tensors on a GPU
+    plain: Any = list(configured) if isinstance(configured, Set) else configured
+    ids = np.asarray(plain.tolist() if hasattr(plain, "tolist") else plain).reshape(-1).tolist()
     return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
 
 
