@@ -303,23 +303,44 @@ def test_a_proxy_of_the_environment_that_is_not_one_is_named(stub, monkeypatch):
         scorer_of(stub).score(make_rollouts())
 
 
-@pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
-def test_a_certificate_that_is_not_trusted_is_said_and_trusted_in_the_same_program_once_its_file_is_named(stub, tmp_path, monkeypatch):
-    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
-    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=stub -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run([*made.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    stub._listener.socket = context.wrap_socket(stub._listener.socket, server_side=True)
-    secured = SimpleNamespace(url=stub.url.replace("http", "https"))
+@pytest.fixture
+def secure(tmp_path, monkeypatch):
+    """Return `secure(stub)`, which gives it a certificate of its own; return it as it is asked from then on, and the file."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl makes the certificate")
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj /CN=stub -addext subjectAltName=IP:127.0.0.1"
+
+    def give(stub):
+        key, certificate = (tmp_path / f"{stub.url[-5:]}{what}.pem" for what in ("key", "certificate"))
+        subprocess.run([*made.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        stub._listener.socket = context.wrap_socket(stub._listener.socket, server_side=True)
+        return SimpleNamespace(url=stub.url.replace("http", "https")), certificate
+
+    return give
+
+
+def test_a_certificate_that_is_not_trusted_is_said_and_trusted_in_the_same_program_once_its_file_is_named(stub, secure, monkeypatch):
+    secured, certificate = secure(stub)
     with pytest.raises(
         EngineError, match=rf"^Server {secured.url}: its certificate is not trusted \(self.signed certificate\), .*; set SSL_CERT_FILE"
     ):
         scorer_of(secured).score(make_rollouts())
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     for rollout, scores in zip(make_rollouts(), scorer_of(secured).score(make_rollouts()), strict=True):
         np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+
+
+def test_a_file_of_certificates_counts_as_it_is_now(start, secure, monkeypatch):
+    (first, authorities), (second, other) = secure(start()), secure(start())
+    monkeypatch.setenv("SSL_CERT_FILE", str(authorities))
+    scorer_of(first).score(make_rollouts())
+    with pytest.raises(EngineError, match="its certificate is not trusted"):
+        scorer_of(second).score(make_rollouts())
+    authorities.write_text(authorities.read_text() + other.read_text())
+    assert len(scorer_of(second).score(make_rollouts())) == len(make_rollouts())
 
 
 def test_urls_may_end_as_openai_clients_write_them():

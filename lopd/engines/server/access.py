@@ -5,6 +5,7 @@ import re
 import ssl
 from collections.abc import Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from urllib.request import getproxies
 
 import httpx2
@@ -68,12 +69,18 @@ def key_in(asked: str | None, usual: str) -> str | None:
 
 
 def certificates() -> ssl.SSLContext:
-    """Return the certificates that the environment names."""
-    return _certificates(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    """Return the certificates that the environment names; a file that was amended is read again.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    file = os.environ.get("SSL_CERT_FILE")
+    found = Path(file).stat() if file else None
+    return _certificates(file, os.environ.get("SSL_CERT_DIR"), found and (found.st_mtime_ns, found.st_size))
 
 
 @cache
-def _certificates(*_named: str | None) -> ssl.SSLContext:
+def _certificates(*_named: object) -> ssl.SSLContext:
     """Return the certificates, made once: reading them all takes longer than many a call."""
     return httpx2.create_ssl_context()
 
