@@ -343,6 +343,13 @@ def test_a_file_of_certificates_counts_as_it_is_now(start, secure, monkeypatch):
     assert len(scorer_of(second).score(make_rollouts())) == len(make_rollouts())
 
 
+def test_a_server_whose_certificate_is_not_trusted_leaves_the_work_to_the_others(start, secure, caplog):
+    (secured, _), healthy = secure(start()), start()
+    for rollout, scores in zip(make_rollouts(), scorer_of(secured, healthy).score(make_rollouts()), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    assert f"Server {secured.url} is given up: its certificate is not trusted" in caplog.text
+
+
 def test_urls_may_end_as_openai_clients_write_them():
     assert Servers(["http://a:1/v1", "http://b/", "http://c/x/v1/"], "m").urls == ("http://a:1", "http://b", "http://c/x")
     assert Servers("http://a", "m").urls == ("http://a",)

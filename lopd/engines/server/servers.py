@@ -126,7 +126,7 @@ class Servers:
         """What they serve.  All that are up are asked, once.
 
         Raises:
-            EngineError: one serves something else than the others, or has a certificate that is not trusted, or none is up within `first_contact_s`.
+            EngineError: one serves something else than the others, or none is up within `first_contact_s` with a certificate that is trusted.
         """
         with self._pool(None, None) as pool:
             served: Served = pool.identify()
@@ -264,10 +264,9 @@ class _Endpoint:
             return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
         except httpx2.RequestError as error:
             if why := distrust(error):
-                raise EngineError(
-                    f"{self.name}: its certificate is not trusted ({why}), expected a valid one of an authority that is known here; set "
-                    "SSL_CERT_FILE to the authority's file."
-                ) from None
+                what = f"its certificate is not trusted ({why})"
+                remedy = "expected a valid one of an authority that is known here; set SSL_CERT_FILE to the authority's file."
+                raise Down(what, EngineError(f"{self.name}: {what}, {remedy}"), final=True) from None
             # by its type alone: the text of the error may quote headers
             raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
