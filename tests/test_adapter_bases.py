@@ -76,9 +76,32 @@ def test_neither_are_merged_adapters_nor_those_that_transformers_loaded(base, to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_neither_is_the_rounding_of_adapters_that_were_merged_and_taken_out_again(dtype, base):
+    model = adapted(base(dtype=dtype), target_modules=["q_proj", "down_proj", "embed_tokens"])
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    before = layer.base_layer.weight.clone()
+    for strength in (0.5, 1.0):  # trained between
+        layer.scaling["default"] = strength
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert not torch.equal(layer.base_layer.weight, before)
+    assert_compared(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_neither_is_a_cast(dtype, base):
     check_base(adapted(base(dtype=dtype).bfloat16()), before=False)
     assert_compared(adapted(base(dtype=dtype).float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_of_adapters_that_stays_in_the_base_is_a_change_of_it(dtype, base):
+    model = adapted(base(dtype=dtype))
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    with torch.no_grad():
+        layer.base_layer.weight += 0.2 * layer.get_delta_weight("default")
+    with pytest.raises(ModelError, match=CHANGED.format("model.layers.1.self_attn.q_proj.weight")):
+        check_base(model, before=False)
 
 
 @pytest.mark.parametrize("snapshot", [False, True])

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
-from lopd.engines.effective import saved_adapter
+from lopd.engines.effective import effective_weights, saved_adapter
 from lopd.engines.finding import local_folder
 from lopd.engines.stored import StoredModel
 from lopd.errors import ModelError, ModelWarning
@@ -99,8 +99,18 @@ def _changed(base: Any, name: str, config: Any) -> str | None:
             plain = type(held) in (torch.nn.Parameter, Tensor) and held.is_floating_point() and not held.is_meta
             own = (repeated and ".base_layer." in path) or (biased and "bias" in path) or path.startswith(tuple(aside))
             original = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", path)
-            if plain and not own and not stored.holds(original, held.detach()):
+            layer, below, _ = path.partition(".base_layer.")
+            same = not plain or own or stored.holds(original, held.detach())
+            if not same and not (below and stored.holds(original, held.detach(), _adapted(base.get_submodule(layer), held))):
                 return original
     except Exception:  # what cannot be read is refused where it is loaded
         return None
     return None
+
+
+def _adapted(layer: Any, held: Tensor) -> Tensor:
+    """Return what adapters make of a weight, or the weight where they cannot be merged, and so never were."""
+    try:
+        return next((weight.read() for weight in effective_weights(layer) if weight.held is held), held)
+    except ModelError:
+        return held

@@ -121,12 +121,13 @@ class StoredModel:
             )
         return tensor
 
-    def holds(self, name: str, held: Tensor) -> bool:
+    def holds(self, name: str, held: Tensor, adapted: Tensor | None = None) -> bool:
         """Return whether a weight has the values of the files, whatever 16 bits it was in between; it looks at a few rows.
 
         Args:
             name: the one that it has in the model; one that is not a single tensor of the files passes.
             held: its values.
+            adapted: what its adapters make of it: where they were merged and taken out again, it has the values up to rounding of what was added.
         """
         source = self._sources.get(name)
         if source is None or source.converter is not None or not held.ndim:
@@ -137,8 +138,17 @@ class StoredModel:
                 return False
             # of a stack, such as the matrices of experts, one row of each that is looked at
             places = [(slice(i, i + 1), *[slice(0, 1)] * (held.ndim - 2)) for i in range(0, len(held), max(len(held) // 4, 1))]
-            ours, theirs = (torch.cat([values[place].flatten() for place in places]).cpu() for values in (held, part))
-        return any(torch.equal(ours, theirs.to(dtype).to(ours.dtype)) for dtype in (theirs.dtype, torch.bfloat16, torch.float16))
+
+            def rows(values: Any) -> Tensor:
+                return torch.cat([values[place].flatten() for place in places]).cpu()
+
+            ours, theirs = rows(held), rows(part)
+        casts = [theirs.to(dtype).to(ours.dtype) for dtype in (theirs.dtype, torch.bfloat16, torch.float16)]
+        if adapted is None:
+            return any(torch.equal(ours, cast) for cast in casts)
+        # what was added may exceed a weight, and the sum is rounded by its own size; a share of the largest weight would let whole adapters pass
+        room, added = 4 * torch.finfo(held.dtype).eps, (rows(adapted) - ours).abs().max()
+        return any(bool(((ours - cast).abs() <= room * (cast.abs() + added)).all()) for cast in casts)
 
     def _make(self, source: _Source, name: str, dtype: torch.dtype) -> Tensor:
         if source.converter is None:
