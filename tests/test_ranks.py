@@ -7,6 +7,7 @@ import sys
 import accelerate_worker
 import forked
 import numpy as np
+import peft
 import pytest
 import ranks_worker
 import torch
@@ -16,9 +17,9 @@ from ranks_worker import CASES, STEPS, Case, make_optimizer, make_store, make_st
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lopd import batches, load_checkpoint, opd_steps
+from lopd import CausalLMStudent, batches, load_checkpoint, opd_steps
 from lopd.engines.hf import load_model
-from lopd.errors import InvalidRecordError, ModelError
+from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses.fused import FusedOPDLoss
 from lopd.records import Lineage, Ranks
 from lopd.records.ranks import check_summed
@@ -254,6 +255,19 @@ def test_a_head_that_is_sharded_by_itself_is_refused(group):
     (batch,) = batches(make_store(1), rollouts_per_step=1, tokens_per_batch=50, ref="behavior").step(0).batches
     with pytest.raises(ModelError, match=r"its head is sharded in another group than the student's.*; leave `fully_shard` of the head out"):
         student(batch, FusedOPDLoss())
+
+
+def test_adapters_on_a_base_that_was_changed_are_refused_at_the_export_though_they_are_sharded(group, make_model, tokenizer, tmp_path):
+    make_model("llama_tied").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model, _ = load_model(tmp_path / "base")
+    torch.nn.init.constant_(model.model.norm.weight, 2)
+    with pytest.warns(ModelWarning, match=r"'model\.norm\.weight' under its adapters is not as in "):
+        student = CausalLMStudent(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])), tokenizer)
+    for module in (*model.model.layers, student):
+        fully_shard(module)
+    with pytest.raises(ModelError, match=r"'model\.norm\.weight' under its adapters is not as in .*; export it merged"):
+        student.export(tmp_path / "out", tokenizer, Lineage())
 
 
 def test_a_step_without_weight_anywhere_is_refused():

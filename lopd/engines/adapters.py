@@ -14,6 +14,7 @@ from lopd.engines.effective import effective_weights, saved_adapter
 from lopd.engines.finding import local_folder
 from lopd.engines.stored import StoredModel
 from lopd.errors import ModelError, ModelWarning
+from lopd.records.ranks import sharded
 from lopd.records.warn import warn_user
 
 #: Initialisations of adapters that change the weights under them, and do so again, in the same way, where they are loaded.
@@ -53,14 +54,15 @@ def take_generation_config(model: Any, folder: str | Path) -> None:
             model.generation_config = transformers.GenerationConfig.from_pretrained(found)
 
 
-def check_base(model: Any, *, before: bool) -> None:
-    """Compare some values of the model under adapters with those in the folder that their export names, which it is loaded on.
+def check_base(model: Any, *, before: bool, found: str | None = None) -> str | None:
+    """Return the first weight under adapters that is not as in the folder that their export names, which it is loaded on, by some of its values.
 
     What cannot be compared passes: a base that is not on this machine, is quantised, or has code of its own, and weights that are converted.
 
     Args:
         model: a model of peft, or one with adapters that transformers loaded.
         before: whether nothing is exported yet, and perhaps never is: what would be refused is a warning.
+        found: what was returned before, which counts where the weights are sharded since.
 
     Warns:
         ModelWarning: the base has no name, so nothing loads what is exported by itself; or `before` has found what is an error later.
@@ -77,7 +79,9 @@ def check_base(model: Any, *, before: bool) -> None:
                 "folder; save that model too, and load these on it by `PeftModel.from_pretrained`.",
                 ModelWarning,
             )
-    elif changed := _changed(unwrap(model), name, config):
+        return None
+    changed = _changed(unwrap(model), name, config) or (found if sharded(model) else None)
+    if changed:
         wrong = (
             f"{owner}: {changed!r} under its adapters is not as in {name}, on which an export of them is loaded; export it merged "
             "(`merge_and_unload()`), or save that model without them, load it, and put adapters on what is loaded"
@@ -85,6 +89,7 @@ def check_base(model: Any, *, before: bool) -> None:
         if not before:
             raise ModelError(f"{wrong}.")
         warn_user(f"{wrong}; an export as it is is refused.", ModelWarning)
+    return changed
 
 
 def _changed(base: Any, name: str, config: Any) -> str | None:

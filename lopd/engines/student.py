@@ -78,7 +78,7 @@ class CausalLMStudent(nn.Module):
             )
         check_trained_dtype(model, autocast)
         check_exportable(model, tokenizer)
-        _check_adapters(model, before=True)
+        self._changed_base = _check_adapters(model, before=True)
         if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
             warnings.warn(
                 f"Model {type(unwrap(model)).__name__}: its torch.compile is passed by, since a student computes the layers below the head by "
@@ -215,14 +215,16 @@ class CausalLMStudent(nn.Module):
         check_kind("Lineage", lineage, Lineage, "pass `steps.lineage`")
         check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
         folder = local_path("Export", folder)
-        _check_adapters(self.model, before=False)
+        # on each rank: one that refuses alone would leave the others waiting
+        Ranks.current().each(lambda: _check_adapters(self.model, before=False, found=self._changed_base))
         state = on_first(without_runners(self.model).state_dict()) if sharded(self) else None
         Ranks.current().first(lambda: export_model(self.model, tokenizer, lineage, folder, state))
 
 
-def _check_adapters(model: Any, *, before: bool) -> None:
+def _check_adapters(model: Any, *, before: bool, found: str | None = None) -> str | None:
     model = without_runners(model)
     if unwrap(model) is not model or getattr(model, "_hf_peft_config_loaded", False):
         from lopd.engines.adapters import check_base  # such a model brought transformers and peft along
 
-        check_base(model, before=before)
+        return check_base(model, before=before, found=found)
+    return None
