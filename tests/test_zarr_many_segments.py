@@ -1,6 +1,8 @@
 """A `ZarrStore` of many segments: what it looks at to find rows grows with the rows, and not with rows times segments."""
 
+from itertools import compress
 from pathlib import Path
+from threading import Event, Thread, current_thread
 from typing import Any
 from unittest.mock import Mock
 
@@ -10,8 +12,8 @@ from zarr_stores import _quick_disk, many  # noqa: F401
 
 from lopd.backends import id_index
 from lopd.backends.files.local import LocalFiles
-from lopd.backends.zarr import compaction
-from lopd.backends.zarr.scattered import LINE_BITS, Scattered
+from lopd.backends.zarr import compaction, scattered
+from lopd.backends.zarr.scattered import LINE_BITS, Scattered, _Block
 from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.store import ZarrStore
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_scores
@@ -31,6 +33,14 @@ def count(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
 
 def score(store: ZarrStore, *rows: int) -> None:
     store.append_scores("teacher", tiny_provenance(), [tiny_scores(many(row, 1)[0], -row) for row in rows])
+
+
+def segment(*rows: int) -> Any:
+    return Mock(meta=Mock(dense=False, first_row=rows[0], last_row=rows[-1]), keys=lambda *_: np.array(rows))
+
+
+def run(calls: Any) -> list[Any]:
+    return [call() for call in calls]
 
 
 @pytest.fixture
@@ -70,12 +80,6 @@ def test_a_row_is_looked_for_in_no_segment_whose_range_it_is_not_in(interleaved:
 
 @pytest.mark.parametrize("asked", [(5,), (9, 0, 5), (0, 9, 5)])
 def test_of_two_segments_with_one_row_the_first_has_it_whichever_was_looked_into_first(asked: tuple[int, ...]) -> None:
-    def segment(*rows: int) -> Any:
-        return Mock(meta=Mock(dense=False, first_row=rows[0], last_row=rows[-1]), keys=lambda *_: np.array(rows))
-
-    def run(calls: Any) -> list[Any]:
-        return [call() for call in calls]
-
     first, second = segment(0, 2, 5), segment(5, 7, 9)
     found = Scattered([first, second])
     for row in asked:
@@ -83,6 +87,34 @@ def test_of_two_segments_with_one_row_the_first_has_it_whichever_was_looked_into
     assert place == [2]
     after = Scattered([second, segment(0, 2, 5, 8)], found)
     assert after.places(np.array([5, 8, 6]), run).tolist() == [0, (1 << LINE_BITS) + 3, -1]
+
+
+def test_two_threads_that_ask_one_column_first_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Scattered([segment(0, 2, 4), segment(6, 7, 9)])
+    other, looked, ended = Thread(target=lambda: found.places(np.array([7]), run)), Event(), Event()
+    make, calls = _Block.of, list[int]()
+
+    def of(parts: Any) -> _Block:
+        if current_thread() is not other:
+            other.start()
+            assert looked.wait(60)
+        return make(parts)
+
+    def compressed(*args: Any) -> list[Any]:
+        if current_thread() is other:
+            calls.append(1)
+            if len(calls) == 2:  # it has what it read, and will say what it has not
+                looked.set()
+                assert ended.wait(60)
+        return [*compress(*args)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Block, "of", of)
+        patch.setattr(scattered, "compress", compressed)
+        assert found.places(np.array([2]), run).tolist() == [1]
+        ended.set()
+        other.join()
+    assert found.places(np.array([2, 7, 3]), run).tolist() == [1, (1 << LINE_BITS) + 1, -1]
 
 
 def test_names_are_asked_for_together_and_looked_up_in_few_sorted_blocks(

@@ -50,6 +50,12 @@ class _Block:
         return dict(zip(self.segments, np.split(rows, self.starts[1:]), strict=True))
 
 
+# With the place at which line 0 of each of its segments would be if its rows began the block.
+_Placed = tuple[_Block, _Int64]
+# Blocks of the segments that were read, the others, and (segments, 2) the first and the last row of those.
+_Known = tuple[Sequence[_Placed], Sequence[Segment], _Int64]
+
+
 @final
 class Scattered:
     """Finds rows in those segments of a column that are not dense.
@@ -63,47 +69,48 @@ class Scattered:
 
     def __init__(self, segments: Sequence[Segment], before: "Scattered | None" = None) -> None:
         self._numbers = {segment: number for number, segment in enumerate(segments) if not segment.meta.dense}
-        # each with the place at which line 0 of each of its segments would be if its rows began the block
-        self._blocks: list[tuple[_Block, _Int64]] = []
+        blocks: list[_Placed] = []
         merged: dict[Segment, _Int64] = {}
-        for block, _ in before._blocks if before else ():
+        for block, _ in before._known[0] if before else ():
             if self._numbers.keys() >= set(block.segments):
-                self._blocks.append(self._placed(block))
+                blocks.append(self._placed(block))
             else:
                 merged |= {segment: rows for segment, rows in block.parts().items() if segment in self._numbers}
         if merged:
-            self._add(merged)
-        read = {segment for block, _ in self._blocks for segment in block.segments}
+            blocks = self._with(blocks, merged)
+        read = {segment for block, _ in blocks for segment in block.segments}
         unread = [segment for segment in self._numbers if segment not in read]
         ranges = np.array([(segment.meta.first_row, segment.meta.last_row) for segment in unread], np.int64).reshape(-1, 2)
-        # one attribute, so that an interrupt leaves no half
-        self._unread = unread, ranges
+        # one attribute, so that an interrupt leaves no half, and of two threads each has a whole
+        self._known: _Known = blocks, unread, ranges
 
-    def _placed(self, block: _Block) -> tuple[_Block, _Int64]:
+    def _placed(self, block: _Block) -> _Placed:
         return block, (np.array([self._numbers[segment] for segment in block.segments]) << LINE_BITS) - block.starts
 
-    def _add(self, parts: Mapping[Segment, _Int64]) -> None:
-        blocks = [*self._blocks]
+    def _with(self, blocks: Sequence[_Placed], parts: Mapping[Segment, _Int64]) -> list[_Placed]:
+        blocks = [*blocks]
         while blocks and blocks[-1][0].rows.size <= sum(part.size for part in parts.values()):
             parts = {**blocks.pop()[0].parts(), **parts}
         ordered = dict(sorted(parts.items(), key=lambda part: self._numbers[part[0]]))
-        self._blocks = [*blocks, self._placed(_Block.of(ordered))]
+        return [*blocks, self._placed(_Block.of(ordered))]
 
-    def _read_near(self, rows: _Int64, run: Run) -> None:
-        """Read, side by side, which rows those segments have that were not looked into yet, and may have one of these."""
-        segments, ranges = self._unread
-        ordered = np.sort(rows if segments else rows[:0])
+    def _read_near(self, rows: _Int64, run: Run) -> Sequence[_Placed]:
+        """Return blocks, with those segments that were not looked into yet, and may have one of these rows; they are read side by side."""
+        blocks, unread, ranges = self._known
+        ordered = np.sort(rows if unread else rows[:0])
         near = np.searchsorted(ordered, ranges[:, 0]) < np.searchsorted(ordered, ranges[:, 1], side="right")
         if near.any():
-            asked = [*compress(segments, near)]
-            self._add(dict(zip(asked, run([partial(segment.keys, SCORED_ROWS, scored_rows) for segment in asked]), strict=True)))
-            self._unread = [*compress(segments, ~near)], ranges[~near]
+            asked = [*compress(unread, near)]
+            answers = run([partial(segment.keys, SCORED_ROWS, scored_rows) for segment in asked])
+            blocks = self._with(blocks, dict(zip(asked, answers, strict=True)))
+            self._known = blocks, [*compress(unread, ~near)], ranges[~near]
+        return blocks
 
     def places(self, rows: _Int64, run: Run) -> _Int64:
         """Return (n,): where these rows are, -1 for one that is not there; of two segments that have a row, the first."""
-        self._read_near(rows, run)
+        blocks = self._read_near(rows, run)
         found = np.full(len(rows), _NOWHERE)
-        for block, bases in self._blocks:
+        for block, bases in blocks:
             at = np.minimum(np.searchsorted(block.rows, rows), block.rows.size - 1)
             hit = np.flatnonzero(block.rows[at] == rows)
             order = block.order[at[hit]]
