@@ -1,5 +1,6 @@
 """A `ZarrStore` of many segments: what it looks at to find rows grows with the rows, and not with rows times segments."""
 
+import pickle
 from itertools import compress
 from pathlib import Path
 from threading import Event, Thread, current_thread
@@ -87,6 +88,23 @@ def test_of_two_segments_with_one_row_the_first_has_it_whichever_was_looked_into
     assert place == [2]
     after = Scattered([second, segment(0, 2, 5, 8)], found)
     assert after.places(np.array([5, 8, 6]), run).tolist() == [0, (1 << LINE_BITS) + 3, -1]
+
+
+def test_a_reader_that_stands_before_a_merge_reads_which_rows_have_scores_once(
+    interleaved: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = pickle.dumps(interleaved)
+    assert interleaved._writer._merge("teacher", interleaved._state.segments_of("teacher")[-4:], 1 << 62)
+    interleaved.sweep(older_than=-60)
+    reader, asked, real = pickle.loads(late), list[Segment](), Segment.keys  # noqa: S301
+    monkeypatch.setattr(Segment, "keys", lambda self, *rest: asked.append(self) or real(self, *rest))
+    for most in (2 * SEGMENTS, 1, 1):
+        asked.clear()
+        assert [row.scores["teacher"][0] for row in reader.read(range(3 * SEGMENTS), ("teacher",))] == [-row for row in range(3 * SEGMENTS)]
+        assert len(asked) <= most, "of those that are gone, one is asked for again"
+    asked.clear()
+    assert reader.scored("teacher").sum() == 3 * SEGMENTS
+    assert len(asked) == 1
 
 
 def test_two_threads_that_ask_one_column_first_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Run
 from lopd.backends.zarr.encode import SCORED_ROWS, scored_rows
-from lopd.backends.zarr.segment import Segment
+from lopd.backends.zarr.segment import Segment, SegmentGoneError
 from lopd.records.rows import ends
 
 #: A place is a segment number above these bits, and a line below.
@@ -56,6 +56,17 @@ _Placed = tuple[_Block, _Int64]
 _Known = tuple[Sequence[_Placed], Sequence[Segment], _Int64]
 
 
+def _rows_of(segment: Segment) -> _Int64:
+    return segment.keys(SCORED_ROWS, scored_rows)
+
+
+def _rows_or_gone(segment: Segment) -> _Int64 | SegmentGoneError:
+    try:
+        return _rows_of(segment)
+    except SegmentGoneError as error:
+        return error
+
+
 @final
 class Scattered:
     """Finds rows in those segments of a column that are not dense.
@@ -83,6 +94,7 @@ class Scattered:
         ranges = np.array([(segment.meta.first_row, segment.meta.last_row) for segment in unread], np.int64).reshape(-1, 2)
         # one attribute, so that an interrupt leaves no half, and of two threads each has a whole
         self._known: _Known = blocks, unread, ranges
+        self._gone: set[Segment] = set()
 
     def _placed(self, block: _Block) -> _Placed:
         return block, (np.array([self._numbers[segment] for segment in block.segments]) << LINE_BITS) - block.starts
@@ -95,15 +107,26 @@ class Scattered:
         return [*blocks, self._placed(_Block.of(ordered))]
 
     def _read_near(self, rows: _Int64, run: Run) -> Sequence[_Placed]:
-        """Return blocks, with those segments that were not looked into yet, and may have one of these rows; they are read side by side."""
+        """Return blocks, with those segments that were not looked into yet, and may have one of these rows; they are read side by side.
+
+        What was read is kept though others are gone: a reader that stands before a merge asks again and again.
+        """
         blocks, unread, ranges = self._known
         ordered = np.sort(rows if unread else rows[:0])
         near = np.searchsorted(ordered, ranges[:, 0]) < np.searchsorted(ordered, ranges[:, 1], side="right")
         if near.any():
             asked = [*compress(unread, near)]
-            answers = run([partial(segment.keys, SCORED_ROWS, scored_rows) for segment in asked])
-            blocks = self._with(blocks, dict(zip(asked, answers, strict=True)))
-            self._known = blocks, [*compress(unread, ~near)], ranges[~near]
+            for segment in self._gone.intersection(asked):
+                _rows_of(segment)  # an error after one request, unless a backup has brought it back
+            answers = dict(zip(asked, run([partial(_rows_or_gone, segment) for segment in asked]), strict=True))
+            errors = {segment: answer for segment, answer in answers.items() if isinstance(answer, SegmentGoneError)}
+            if read := {segment: answers[segment] for segment in asked if segment not in errors}:
+                left = np.array([segment not in read for segment in unread])
+                blocks = self._with(blocks, read)
+                self._known = blocks, [*compress(unread, left)], ranges[left]
+            self._gone.update(errors)
+            for error in errors.values():
+                raise error
         return blocks
 
     def places(self, rows: _Int64, run: Run) -> _Int64:
