@@ -182,7 +182,7 @@ def test_a_sweep_removes_only_what_is_old_and_that_nothing_needs(filled: ZarrSto
     assert filled.sweep(older_than=-1.0) == []
 
 
-@pytest.mark.parametrize("put_back", [False, True])
+@pytest.mark.parametrize("put_back", ["no", "yes", "and gone on with"])
 @pytest.mark.parametrize(
     "call",
     [
@@ -193,15 +193,17 @@ def test_a_sweep_removes_only_what_is_old_and_that_nothing_needs(filled: ZarrSto
     ],
 )
 def test_a_reader_of_a_store_that_was_removed_or_put_back_to_an_older_state_says_that_its_rows_are_gone(
-    call: Callable[[ZarrStore], object], put_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Callable[[ZarrStore], object], put_back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = grown(tmp_path / "run", 2)
     shutil.copytree(place(store), tmp_path / "kept")
     go_on(store, 2, 1)
     reader = ZarrStore.open(place(store))
     shutil.rmtree(place(store))
-    if put_back:
+    if put_back != "no":
         shutil.copytree(tmp_path / "kept", place(store))
+    if put_back == "and gone on with":
+        go_on(ZarrStore.open(place(store)), 50, 2)
     looked: list[int] = []
     real = State.latest
 

@@ -78,8 +78,8 @@ class Snapshot:
                 return work(now)
             except SegmentGoneError as error:
                 later = self._state.latest()
-                # a store that was removed, or put back to an older state, has merged nothing since
-                if later.commits <= now.commits or error.segment in later.paths():
+                # a store that was removed, or put back to an older state, has merged nothing since, whatever was appended there
+                if error.segment in later.paths() or not now.stands():
                     raise error.lost() from error.__cause__
                 self._later = later
 

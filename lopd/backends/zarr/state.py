@@ -107,6 +107,10 @@ class State:
         """Return the state that there is now."""
         return State(self._files, self._log, self._manifest, self._owner)
 
+    def stands(self) -> bool:
+        """Return whether the last record is still there, as it was: the store was not removed, nor put back to an older state."""
+        return self._log.checksum(self.commits - 1) == self.last
+
     def to_json(self) -> dict[str, Any]:
         """Return the state as a checkpoint keeps it."""
         return {
