@@ -341,3 +341,12 @@ def test_scores_of_batches_as_large_as_the_defaults_make_are_merged_by_their_wri
         store.append(made)
         store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in made])
     assert [len(segments) for segments in (store._state.segments, store._state.columns["teacher"].segments)] == [16, 1]
+
+
+def test_each_append_merges_its_share_of_a_backlog_of_scores(tmp_path: Path) -> None:
+    store = scattered(tmp_path / "run", 40)
+    store.append(many(80, 2))
+    for row, segments in ((80, 26), (81, 12)):
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(many(row, 1)[0], -row)])
+        assert len(store._state.columns["teacher"].segments) == segments
+    assert_scores(store)

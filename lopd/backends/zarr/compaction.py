@@ -25,7 +25,7 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
     """Return segments that the writer of the last one should merge, so that their number grows with the logarithm of that of appends; empty if none.
 
     They are of one level: `_FAN_IN` appends make one of level 1, as many of those one of level 2.  So a row is moved once a level, and an
-    append costs a bounded share of that.
+    append costs a bounded share of that.  Of a backlog of scores, as older versions leave it, each append merges `_FAN_IN`.
 
     Args:
         segments: those of rollouts, or of a column, in the order of commits.
@@ -38,7 +38,10 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
         fits = segment.meta.level == level and small
         if fits and (room := room - segment.meta.stored_bytes) >= 0:
             same.append(segment)
-        elif neighbours or room < 0:
+        elif neighbours:
+            break
+        # more would be moved at once; of neighbours, those that are left could not be merged with what comes behind the merged one
+        if len(same) == _FAN_IN and not neighbours:
             break
     return () if len(same) < _FAN_IN else tuple(reversed(same))
 
