@@ -350,3 +350,17 @@ def test_each_append_merges_its_share_of_a_backlog_of_scores(tmp_path: Path) -> 
         store.append_scores("teacher", tiny_provenance(), [tiny_scores(many(row, 1)[0], -row)])
         assert len(store._state.columns["teacher"].segments) == segments
     assert_scores(store)
+
+
+def test_merged_rollouts_of_any_size_are_merged_again_where_they_fit_in_memory_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "_FAN_IN", 2)
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    for i in range(2):
+        store.append(many(i, 1, length=50))
+    (large,) = store._state.segments
+    monkeypatch.setattr(compaction, "_MOST_BYTES", 2 * large.meta.stored_bytes - 1)
+    for i in range(2, 4):
+        store.append(many(i, 1))
+    assert [(segment.meta.rows, segment.meta.level) for segment in store._state.segments] == [(4, 2)]

@@ -34,7 +34,7 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
     level = segments[-1].meta.level
     same, room = list[Segment](), _MOST_BYTES
     for segment in reversed(segments):
-        small = segment.meta.tokens < _LARGE_TOKENS if neighbours and not level else segment.meta.stored_bytes * _FAN_IN <= _MOST_BYTES
+        small = (level or segment.meta.tokens < _LARGE_TOKENS) if neighbours else segment.meta.stored_bytes * _FAN_IN <= _MOST_BYTES
         fits = segment.meta.level == level and small
         if fits and (room := room - segment.meta.stored_bytes) >= 0:
             same.append(segment)
