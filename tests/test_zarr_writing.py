@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from zarr_stores import _quick_disk, filled, many, place, rows_of, start  # noqa: F401
 
+from lopd.backends.files.local import LocalFiles
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import ConflictError, CorruptStoreError, StoreReadError, StoreWriteError
 from lopd.records import ModelId
@@ -360,9 +361,41 @@ def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(made_aga
         with pytest.raises(CorruptStoreError, match=r"zarr.json is gone or another store's"):
             call()
     assert [problem for problem in store.verify() if "zarr.json is gone" in problem]
+    assert (place(store).exists(), (place(store) / "segments").exists()) == (made_again, False)
     if other is not None:
         other.append(many(0, 1))
         assert_holds(ZarrStore.open(place(other)), many(0, 1))
+
+
+@pytest.mark.parametrize("wrote", [False, True])
+def test_the_place_of_a_store_that_was_removed_under_its_writer_stays_free(filled: ZarrStore, wrote: bool) -> None:
+    writer = filled if wrote else ZarrStore.open(place(filled))
+    rollout = filled.read([2])[0].rollout
+    shutil.rmtree(place(filled))
+    for call in (
+        lambda: writer.append(many(10, 1)),
+        lambda: writer.append_scores("ref", tiny_provenance("ref"), [tiny_scores(rollout)]),
+        lambda: writer.begin_generation(1, ModelId("later", "rev", "float32")),
+    ):
+        with pytest.raises(CorruptStoreError, match="restore"):
+            call()
+    assert not place(filled).exists()
+    assert len(ZarrStore.open_or_create(place(filled), tiny_manifest())) == 0
+
+
+def test_a_segment_of_a_store_that_is_put_back_while_it_is_written_does_not_stay(
+    filled: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write = set(place(filled).glob("segments/*")), LocalFiles.write
+
+    def put_back(self: LocalFiles, files: Any) -> None:
+        write(self, files)
+        (place(filled) / "commits" / f"{filled._state.commits - 1:010d}.json").unlink()
+
+    monkeypatch.setattr(LocalFiles, "write", put_back)
+    with pytest.raises(CorruptStoreError, match="a commit record is missing"):
+        filled.append(many(10, 1))
+    assert set(place(filled).glob("segments/*")) == before
 
 
 def test_a_root_that_is_gone_is_a_problem_at_once_and_an_error_within_sixteen_commits(filled: ZarrStore) -> None:

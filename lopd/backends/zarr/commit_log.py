@@ -75,16 +75,20 @@ class CommitLog:
             entry = self._typed(number, body, data)
         except CorruptStoreError as error:
             raise InvalidRecordError(f"{str(error).rpartition(';')[0]}; pass what can be read again.") from error
-        # each time it would be one more request in a bucket; the first record has none before it
-        if number % COMMITS_PER_CHECKPOINT == 0:
-            self._check_root()
-        if number and self.checksum(number - 1) != previous:
-            raise self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
+        self.check(number, previous)
         if not self._files.put_if_absent(_path(COMMITS, number), data):
             return None
         with suppress(OSError):  # the commit is made, and the next one marks it too
             self._files.mark(_HEAD, number)
         return entry
+
+    def check(self, number: int, previous: str) -> None:
+        """Refuse a store that was removed, or put back to an older state, before a record of this number; see `commit`."""
+        # each time it would be one more request in a bucket; the first record has none before it
+        if number % COMMITS_PER_CHECKPOINT == 0:
+            self._check_root()
+        if number and self.checksum(number - 1) != previous:
+            raise self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
 
     def _check_root(self) -> None:
         """Refuse a store that was removed, and maybe made again, since it was opened."""

@@ -25,7 +25,7 @@ from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
 from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
-from lopd.errors import InvalidRecordError, LopdError, StorePathError, StoreWriteError
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StorePathError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -131,6 +131,7 @@ class Writer:
         return mine
 
     def _put_segment(self, parent: str, data: SegmentData) -> SegmentMeta:
+        self._log.check(self._state.commits, self._state.last)  # where a store was removed, its folders must not come back
         left = _ATTEMPTS
         while True:
             left -= 1
@@ -200,18 +201,18 @@ class Writer:
 
     @contextmanager
     def _writing(self, paths: Sequence[str]) -> Iterator[None]:
-        """Remove these segments when the storage refuses, or the log a record that is too large."""
+        """Remove these segments when the storage refuses, or the log does: a record that is too large, or one of a store that is gone."""
         with writing(self._owner):
             try:
                 yield
             except StoreWriteError:
                 # The record is there, only its durability is in doubt: its segments must stay.
                 raise
-            except (OSError, StorePathError, InvalidRecordError):
+            except (OSError, StorePathError, InvalidRecordError, CorruptStoreError) as error:
                 with suppress(OSError, LopdError):
-                    if paths:
+                    if paths and not isinstance(error, CorruptStoreError):
                         self._state.refresh()
-                        self._remove(paths)
+                    self._remove(paths)
                 raise
 
     def compact(self, target_tokens: int) -> None:
