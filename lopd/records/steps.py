@@ -193,8 +193,8 @@ class LossOutput:
             column, the ratio is taken for 1, and the sum is off once the student has moved.
         clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
         neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
-            1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
-            weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
+            1-norm of the gradient by the logits that was left out.  Times the head's scale and the largest norm of a hidden state it bounds what
+            the head's weight lacks (Frobenius norm); times that scale and the largest norm of a row of that weight, what the hidden states lack.
         logprobs: (M,) detached, nats: the student's log-probs of the targets whose weight is more than 0, in their order; None where a loss
             does not state it.  The loop measures drift with them.
     """
