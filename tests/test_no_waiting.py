@@ -291,11 +291,8 @@ def test_the_default_device_changes_nothing(kind, models):
     def trained(device: str) -> tuple[Any, list[Tensor]]:
         student = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID)
         steps = opd_steps(student, made, FusedOPDLoss(ratio_to_ref=True), torch.optim.SGD(student.parameters(), lr=0.1))
-        torch.set_default_device(device)
-        try:
+        with torch.device(device):
             return [evolve(m, seconds=0.0) for m in steps], [parameter.detach() for parameter in student.parameters()]
-        finally:
-            torch.set_default_device(None)
 
     (metrics, weights), (expected, expected_weights) = trained("meta"), trained("cpu")
     assert metrics == expected

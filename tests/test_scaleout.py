@@ -285,6 +285,7 @@ def test_a_loop_that_is_left_cancels_the_calls_under_way_and_may_wait_for_them(l
 def test_an_interrupt_waits_for_no_verifier_and_each_ends_with_its_rollout(monkeypatch, where):
     store, judged, begun, leave = MemoryStore(tiny_manifest()), [], threading.Event(), threading.Event()
     store.append([tiny_rollout(f"p/s{i}/g0", [5]) for i in range(4)])
+    before = {*threading.enumerate()}
 
     def verifier(_, rollout):
         if rollout.rollout_id in ("p/s2/g0", "p/s3/g0"):
@@ -303,9 +304,11 @@ def test_an_interrupt_waits_for_no_verifier_and_each_ends_with_its_rollout(monke
         monkeypatch.setattr(store, "append_scores", commit)
     with pytest.raises(KeyboardInterrupt):
         label_rollouts(store, verifier, None, batches_at_once=2)
-    (left,) = (thread for thread in threading.enumerate() if thread.name == "lopd-overlap")
+    left = {*threading.enumerate()} - before
+    assert left
     leave.set()
-    left.join()
+    for thread in left:
+        thread.join()
     assert judged == ["p/s2/g0"]
 
 
