@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from small_runs import Stopping
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
@@ -105,6 +106,21 @@ def test_candidates_of_a_batch_with_many_values_are_committed_in_parts(source, p
     collect_rollouts(source, prompts, store)
     assert store.scored("policy").all()
     assert 1 < sum(commit.column == "policy" for commit in store.history()) < len(store)
+
+
+def test_a_batch_of_scores_ends_where_its_supports_are_many_and_is_one_commit(source, prompts, teacher, tmp_path, monkeypatch):
+    store = ZarrStore.create(tmp_path / "s.zarr", source.manifest)
+    collect_rollouts(source, prompts, store)
+    # a little more than two of the longest responses, each token with a top-7
+    monkeypatch.setattr(filling, "_VALUES", 60)
+    asked = Stopping(teacher, 99)
+    score_rollouts(store, asked, preflight=None)
+    assert sum(asked.asked) == len(store) == 14
+    assert 14 // 3 <= len(asked.asked) < 14
+    assert sum(commit.column == "teacher" for commit in store.history()) == len(asked.asked)
+    plain = Stopping(evolve(teacher, top_k=0, candidates=0, drawn=0), 99)
+    score_rollouts(store, plain, column="plain", preflight=None)
+    assert plain.asked == [14]
 
 
 def test_a_policy_fills_in_what_a_killed_call_left_out(source, prompts, llama, tokenizer, teacher):

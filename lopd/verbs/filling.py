@@ -1,6 +1,6 @@
 """How a score column is filled: what is left to do, committed batch by batch; what was refused goes into quarantine when all is done."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_scores
-from lopd.protocols.reading import named
+from lopd.protocols.reading import in_batches, named
 from lopd.records.checks import own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
@@ -18,7 +18,8 @@ from lopd.records.rollouts import Rollout, Scores
 from lopd.records.warn import warn_user
 from lopd.verbs.asking import shown
 
-# log-probs of one commit, supports included: a table of LanceDB takes up to 2**31 at once, and all of them are in memory until it is done
+# log-probs of one commit, and of one batch of a scorer, supports included: a table of LanceDB takes up to 2**31 at once, and all of them are in
+# memory until it is done
 _VALUES = 1 << 28
 
 
@@ -97,6 +98,12 @@ class Filling:
         lengths = self.store.lengths()[rows].sum(axis=1)
         return Work(rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows), len(wanted))
 
+    def batches(self, work: Work, width: int) -> Iterator[Sequence[int]]:
+        """Yield rows to score together: `rollouts_per_batch`, or fewer where their log-probs, `width` a response token, are too many."""
+        lengths = self.store.lengths()[:, 1]
+        for rows in in_batches(work.rows, self.rollouts_per_batch):
+            yield from ([rows[i] for i in part] for part in _parts(lengths[rows] * width))
+
     def fill(
         self,
         what: str,
@@ -150,6 +157,12 @@ class Filling:
 
 def commit_scores(store: LogprobStore, column: str, provenance: Provenance, scores: Sequence[Scores]) -> None:
     """Append scores in one commit, or in several where they are many."""
-    ends = np.cumsum([score.logprobs.size * max(provenance.top_k, 1) for score in scores])
-    for part in np.split(np.arange(len(scores)), np.flatnonzero(np.diff(ends // _VALUES)) + 1):
-        store.append_scores(column, provenance, [scores[i] for i in part.tolist()])
+    values = np.array([score.logprobs.size * max(provenance.top_k, 1) for score in scores], np.int64)
+    for part in _parts(values):
+        store.append_scores(column, provenance, [scores[i] for i in part])
+
+
+def _parts(values: NDArray[np.int64]) -> list[list[int]]:
+    """Return places in parts of some `_VALUES` values, of which each place has so many; a part by itself is one part again."""
+    before = np.cumsum(values) - values
+    return [part.tolist() for part in np.split(np.arange(len(values)), np.flatnonzero(np.diff(before // _VALUES)) + 1)]

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from lopd.guards.consistency import check_vocabulary, judge_scorer, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import chosen, in_batches, to_score
+from lopd.protocols.reading import chosen, to_score
 from lopd.records.rollouts import Scores
 from lopd.verbs.asking import ask
 from lopd.verbs.filling import Filling, ScoringReport
@@ -41,7 +41,7 @@ def score_rollouts(
         column: where the scores go; it belongs to one model.
         rows: score these only, for example `lopd.rows_of(store, prompts)` where several teachers share the prompts among them; None for
             all.
-        rollouts_per_batch: scored together and committed together; more than some 2^28 log-probs, supports included, in several commits.
+        rollouts_per_batch: scored together and committed together; fewer where they have more than some 2^28 log-probs, supports included.
         batches_at_once: calls of `scorer.score` that are under way at the same time; more than 1 for engines with several workers (Ray, servers).
         preflight: the self-test before anything is scored; None leaves it out.
         max_refused: stop when one call meets more, for then it is not the rollouts.
@@ -76,6 +76,6 @@ def score_rollouts(
     wanted = chosen(store, rows)
     work = filling.left(wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(work.rows) else preflight.check(store, scorer, column, wanted)
-    batches = (to_score(store, part, provenance) for part in in_batches(work.rows, filling.rollouts_per_batch))
+    batches = (to_score(store, part, provenance) for part in filling.batches(work, max(provenance.top_k, 1)))
     asked = ask(f"Scorer {provenance.model}", Scores, scorer.score, batches, at_once=filling.batches_at_once, most=filling.max_refused)
     return filling.fill(f"scoring {column}", provenance, work, asked)
