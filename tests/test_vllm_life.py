@@ -1,7 +1,6 @@
 """What surrounds vLLM, without vLLM: starting, dying, running out of memory and options.  A fake takes its place."""
 
 import queue
-import weakref
 from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ from test_candidates import with_candidates
 
 from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource, reading
+from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm import engine as vllm_engine
 from lopd.engines.vllm.engine import import_vllm
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, MissingDependencyError, ModelError, ModelWarning
@@ -463,38 +462,3 @@ def test_an_engine_that_gives_fewer_log_probs_than_a_scorer_asks_for_is_refused(
     ):
         with pytest.raises(InvalidRecordError, match=says):
             VLLMScorer.from_folder(folder, **widths)
-
-
-# --- memory of the machine ------------------------------------------------------------------------------------------------------------
-
-
-class Answer(SimpleNamespace):
-    """What one prompt gets; weak references to it are possible."""
-
-
-def test_scores_come_in_as_many_calls_as_their_log_probs_need_and_no_answer_outlives_its_call(fake, folder, rollouts, monkeypatch):
-    real, answers, alive = fake.answer, [], []
-
-    def answer(ids, params):
-        made = Answer(**vars(real(ids, params)))
-        made.prompt_logprobs.logprobs = [-float(token + len(ids)) for token in ids[1:]]
-        answers.append(weakref.ref(made))
-        alive.append(sum(one() is not None for one in answers))
-        return made
-
-    monkeypatch.setattr(fake, "answer", answer)
-    whole = scorer_of(folder).score(rollouts)
-    assert (fake.requests, max(alive)) == ([7], 7)
-    fake.requests.clear()
-    alive.clear()
-    monkeypatch.setattr(reading, "_ENTRIES", 3 * max(map(len, rollouts)))
-    parts = scorer_of(folder).score(rollouts)
-    assert sum(fake.requests) == 7
-    assert len(fake.requests) > 1
-    assert max(alive) == max(fake.requests) < 7
-    assert [(s.rollout_id, s.logprobs.tolist()) for s in parts] == [(s.rollout_id, s.logprobs.tolist()) for s in whole]
-    # a token has 5 entries: its own, the 3 ids that are asked for, and its own among those
-    fake.requests.clear()
-    with pytest.raises(EngineError, match="vLLM gave log-probs of other ids"):
-        VLLMScorer.from_folder(folder, candidates=3).score([with_candidates(rollout) for rollout in rollouts])
-    assert fake.requests == [1]

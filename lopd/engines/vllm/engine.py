@@ -22,7 +22,8 @@ from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
 from lopd.records.warn import warn_user
 
-_ROWS = 256
+#: The most prompts that vLLM answers side by side, unless its option `max_num_seqs` says otherwise.
+ROWS = 256
 
 
 def import_vllm() -> ModuleType:
@@ -180,7 +181,7 @@ class VLLMEngine:
             "dtype": str(settings.dtype or folder_dtype(self.folder)).removeprefix("torch."),
             "max_model_len": self.context,
             "max_num_batched_tokens": tokens,
-            "max_num_seqs": min(options.get("max_num_seqs", _ROWS), tokens),
+            "max_num_seqs": min(options.get("max_num_seqs", ROWS), tokens),
             "gpu_memory_utilization": settings.gpu_memory_utilization,
             "tensor_parallel_size": settings.tensor_parallel_size,
             "seed": settings.seed,

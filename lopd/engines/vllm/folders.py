@@ -12,7 +12,7 @@ from lopd.engines.stored import plain_config
 from lopd.engines.vllm.engine import VLLMEngine
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import EngineError, ModelError
-from lopd.records.identity import ModelId
+from lopd.records.identity import ModelId, TokenizerId
 
 # Options of vLLM that change what the weights in a folder compute.
 _CHANGING = {"hf_overrides", "hf_config_path", "kv_cache_dtype", "quantization", "rope_scaling", "rope_theta"}
@@ -50,6 +50,23 @@ def identify(engine: VLLMEngine, identity: ModelId | None) -> Identified:
     _check_plain(engine.folder, engine.settings)
     version = folder_version(engine.folder)  # first: what is written meanwhile has another
     return Identified(folder_model_id(engine.folder, engine.settings.dtype), version)
+
+
+def check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int, *, scoring: bool) -> None:
+    """Refuse an engine that was made for another task or vocabulary.
+
+    Raises:
+        EngineError: it samples where it shall score or the other way round, gives fewer log-probs a token, or has another number of ids.
+    """
+    if engine.scoring != scoring:
+        raise EngineError(
+            f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
+        )
+    if engine.top_k < top_k:
+        raise EngineError(f"{owner}: the engine gives {engine.top_k} log-probs a token, expected {top_k}; make it with `top_k={top_k}`.")
+    if engine.vocab_size != known.vocab_size:
+        wanted = f"expected {known.vocab_size}, as the tokenizer has them; make it with `vocab_size={known.vocab_size}`."
+        raise EngineError(f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, {wanted}")
 
 
 @contextmanager

@@ -29,8 +29,8 @@ from lopd.engines.inputs import (
     stream_seed,
 )
 from lopd.engines.supports import entries, look_up, make_support, provenance_of
-from lopd.engines.vllm.engine import VLLMEngine, import_vllm
-from lopd.engines.vllm.folders import as_identified, identify, open_folder
+from lopd.engines.vllm.engine import ROWS, VLLMEngine, import_vllm
+from lopd.engines.vllm.folders import as_identified, check_engine, identify, open_folder
 from lopd.engines.vllm.reading import read_scores
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError
@@ -41,6 +41,8 @@ from lopd.records.manifest import Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01
+# log-probs of one call of sampling, 12 GB of vLLM's objects; more than of scoring, for each call waits for its longest response
+_ENTRIES = 1 << 27
 
 
 @final
@@ -91,7 +93,7 @@ class VLLMSource:
         check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         check_drawn("VLLMSource", self.sampling)
         check_top_k("VLLMSource", self.sampling.candidates, self._known, "candidates")
-        _check_engine("VLLMSource", self.engine, self._known, self.sampling.candidates, scoring=False)
+        check_engine("VLLMSource", self.engine, self._known, self.sampling.candidates, scoring=False)
         temperature = self.sampling.temperature
         # vLLM would raise it to that
         check_number("VLLMSource", "temperature", temperature, temperature == 0 or temperature >= _COLDEST, f"0 or at least {_COLDEST}")
@@ -130,12 +132,22 @@ class VLLMSource:
         if not rows:
             return []
         with as_identified("VLLMSource", self.engine, self._identified):
-            outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
-            rollouts = [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
+            rollouts = [rollout for run in self._runs(rows) for rollout in self._sample(run)]
             if self._reads_again:
                 scores = read_scores(self.engine, rollouts, self.sampling.candidates)
                 rollouts = [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
         return rollouts
+
+    def _runs(self, rows: list[tuple[Prompt, str]]) -> list[list[tuple[Prompt, str]]]:
+        """Return rows in calls of like size that memory can hold, none with fewer than vLLM samples side by side."""
+        entries = len(rows) * min(self.sampling.max_new_tokens, self._context) * (1 + self._kept)
+        calls = max(1, min(1 + entries // _ENTRIES, len(rows) // self.engine.settings.options.get("max_num_seqs", ROWS)))
+        return [rows[len(rows) * i // calls : len(rows) * (i + 1) // calls] for i in range(calls)]
+
+    def _sample(self, rows: list[tuple[Prompt, str]]) -> list[Rollout]:
+        """Return rollouts of one call; a function of its own, so that what vLLM gave is dropped before the next."""
+        outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
+        return [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
 
     @property
     def _reads_again(self) -> bool:
@@ -244,7 +256,7 @@ class VLLMScorer:
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "VLLMScorer")
         check_support("VLLMScorer", self._known, self.top_k, self.candidates, self.drawn)
-        _check_engine("VLLMScorer", self.engine, self._known, widest(self.top_k, self.candidates, self.drawn), scoring=True)
+        check_engine("VLLMScorer", self.engine, self._known, widest(self.top_k, self.candidates, self.drawn), scoring=True)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
@@ -286,15 +298,3 @@ class VLLMScorer:
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
         self.engine.close()
-
-
-def _check_engine(owner: str, engine: VLLMEngine, known: TokenizerId, top_k: int, *, scoring: bool) -> None:
-    if engine.scoring != scoring:
-        raise EngineError(
-            f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
-        )
-    if engine.top_k < top_k:
-        raise EngineError(f"{owner}: the engine gives {engine.top_k} log-probs a token, expected {top_k}; make it with `top_k={top_k}`.")
-    if engine.vocab_size != known.vocab_size:
-        wanted = f"expected {known.vocab_size}, as the tokenizer has them; make it with `vocab_size={known.vocab_size}`."
-        raise EngineError(f"{owner}: the engine cuts its logits to {engine.vocab_size} ids, {wanted}")
