@@ -1,13 +1,17 @@
 """Log-probs of asked ids among those that vLLM gives for a position."""
 
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lopd.engines.asked import FIRST, IDS
 from lopd.engines.supports import entries, look_up
+from lopd.engines.vllm.worker import WorkerExtension
 from lopd.errors import EngineError, LopdError
 
 
@@ -61,3 +65,22 @@ def test_a_position_without_entries_is_a_missing_token_and_not_another_ones():
         look_up("r", np.array([3, 3]), *entries(flat_of([[], [(3, -1.0)]])), top_k=0)
     with pytest.raises(EngineError, match=r"response token 0 is id 3"):
         look_up("r", np.array([3]), *entries(flat_of([[]])), top_k=0)
+
+
+@pytest.mark.parametrize(("start", "rows"), [(0, [0]), (1, [0, 0, 1]), (3, [1, 2]), (2, [0, 1, 2, 3])])
+def test_a_worker_takes_of_the_ids_asked_for_those_of_the_part_of_a_prompt_that_it_reads(start, rows):
+    ids, tokens = [[1, 2], [3, 4], [5, 6], [7, 8]], torch.zeros(len(rows), 1, dtype=torch.int32)
+    # the rest of a long prompt need not be looked at again in each of its parts
+    asked = {IDS: [row if i in rows else None for i, row in enumerate(ids)], FIRST: 2}
+    request = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=asked), num_computed_tokens=start)
+    given = namedtuple("Given", "logprob_token_ids logprobs")
+    sampler = SimpleNamespace(gather_logprobs=lambda logprobs, width, tokens: given(tokens, logprobs[:, :width]))
+    runner = SimpleNamespace(num_prompt_logprobs={"r": 3}, requests={"r": request}, sampler=sampler)
+    runner._get_prompt_logprobs_dict = lambda logprobs: {"r": sampler.gather_logprobs(logprobs, 3, tokens)}
+    worker = WorkerExtension()
+    worker.model_runner = runner
+    assert worker.lopd_read_asked()
+    logprobs = torch.randn(len(rows), 9)
+    made = runner._get_prompt_logprobs_dict(logprobs)["r"]
+    assert made.logprob_token_ids.tolist() == [[0, *ids[row]] for row in rows]
+    assert torch.equal(made.logprobs[:, 1:], torch.stack([logprobs[i, ids[row]] for i, row in enumerate(rows)]))

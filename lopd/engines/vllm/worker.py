@@ -79,8 +79,8 @@ def _with_asked(gather: Callable[..., Any], asked: Mapping[str, Any], start: int
     """
 
     def taken(logprobs_SV: torch.Tensor, width: int, tokens_S: torch.Tensor) -> Any:
-        places_S = torch.arange(start, start + len(logprobs_SV), device="cpu") - asked[FIRST]
-        ids_SA = torch.tensor(asked[IDS], device="cpu")[places_S.clamp(min=0)].to(logprobs_SV.device)
+        places = range(start - asked[FIRST], start - asked[FIRST] + len(logprobs_SV))
+        ids_SA = torch.tensor([asked[IDS][max(place, 0)] for place in places], device="cpu").to(logprobs_SV.device)
         own = gather(logprobs_SV, width - ids_SA.shape[1], tokens_S)
         return own._replace(
             logprob_token_ids=torch.cat([own.logprob_token_ids, ids_SA.to(own.logprob_token_ids.dtype)], dim=1),
