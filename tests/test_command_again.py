@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from engine_models import save_model
 from test_command_run import example, here, models, written  # noqa: F401
+from test_vllm_life import fake  # noqa: F401
 from transformers import AutoTokenizer, GenerationConfig
 
 import lopd
 from lopd import ZarrStore
+from lopd.engines.vllm import VLLMScorer
 from lopd.errors import (
     ConflictError,
     ContextWarning,
@@ -107,10 +110,17 @@ def test_a_file_is_to_be_removed_only_where_its_phase_can_be_done_again(name, re
 
 def test_a_phase_begins_after_the_card_has_back_what_the_one_before_held(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("given back"))
     phases.Run(tmp_path).phase("scores", lambda: done.append("worked") or {})
     assert done == ["given back", "worked"]
+
+
+def test_a_vllm_starts_after_the_card_has_back_what_models_before_held(fake, rollouts, tmp_path, monkeypatch):
+    done, start = [], fake.LLM
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: done.append("given back"))
+    monkeypatch.setattr(fake, "LLM", lambda **arguments: done.append("started") or start(**arguments))
+    VLLMScorer.from_folder(save_model(tmp_path / "tied", "llama_tied")).score(rollouts)
+    assert done == ["given back", "started"]
 
 
 def test_each_seed_notes_a_warning_of_its_own():

@@ -1,4 +1,6 @@
-"""What a device computes by itself."""
+"""What a device computes by itself, and what is given back of it."""
+
+from gc import collect
 
 import torch
 
@@ -20,6 +22,15 @@ def has_flash_3(device: torch.device) -> bool:
     Its kernels for others are not there, and it finds out by C's `exit`, so that it cannot be tried.
     """
     return torch.version.hip is None and torch.cuda.get_device_properties(device).major in (8, 9)
+
+
+def give_back() -> None:
+    """Give back what this process holds of CUDA devices and does not use, also for another process: that of vLLM.
+
+    It may be called before vLLM starts: torch does nothing where it has not used CUDA, and does not ask whether there is any.
+    """
+    collect()
+    torch.cuda.empty_cache()
 
 
 def running_sums(values: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """A run that is a row of phases, each done once: what a program needs to be killed and called again."""
 
-import gc
 import hashlib
 import json
 import math
@@ -11,7 +10,6 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-import torch
 from attrs import asdict, evolve, frozen
 from torch.optim import Optimizer
 
@@ -20,6 +18,7 @@ from lopd.errors import StoreWriteError, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.protocols.reading import usual_end
+from lopd.records.devices import give_back
 from lopd.records.files import open_anywhere
 from lopd.records.flush import flush
 from lopd.records.lineage import Lineage
@@ -89,10 +88,7 @@ class Run:
             write_json(begun, attempts)
             started = perf_counter()
             row = {"name": name, "response_tokens": 0, "read_tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts}
-            if torch.cuda.is_initialized():  # to ask whether there is one would keep vLLM from starting
-                # what the phase before held is given back, also to another process: that of vLLM
-                gc.collect()
-                torch.cuda.empty_cache()
+            give_back()  # what the phase before held
             with noting() as said:
                 row |= work()
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

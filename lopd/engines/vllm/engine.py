@@ -5,12 +5,10 @@ vLLM is imported where it is used: it takes seconds, and its reading of the envi
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from gc import collect
 from pathlib import Path
 from types import ModuleType
 from typing import Any, final
 
-import torch
 from attrs import define, field
 
 from lopd.engines.asked import FIRST, IDS
@@ -20,6 +18,7 @@ from lopd.engines.identity import folder_dtype, folder_version
 from lopd.engines.vllm.liveness import ran_out_of_memory, told_of_death, was_refused, words_of
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
+from lopd.records.devices import give_back
 from lopd.records.warn import warn_user
 
 #: The most prompts that vLLM answers side by side, unless its option `max_num_seqs` says otherwise.
@@ -141,9 +140,9 @@ class VLLMEngine:
                 if not lived:
                     raise EngineError(
                         f"{self._name}: it did not start ({words_of(error)}), see its log; close other engines of this program (`source.close()`), "
-                        "or pass a smaller `max_model_len` or `tokens_per_batch`, another `gpu_memory_utilization`, or a `tensor_parallel_size` of "
-                        "at most the GPUs that it sees (`num_gpus` of a Ray worker); if the log has 'forked subprocess', set "
-                        "VLLM_WORKER_MULTIPROC_METHOD=spawn."
+                        "`del` models that it keeps on the card, or pass a smaller `max_model_len` or `tokens_per_batch`, another "
+                        "`gpu_memory_utilization`, or a `tensor_parallel_size` of at most the GPUs that it sees (`num_gpus` of a Ray worker); "
+                        "if the log has 'forked subprocess', set VLLM_WORKER_MULTIPROC_METHOD=spawn."
                     ) from error
                 if deaths > self.settings.restarts:
                     raise EngineError(
@@ -163,8 +162,7 @@ class VLLMEngine:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
             del llm
-            collect()
-            torch.cuda.empty_cache()
+            give_back()
 
     def arguments(self) -> dict[str, Any]:
         """Return arguments of `vllm.LLM`."""
@@ -214,6 +212,7 @@ class VLLMEngine:
     def _start(self, vllm: ModuleType) -> Any:
         self.starts += 1
         self._asks_worker, self._loaded = None, folder_version(self.folder)
+        give_back()  # vLLM's share of a card has to be free, and torch keeps the memory of models that are gone
         # kept before it is looked at, so that one which is refused is stopped
         self._llm = llm = vllm.LLM(**self.arguments())
         if folder_version(self.folder) != self._loaded:
