@@ -97,9 +97,11 @@ def test_float32_weights_take_flash_attention_in_the_autocast_of_a_student_alone
         monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", in_16_bits)
         assert check_training(model, TOKENIZER_ID.vocab_size, torch.bfloat16) is packed_hidden_states
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, autocast=torch.bfloat16))
-        for refused in (lambda: CausalLMStudent(model, TOKENIZER_ID), lambda: HFScorer(model, tokenizer)):
-            with pytest.raises(ModelError, match=r"it raises RuntimeError \(FlashAttention only support fp16"):
-                refused()
+        says = r'it raises RuntimeError \(FlashAttention only support fp16.*; load it with `attention="sdpa"`, {}\.$'
+        with pytest.raises(ModelError, match=says.format("or pass `autocast=torch.bfloat16`")):
+            CausalLMStudent(model, TOKENIZER_ID)
+        with pytest.raises(ModelError, match=says.format("which a student with autocast can use too")):
+            HFScorer(model, tokenizer)
     for ours, theirs in zip(found, expected, strict=True):
         assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
 

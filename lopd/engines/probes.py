@@ -83,7 +83,7 @@ def _find_way(probe: "_Probe", autocast: torch.dtype | None) -> _Hidden:
 def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
     _check(probe)
     model = probe.model
-    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"), probe.precision():
+    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training", _step(probe)), probe.precision():
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
         with refusing(model, "training", "leave out `autocast`"), evolve(probe, autocast=autocast).precision():
@@ -98,18 +98,17 @@ def _prepare(model: Any, vocab_size: int, ability: str, autocast: torch.dtype | 
         keep_caps(model)
         warn_of_bfloat16(model, autocast)
         lm_head(model, vocab_size)
-    # FlashAttention takes 16 bits alone: where weights have more, all probes of a student are in its autocast
-    if "flash" in attention_of(model) and next(model.parameters()).dtype == torch.float32:
+    if _lacks_16_bits(probe):  # all probes of a student are in its autocast
         probe = evolve(probe, autocast=autocast)
     if unwrap(model) not in _finite:
-        with torch.no_grad(), evaluating(model), refusing(model, ability), probe.precision():
+        with torch.no_grad(), evaluating(model), refusing(model, ability, _step(probe)), probe.precision():
             probe.check_finite(probe.cut(probe.rows()[:1]))
         _finite.add(unwrap(model))
     return probe
 
 
 def _check(probe: "_Probe") -> None:
-    with torch.no_grad(), evaluating(probe.model), refusing(probe.model, probe.ability), probe.precision():
+    with torch.no_grad(), evaluating(probe.model), refusing(probe.model, probe.ability, _step(probe)), probe.precision():
         rows = probe.rows()
         alone = [probe.whole(ids) for ids in rows]
         longest_SV = probe.cut(rows[-1:])
@@ -247,6 +246,17 @@ _STEPS = {
     "scoring": "score with vLLM (`lopd.engines.vllm`)",
     "training": "train another model",
 }
+
+
+def _lacks_16_bits(probe: _Probe) -> bool:
+    """Return whether FlashAttention, which takes 16 bits alone, is given the float32 of the weights."""
+    return probe.autocast is None and "flash" in attention_of(probe.model) and next(probe.model.parameters()).dtype == torch.float32
+
+
+def _step(probe: _Probe) -> str | None:
+    """Return what helps where a forward raises; None where that is not known."""
+    other = "or pass `autocast=torch.bfloat16`" if probe.ability == "training" else "which a student with autocast can use too"
+    return f'load it with `attention="sdpa"`, {other}' if _lacks_16_bits(probe) else None
 
 
 def refusal(model: Any, ability: str, cause: str, step: str | None = None) -> ModelError:
