@@ -55,7 +55,7 @@ def opd_steps(
 
     On a GPU nothing waits between the first forward of a step and the end of its last backward: what is reported of a step comes to the host
     there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
-    ask more.
+    ask more.  Gradients stay until the next step; `optimizer.zero_grad()` frees them before.
 
     Args:
         student: its trained parameters are those that require a gradient.
