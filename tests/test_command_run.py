@@ -384,6 +384,7 @@ def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything
         assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
         said = " ".join(capsys.readouterr().err.split())
         assert re.search(f"and the scoring teacher is [^;]+; {remedy}[^;]*, or set `consistency: warn`.$", said), said
+        assert "residual" not in said, "no run can do that"
     # without SFT the student's folder records who wrote its text
     swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
     assert main(["run", written(here, example(**swapped, **out))]) == 2

@@ -119,6 +119,11 @@ def test_consistency_has_a_word_for_each_privileged_teacher(sft_teacher, model, 
         else:
             with pytest.raises(TeacherConsistencyError, match="its SFT teacher is"):
                 batches(store, consistency=ConsistencyPolicy.PRIVILEGED)
+            # `residualise` refuses such scores
+            with pytest.raises(
+                TeacherConsistencyError, match=r"expected a residual: score with the policy that sampled, .* SFT teacher\.$"
+            ):
+                batches(store, consistency=ConsistencyPolicy.RESIDUALISE)
 
 
 def test_self_distillation_in_a_later_round_is_with_the_policy_of_that_round(tmp_path):

@@ -284,8 +284,12 @@ def test_only_a_residual_of_another_teacher_may_be_trained_on_under_that_policy(
     options = {"ref": "behavior", "consistency": ConsistencyPolicy.RESIDUALISE}
     with pytest.raises(TeacherConsistencyError, match=r"its scores are raw, expected a residual: write one with `lopd.residualise`"):
         batches(store, **options)
+    with pytest.raises(
+        TeacherConsistencyError, match=r"a residual of its scores \(`lopd.residualise`\) and pass `consistency=Con.*RESIDUALISE`, or"
+    ):
+        batches(store, ref="behavior")
     residualise(store)
-    with pytest.raises(TeacherConsistencyError, match="or train on a residual"):
+    with pytest.raises(TeacherConsistencyError, match=r"; pass `consistency=ConsistencyPolicy.RESIDUALISE`, as the teacher's habits "):
         batches(store, teacher="teacher-residual", ref="behavior")
     step = batches(store, teacher="teacher-residual", tokens_per_batch=100, **options).step(0)
     assert any((batch.teacher_logprobs > 0).any() for batch in step.batches)

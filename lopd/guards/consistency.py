@@ -22,6 +22,8 @@ from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.records.warn import warn_user
 
+_RESIDUAL = "`consistency=ConsistencyPolicy.RESIDUALISE`"
+
 
 class ConsistencyPolicy(Enum):
     """What to do when the scoring teacher is not the recorded SFT teacher, or none is recorded.
@@ -65,9 +67,8 @@ def check_teacher_consistency(
         if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
             continue
         if policy is ConsistencyPolicy.RESIDUALISE:
-            raise TeacherConsistencyError(
-                f"{wrong}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residualise`."
-            )
+            how = _remedy(manifest, teacher) if teacher.privileged else "write one with `lopd.residualise`"
+            raise TeacherConsistencyError(f"{wrong}; its scores are {teacher.logprobs_mode}, expected a residual: {how}.")
         message = _objection(manifest, teacher, wrong)
         if policy is not ConsistencyPolicy.WARN:
             raise TeacherConsistencyError(message)
@@ -87,9 +88,9 @@ def judge_scorer(store: LogprobReader, scored: Provenance) -> None:
 
 
 def _objection(manifest: Manifest, teacher: Provenance, wrong: str) -> str:
-    return (
-        f"{wrong}; {_remedy(manifest, teacher)}, or train with `batches(consistency=ConsistencyPolicy.WARN)` if you know why they differ."
-    )
+    passed = f"pass {_RESIDUAL}, as the teacher's habits were taken out of these scores"
+    remedy = passed if teacher.residual else _remedy(manifest, teacher)
+    return f"{wrong}; {remedy}, or train with `batches(consistency=ConsistencyPolicy.WARN)` if you know why they differ."
 
 
 def _remedy(manifest: Manifest, teacher: Provenance) -> str:
@@ -99,8 +100,9 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     if sft is not None and sft.name == teacher.model.name and sft.dtype != teacher.model.dtype:
         in_use, wanted = teacher.model.dtype, sft.dtype
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
+    residual = f", or train on a residual of its scores (`lopd.residualise`) and pass {_RESIDUAL}" * (not teacher.privileged)
     if _is_one_of_several(manifest, teacher):
-        return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
+        return f"let each of them score the rollouts of its own prompts (`batches(teacher={{column: prompts}})`){residual}"
     if teacher.privileged:
         several = ", train on the rows of one round (`rows=rows_of(store, prompts, [ROUND])`)" * (len(manifest.policy.parts) > 1)
         return f"score with the policy that sampled, or with its SFT teacher{several}"
@@ -110,7 +112,7 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
             "(`Lineage.of(TEACHER).write(FOLDER)`) and sample again into another store; else find out who wrote the SFT text "
             "(`lopd.audit`) and score with that teacher"
         )
-    return "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residualise`)"
+    return f"score with the SFT teacher, or SFT on text of this one{residual}"
 
 
 def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance], *, own_prompts: bool = False) -> list[str | None]:

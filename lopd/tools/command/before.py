@@ -174,7 +174,7 @@ def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
                 remedy = "add `sft`, or write `Lineage.of(TEACHER).write(FOLDER)` for a student in a folder that was fine-tuned on its text"
             if writer == "unknown":
                 remedy = "state who wrote it in `text.written_by`, or leave out `text`"
-            remedy = remedy.partition(", or train with `batches(")[0]
+            remedy = remedy.partition(", or train ")[0]  # what only a program can do
             raise type(error)(f"{wrong}; {remedy}, or set `consistency: warn`.") from None
 
 
