@@ -58,6 +58,20 @@ def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_wha
     assert int(collected.scored("teacher").sum()) == before == 4
 
 
+def test_rows_of_which_none_is_scored_are_compared_with_others_of_the_column(collected, teacher_model, tokenizer):
+    scorer, others = HFScorer(teacher_model, tokenizer), np.arange(7, 14)
+    newer = evolve(scorer.provenance, engine="transformers 99.0")
+    collected.quarantine("ref", scorer.provenance, {names(collected, [0])[0]: "too long"})
+    with pytest.warns(EngineChangeWarning, match=r"goes on with 'transformers 99.0'$"):
+        score_rollouts(collected, Moody(scorer, provenance=newer), column="ref", rows=others)
+    score_rollouts(collected, scorer, rows=np.arange(7))
+    with pytest.raises(ScorerError, match=r"of 7 rollouts differ by 0\.3 nats on average from those that column 'teacher' holds"):
+        score_rollouts(collected, Moody(scorer, always=0.3), rows=others)
+    with pytest.warns(EngineChangeWarning, match=r"on 7 rollouts.* 0\.01 nats"):
+        score_rollouts(collected, Moody(scorer, always=0.01, provenance=newer), rows=others)
+    assert collected.scored("teacher").all()
+
+
 def test_another_engine_goes_on_with_a_column_that_it_agrees_with_and_both_are_named(collected, teacher_model, tokenizer):
     scorer = HFScorer(teacher_model, tokenizer)
     with pytest.raises(Interrupted):

@@ -30,8 +30,8 @@ class Preflight:
 
     - *Repeatable*: a few rollouts are scored in one call and again one by one.  Prefix caches, kernels that depend on the
       batch, and replicas with different weights fail here.
-    - *As before*: a column that was begun is continued only by a scorer that agrees with what is stored; another engine, or
-      another version of it, draws a warning with the difference.
+    - *As before*: a column that was begun is continued only by a scorer that agrees with what is stored, of other rows where
+      none of these is; another engine, or another version of it, draws a warning with the difference.
     - *As the trainer computes* (with `truth`): the differences are stored with the column (`Provenance.parity`).
     - *It knows how responses end*: a warning if its tokenizer ends texts with another token than the policy's, or if it finds the tokens that
       ended the responses next to impossible.
@@ -76,10 +76,15 @@ class Preflight:
             ScorerError: it does not give the same log-probs twice, is further from what is stored or from `truth` than allowed, or refuses what
                 it scored before, or all.
         """
-        by_length = rows[np.argsort(store.lengths()[rows].sum(axis=1), kind="stable")]
-        scored = store.scored(column)[by_length]
-        new, held = evenly(by_length[~scored], self.rollouts).tolist(), evenly(by_length[scored], self.rollouts).tolist()
-        compared = [] if self.truth is None else evenly(by_length, self.parity_rollouts).tolist()
+        lengths, scored = store.lengths().sum(axis=1), store.scored(column)
+
+        def some(among: NDArray[np.int64], count: int) -> list[int]:
+            return list(evenly(among[np.argsort(lengths[among], kind="stable")], count).tolist())
+
+        done = rows[scored[rows]]
+        # a new round, or the prompts of another file, begin with none; the column was begun all the same
+        new, held = some(rows[~scored[rows]], self.rollouts), some(done if done.size else np.flatnonzero(scored), self.rollouts)
+        compared = [] if self.truth is None else some(rows, self.parity_rollouts)
         # a store may refuse a column that is not there, also for no rows
         before = store.read(held, columns=(column,)) if held else []
         others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
@@ -88,12 +93,13 @@ class Preflight:
         self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id, list(rollouts.values()))
         scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
         together = {score.rollout_id: score for score in scores}
-        self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))
+        self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(done.size))
         difference = self._check_continued(scorer, column, before, together, refused)
         if (begun := store.columns.get(column)) is not None and begun.engine != scorer.provenance.engine:
+            differ = f"; on {len(held)} rollouts their log-probs differ by {difference:.2g} nats on average" if held else ""
             warn_user(
-                f"Scorer {scorer.provenance.model}: column {column!r} was begun with {begun.engine!r} and goes on with {scorer.provenance.engine!r}; "
-                f"on {len(before)} rollouts their log-probs differ by {difference:.2g} nats on average",
+                f"Scorer {scorer.provenance.model}: column {column!r} was begun with {begun.engine!r} and goes on with "
+                f"{scorer.provenance.engine!r}{differ}",
                 EngineChangeWarning,
             )
         if self.truth is None:
