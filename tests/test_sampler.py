@@ -190,6 +190,12 @@ def test_rollouts_that_lack_the_log_probs_of_the_sampler_are_counted_and_go_by_t
     (batch,) = step.batches
     same = [torch.equal(batch.sampler_logprobs[batch.segment_ids == i], batch.ref_logprobs[batch.segment_ids == i]) for i in range(14)]
     assert sum(same) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdvantageWarning)
+        with pytest.warns(
+            SamplerWarning, match=r"14 of 14 rollouts have no .*, and 2 lack the .*; sample with .* that records them .* and pass `ref"
+        ):
+            batches(store)
     with pytest.warns(SamplerWarning, match="14 of 14"):
         steps = batches(without_sampler(store, set(range(14))), ref="behavior")
     assert {batch.sampler_logprobs for batch in next(iter(steps)).batches} == {None}

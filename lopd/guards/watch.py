@@ -163,11 +163,13 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
     sampling = store.manifest.sampling
     if sampling.neutral:
         return
-    lacking = int((~store.scored(SAMPLER_COLUMN)[rows]).sum()) if ratio else len(rows)
-    what, remedy = "have no importance ratio", 'pass `ref="behavior"` and a loss with `ratio_to_ref=True`'
-    if ratio:
-        what = "lack the sampler_logprobs that an importance ratio needs"
-        remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
+    lacking = int((~store.scored(SAMPLER_COLUMN)[rows]).sum())
+    what = "lack the sampler_logprobs that an importance ratio needs"
+    remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
+    if not ratio:
+        what = "have no importance ratio" + f", and {lacking} {what}" * bool(lacking)
+        remedy = f"{remedy} and " * bool(lacking) + 'pass `ref="behavior"` and a loss with `ratio_to_ref=True`'
+        lacking = len(rows)
     if lacking:
         warn_user(
             f"{named(store)}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {bias_of(sampling)}; {remedy}, or sample at "
