@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -227,6 +228,22 @@ def test_a_proxy_or_certificates_that_cannot_be_used_are_one_sentence(name: str,
     monkeypatch.setenv(name, value)
     with pytest.raises(EngineError, match=r"no client can be made for it .*look at HTTP_PROXY, .*SSL_CERT_FILE"):
         _ = Servers("http://localhost:1", "m").served
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_where_no_more_files_may_be_opened_the_limit_is_named_and_not_the_server(closed: str, host: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    servers = Servers(f"http://{closed.replace('127.0.0.1', host)}", "m", first_contact_s=0.1)
+    with pytest.raises(EngineError, match="fails with ConnectError"):
+        _ = servers.served
+    with socket.socket() as next_file:
+        lowest = next_file.fileno()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(EngineError, match=rf"too many files are open here \({lowest} .*; raise `ulimit -n`, or lower `concurrency`"):
+            _ = servers.served
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("url", ["http://h/v1?token=SECRET", "http://h/#SECRET", "http://SECRET@h"])

@@ -1,19 +1,24 @@
 """What opens a server, as users write it: its URLs, its key and whom to trust, in the environment or passed.  No message repeats a secret."""
 
+import errno
 import os
 import re
+import resource
 import ssl
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from socket import gaierror
 from urllib.request import getproxies
 
 import httpx2
 from attrs import field, frozen
 
-from lopd.errors import InvalidRecordError
+from lopd.engines.workers import Down
+from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import texts_of
 
+_FULL = (errno.EMFILE, errno.ENFILE)
 _SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
 # A password whose host was forgotten; not a port, and not an address in brackets.
 _PASSWORD = re.compile(r"(?s)(://[^/\[:]*:)(?!\d+(/|$)).*")
@@ -85,13 +90,34 @@ def _certificates(*_named: object) -> ssl.SSLContext:
     return httpx2.create_ssl_context()
 
 
-def distrust(error: BaseException | None) -> str:
-    """Return why a certificate is not trusted; "" where an error comes from something else."""
+def check_cause(name: str, error: BaseException | None) -> None:
+    """Refuse an error of this server's client that to ask again does not mend.
+
+    Raises:
+        Down: the server's certificate is not trusted.
+        EngineError: this process may open no more files.
+    """
     while error:
         if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
+            what = f"its certificate is not trusted ({error.verify_message})"
+            remedy = "expected a valid one of an authority that is known here; set SSL_CERT_FILE to the authority's file."
+            raise Down(what, EngineError(f"{name}: {what}, {remedy}"), final=True) from None
+        # where no file may be opened, names of hosts are not known
+        if isinstance(error, OSError) and (error.errno in _FULL or (isinstance(error, gaierror) and not _may_open())):
+            allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            raise EngineError(
+                f"{name}: it cannot be asked, for too many files are open here ({allowed} are allowed to a process); raise `ulimit -n`, or lower "
+                "`concurrency`, and run this again: what is committed stays."
+            ) from None
         error = error.__cause__ or error.__context__
-    return ""
+
+
+def _may_open() -> bool:
+    try:
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        return False
+    return True
 
 
 @frozen

@@ -20,7 +20,7 @@ import httpx2
 from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
-from lopd.engines.server.access import Key, bases, certificates, check_urls, distrust, key_in, variable
+from lopd.engines.server.access import Key, bases, certificates, check_cause, check_urls, key_in, variable
 from lopd.engines.server.answers import NotANumberError, Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
@@ -126,7 +126,8 @@ class Servers:
         """What they serve.  All that are up are asked, once.
 
         Raises:
-            EngineError: one serves something else than the others, or none is up within `first_contact_s` with a certificate that is trusted.
+            EngineError: one serves something else than the others, none is up within `first_contact_s` with a certificate that is trusted; or
+                too many files are open.
         """
         with self._pool(None, None) as pool:
             served: Served = pool.identify()
@@ -136,7 +137,7 @@ class Servers:
         """Return what the requests give, in their order.  The first error ends the call, and what is under way is cancelled.
 
         Raises:
-            EngineError: a request failed `attempts` times, or was refused; or no server was up for `patience_s`.
+            EngineError: a request failed `attempts` times, or was refused; no server was up for `patience_s`; or too many files are open.
             InvalidRecordError: all answer the probe with a NaN.
         """
         if not requests:
@@ -263,10 +264,7 @@ class _Endpoint:
         try:
             return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
         except httpx2.RequestError as error:
-            if why := distrust(error):
-                what = f"its certificate is not trusted ({why})"
-                remedy = "expected a valid one of an authority that is known here; set SSL_CERT_FILE to the authority's file."
-                raise Down(what, EngineError(f"{self.name}: {what}, {remedy}"), final=True) from None
+            check_cause(self.name, error)
             # by its type alone: the text of the error may quote headers
             raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
