@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import httpx2
 import numpy as np
 import pytest
+from attrs import evolve
 from served_table import _short_pauses, is_for, make_prompts, make_rollouts, refused, scorer_of, servers_of, source_of, start, stub, truth  # noqa: F401
 from vllm_stub import answer, changed, cut, late
 
@@ -162,6 +163,46 @@ def test_requests_are_spread_over_servers_and_bounded_at_each(start):
     assert [stub.busiest for stub in stubs] == [3, 3]
     assert all(len(stub.requests) >= 10 for stub in stubs)
     assert sum(len(stub.requests) for stub in stubs) == 40
+
+
+def test_of_many_answers_that_arrive_together_one_at_a_time_is_parsed_and_read(start, monkeypatch):
+    stubs, under_way, most, accepted = [start(), start()], [], [], servers.accepted
+
+    def parse(owner, *args, **keywords):
+        if owner.startswith("Rollout"):
+            under_way.append(owner)
+            most.append(len(under_way))
+        return accepted(owner, *args, **keywords)
+
+    def read(answer):
+        threading.Event().wait(0.01)
+        return [under_way.pop()]
+
+    monkeypatch.setattr(servers, "accepted", parse)
+    for each in stubs:
+        each.fail(1000, late(0.1))
+    scorer, rollouts = scorer_of(*stubs, concurrency=8), make_rollouts(16)
+    read_in_order = scorer.servers.ask([evolve(scorer._request([rollout]), read=read) for rollout in rollouts])
+    assert read_in_order == [f"Rollout {rollout.rollout_id!r}" for rollout in rollouts]
+    assert [each.busiest for each in stubs] == [8, 8]
+    assert most == [1] * 16
+
+
+def test_answers_that_wait_to_be_read_are_left_unread_once_the_call_is_over(stub):
+    read, end = [], threading.Event()
+
+    def fail(answer):
+        read.append(answer)
+        until(lambda: stub.busy == 0)
+        end.wait(0.1)
+        raise InvalidRecordError("the first")
+
+    scorer = scorer_of(stub, concurrency=8)
+    stub.fail(1000, late(0.1))
+    with pytest.raises(InvalidRecordError, match="the first"):
+        scorer.servers.ask([evolve(scorer._request([rollout]), read=fail) for rollout in make_rollouts(8)])
+    until(lambda: not any(thread.name == "lopd-Servers" for thread in threading.enumerate()))
+    assert len(read) < 8
 
 
 def test_the_least_busy_server_gets_the_next_request(start):

@@ -8,10 +8,10 @@ with it, so a `Servers` can be pickled and forked.
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
-from threading import Event
+from threading import Event, Lock
 from time import monotonic
 from typing import Any, Literal, TypeVar, final
 from weakref import WeakSet
@@ -148,7 +148,8 @@ class Servers:
     @contextmanager
     def _pool(self, served: Served | None, probe: Probe | None) -> Iterator[Pool]:
         patience_s = self.patience_s if served else min(self.first_contact_s, self.patience_s)
-        endpoints = [_Endpoint(url, self, probe, patience_s, first=served is None) for url in self.urls]
+        turn = Lock()
+        endpoints = [_Endpoint(url, self, probe, patience_s, turn, first=served is None) for url in self.urls]
         pool = Pool("Servers", endpoints, self.attempts, slots=self.concurrency, patience_s=patience_s, expected=served)
         try:
             yield pool
@@ -167,16 +168,17 @@ class _Endpoint:
         servers: the group that it belongs to.
         probe: the test that it must pass.
         patience_s: for which it is tried.
+        turn: to read an answer: the objects of one may take several times its bytes, and Python reads no two at the same time.
         first: whether it was never heard of before.
 
     Raises:
         EngineError: the environment names a proxy or certificates that cannot be used.
     """
 
-    def __init__(self, url: str, servers: Servers, probe: Probe | None, patience_s: float, *, first: bool) -> None:
+    def __init__(self, url: str, servers: Servers, probe: Probe | None, patience_s: float, turn: Lock, *, first: bool) -> None:
         self._url, self._servers, self._probe = url, servers, probe
         self._stopped, self._rests_until, self.spent = Event(), 0.0, list[Costs]()
-        self._patience_s, self._first = patience_s, first
+        self._patience_s, self._turn, self._first = patience_s, turn, first
         self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
         self._sockets: WeakSet[socket.socket] = WeakSet()
@@ -195,7 +197,7 @@ class _Endpoint:
             servers = self._servers
             served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
             if self._probe:
-                self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
+                self._probe.judge(self.name, *(self._complete(self.name, body, lambda answer: answer) for body in self._probe.bodies))
         except NotANumberError as nan:
             # others may compute the same text; if none does, it is refused as a rollout is, and who calls can leave it out
             raise Down(str(nan), nan, final=True) from None
@@ -221,7 +223,7 @@ class _Endpoint:
     def work(self, request: Request[T]) -> Sequence[T]:
         """Return the results of a completion."""
         try:
-            return request.read(self._complete(request.owner, request.body))
+            return self._complete(request.owner, request.body, request.read)
         except Trouble as trouble:
             error = EngineError(
                 f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts; {trouble.remedy}, and run this "
@@ -236,8 +238,8 @@ class _Endpoint:
             _shut(connection)
         self._client.close()
 
-    def _complete(self, owner: str, body: Mapping[str, Any]) -> Any:
-        """Return the answer to a request, when the server has room for it."""
+    def _complete(self, owner: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+        """Return what is read in the answer to a request, when the server has room for it."""
         if self._stopped.wait(max(self._rests_until - monotonic(), 0.0)):
             raise Trouble(f"{self.name} is not asked any more")
         path, asked_for = self._servers.dialect.addressed(self._servers.model, body)
@@ -247,9 +249,12 @@ class _Endpoint:
             self._rests_until = monotonic() + rest
             if rest > QUIET_S:
                 _LOG.warning("%s rests for %.0f s: it reports that nothing is left of its limit", self.name, rest)
-        answer = accepted(owner, url, response, self._servers.key)
-        self.spent.append(self._servers.dialect.costs(answer))
-        return answer
+        with self._turn:
+            if self._stopped.is_set():
+                raise Trouble(f"{self.name} is not asked any more")
+            answer = accepted(owner, url, response, self._servers.key)
+            self.spent.append(self._servers.dialect.costs(answer))
+            return read(answer)
 
     def _get(self, path: str, missing: Any) -> Any:
         """Return the answer, or `missing` where there is no such path; without a `missing` the status alone counts."""
