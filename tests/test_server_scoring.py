@@ -234,6 +234,7 @@ REFUSALS = {
     "unknown": (refused(400, "no such thing"), EngineError, "'r4'.*no such thing"),
     "not there": (refused(404, "The model `table` does not exist."), EngineError, "'r4'.*does not exist"),
     "not let in": (refused(403, "secret"), EngineError, r"answers 403 \(secret\): .*api_key"),
+    "too large": (answer(413), EngineError, r"'r4'.*answers 413 \(planned\); raise .*proxy.* `client_max_body_size`\), .*`urls`"),
     "moved": (answer(307, {"Location": "http://127.0.0.1:1/"}), EngineError, "'r4'.*answers 307"),
     "unprocessable": (answer(422, body={"detail": [{"msg": "bad field"}]}), EngineError, "bad field"),
 }

@@ -154,7 +154,12 @@ def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdEr
         return InvalidRecordError(f"{said}, expected ids that the model knows; tokenise with this model's tokenizer.")
     if status == 400 and "max allowed" in message:
         return EngineError(f"{said}, expected its log-probs; start the server with a larger `--max-logprobs`.")
-    remedy = "200; check URL, model name, `speaks` and the version of the server"
+    remedy = ", expected 200; check URL, model name, `speaks` and the version of the server"
+    if status == 413:
+        remedy = (
+            "; raise the limit of the proxy before it on the size of a request (nginx: `client_max_body_size`), or name the servers "
+            "themselves in `urls`"
+        )
     if "return_tokens_as_token_ids" in message:
-        remedy = "ids of tokens; pass `extra=` with the host's own field for them, as {'return_token_ids': True}"
-    return EngineError(f"{said}, expected {remedy}.")
+        remedy = ", expected ids of tokens; pass `extra=` with the host's own field for them, as {'return_token_ids': True}"
+    return EngineError(f"{said}{remedy}.")
