@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from lopd.engines.finding import load_tokenizer
-from lopd.records import make_prompts
+from lopd.records import fingerprint_tokenizer, make_prompts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -21,6 +21,13 @@ from recipes.run import problems_of
 END = "<|endoftext|>"
 BYTES, DIGITS = pre_tokenizers.ByteLevel(add_prefix_space=False), pre_tokenizers.Digits(individual_digits=True)
 TEMPLATE = "{{ bos_token }}{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+class MistralCommonBackend:
+    """Like that of transformers where mistral-common is installed: pieces that decode alike are one in its vocabulary."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"\ufffd": 255, "12": 258}
 
 
 def save(folder: Path, kind: str, *parts: pre_tokenizers.PreTokenizer, **settings: object) -> Path:
@@ -37,20 +44,38 @@ def save(folder: Path, kind: str, *parts: pre_tokenizers.PreTokenizer, **setting
     return folder
 
 
-@pytest.mark.parametrize("named", [False, True], ids=["folder", "hub name"])
-@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "GPT2Tokenizer"])
-def test_prompts_are_split_as_the_file_has_it(kind: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of Llama would drop spaces and the newline behind `<think>`, and that of GPT-2 would read two digits as one token."""
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder of `someone/distilled` in the cache of the hub."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     model = tmp_path / "models--someone--distilled"
-    folder = save(model / "snapshots" / ("a" * 40), kind, DIGITS, BYTES)
-    (model / "refs").mkdir()
+    (model / "refs").mkdir(parents=True)
     (model / "refs" / "main").write_text("a" * 40)
+    return model / "snapshots" / ("a" * 40)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["folder", "hub name"])
+@pytest.mark.parametrize("kind", ["LlamaTokenizerFast", "GPT2Tokenizer"])
+def test_prompts_are_split_as_the_file_has_it(kind: str, named: bool, snapshot: Path) -> None:
+    """The class of Llama would drop spaces and the newline behind `<think>`, and that of GPT-2 would read two digits as one token."""
+    folder = save(snapshot, kind, DIGITS, BYTES)
     tokenizer = load_tokenizer("someone/distilled" if named else folder)
     (prompt,) = make_prompts(["what is 12?"], tokenizer)
     assert tokenizer.decode(prompt.token_ids.tolist()) == "<s>what is 12?<think>\n"
     assert tokenizer.convert_tokens_to_ids("12") not in prompt.token_ids
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["folder", "hub name"])
+def test_a_tokenizer_of_mistral_is_the_files_also_with_mistral_common(named: bool, snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(snapshot, "LlamaTokenizerFast", DIGITS, BYTES)
+    (folder / "tekken.json").write_text("{}")
+    alone = fingerprint_tokenizer(load_tokenizer(folder))
+    theirs = MistralCommonBackend()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: theirs)
+    assert fingerprint_tokenizer(load_tokenizer("someone/distilled" if named else folder)) == alone
+    (folder / "tokenizer.json").unlink()
+    assert load_tokenizer(folder) is theirs, "there is no other file"
 
 
 def test_text_is_normalised_as_the_file_has_it(tmp_path: Path) -> None:

@@ -155,8 +155,10 @@ def _as_stored(loaded: Any, found: Path) -> Any:
 
     Many classes of transformers take its vocabulary alone, and split texts as they do for their own family: under that of Llama other tokens than
     Llama's lose spaces, under that of GPT-2 they part numbers otherwise, and under that of Qwen2 marks from letters.  What is not byte-level has
-    settings beside the file that count.
+    settings beside the file that count.  mistral-common, which transformers takes where it is installed, makes one of pieces that decode alike.
     """
+    if type(loaded).__name__ == "MistralCommonBackend" and (local_folder(str(found), weights=False) / _TOKENIZERS[0]).exists():
+        loaded = transformers.PreTrainedTokenizerFast.from_pretrained(str(found))
     file = found / _TOKENIZERS[0] if found.is_dir() else try_to_load_from_cache(str(found), _TOKENIZERS[0])
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None or not isinstance(file, str | Path) or not Path(file).exists():
