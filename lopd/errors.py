@@ -64,7 +64,8 @@ class ContextOverflowError(LopdError, ValueError):
 
 class TokenizerMismatchError(LopdError, ValueError):
     """Two parts of a run that do not share one token-to-id map.
-    To do: Use a teacher with the student's tokenizer; lopd does not distil across tokenizers.
+    To do: Use a teacher with the student's tokenizer, or give it the one that the message names if only added tokens differ: they have what their
+    rows give, trained or not; lopd does not distil across tokenizers.
     """
 
 

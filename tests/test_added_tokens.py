@@ -12,11 +12,11 @@ from helpers import flat_gradient
 from test_vllm_life import fake  # noqa: F401
 from transformers import PreTrainedTokenizerFast
 
-from lopd import CausalLMStudent, Prompt, Rollout, SamplingParams, collate
+from lopd import CausalLMStudent, MemoryStore, Prompt, Rollout, SamplingParams, collate, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.hf.scorer import exact_reverse_kl
 from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.errors import InvalidRecordError, ModelError
+from lopd.errors import InvalidRecordError, ModelError, TokenizerMismatchError
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.records import ScoredRollout, fingerprint_tokenizer
 
@@ -78,6 +78,16 @@ def test_it_is_trained_as_with_the_plain_tokenizer_and_the_token_is_refused(llam
     for name, ids in ("inputs", torch.full_like(batch.inputs, VOCAB)), ("top_k_ids", ids_NK):
         with pytest.raises(InvalidRecordError, match=rf"Batch: its {name} hold id {VOCAB}, expected ids below {VOCAB}, .*no row"):
             student(evolve(batch, **{name: ids}), ReferenceOPDLoss())
+
+
+def test_a_teacher_without_the_token_is_told_to_take_the_larger_tokenizer_and_can(llama, tokenizer, larger):
+    source = HFSource(llama, larger, SAMPLING)
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, PROMPTS, store)
+    says = rf"the same ids may mean .* if only the ids from {VOCAB} on are tokens that it lacks .* larger tokenizer \(`HFScorer\(model, tokenizer"
+    with pytest.raises(TokenizerMismatchError, match=says):
+        score_rollouts(store, HFScorer(llama, tokenizer))
+    assert score_rollouts(store, HFScorer(llama, larger)).rollouts == len(PROMPTS)
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])

@@ -176,11 +176,14 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
         return
     size: int | None = getattr(theirs, "vocab_size", None)
     remedy = "use a teacher, a student and rollouts of one tokenizer"
+    how = "(`HFScorer(model, tokenizer)`, or its files in a copy of that folder)"
     if size is not None and size > ours.vocab_size:
-        remedy += f", or, if only its ids from {ours.vocab_size} on are tokens that the other lacks, give it the smaller tokenizer"
+        remedy += f", or, if only its ids from {ours.vocab_size} on are tokens that the other lacks, give it the smaller tokenizer {how}"
+    elif size is not None and size < ours.vocab_size:
+        remedy += f", or, if only the ids from {size} on are tokens that it lacks (added padding), give it the larger tokenizer {how}"
     raise TokenizerMismatchError(
         f"{owner}: the hash of its vocabulary is {str(theirs.vocab_hash)[:12]}{'' if size is None else f' ({size:,} ids)'}, expected {whose} "
-        f"{ours.vocab_hash[:12]} ({ours.vocab_size:,} ids); the same ids mean other tokens there, {remedy}."
+        f"{ours.vocab_hash[:12]} ({ours.vocab_size:,} ids); the same ids may mean other tokens there, {remedy}."
     )
 
 
