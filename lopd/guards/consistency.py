@@ -178,7 +178,7 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
     remedy = "use a teacher, a student and rollouts of one tokenizer"
     how = "(`HFScorer(model, tokenizer)`, or its files in a copy of that folder)"
     if size is not None and size > ours.vocab_size:
-        remedy += f", or, if only its ids from {ours.vocab_size} on are tokens that the other lacks, give it the smaller tokenizer {how}"
+        remedy += f", or, if only its ids from {ours.vocab_size} on are tokens that the other lacks, give it the smaller tokenizer {how} in process"
     elif size is not None and size < ours.vocab_size:
         remedy += f", or, if only the ids from {size} on are tokens that it lacks (added padding), give it the larger tokenizer {how}"
     raise TokenizerMismatchError(

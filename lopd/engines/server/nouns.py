@@ -71,7 +71,8 @@ class ServerScorer:
     """Reads rollouts with a served model.
 
     A rollout may have one token less than the context, where the server insists on generating one, and with SGLang 7 less than the context or
-    its cache.  A model whose head is padded gives its padding ids a little probability there, which `HFScorer` cuts off.
+    its cache.  Ids that the tokenizer lacks keep their probability there, which `HFScorer` cuts off: a little for the padding of a head, and more for
+    tokens of a larger tokenizer, such as `<think>` beyond the student's.
     SGLang and servers of the OpenAI completions are tried with a few tokens in each call, before anything else is asked: one that does not echo,
     names tokens by text, or gives fewer most likely tokens than `top_k` is refused by name.
     A log-prob of exactly -inf, which servers write as -9999, becomes the floor of `lopd.floor_logprobs`, and is counted.

@@ -69,7 +69,8 @@ def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
     if not 0 <= token < vocab_size:
         raise InvalidRecordError(
             f"{owner}: a candidate for response token {place} is {key!r}, expected an id below the vocabulary's {vocab_size}; "
-            "the model gives probability to ids that no token has, drop the rollout or score in process."
+            "the model gives probability to ids that this tokenizer lacks (padding, or tokens of a larger one, such as <think>), drop the rollout or "
+            "score in process, which cuts them off."
         )
     return token
 
