@@ -9,7 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.errors import ArgumentError, CorruptStoreError, InvalidRecordError
 from lopd.records import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, mixture_id
 from lopd.records.identity import hash_weights_in_order
 from lopd.testing import tiny_manifest, tiny_provenance
@@ -98,6 +98,19 @@ def test_a_tokenizer_is_its_whole_map(tokenizer: Any, swapped_tokenizer: Any) ->
     mine, theirs = fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(swapped_tokenizer)
     assert mine.vocab_size == theirs.vocab_size
     assert not mine.same_vocabulary(theirs)
+
+
+class OwnTokenizer:
+    """A tokenizer of another kind."""
+
+    def __init__(self, vocab: Any, chat_template: Any = None) -> None:
+        self.get_vocab, self.chat_template = lambda: vocab, chat_template
+
+
+def test_a_vocabulary_of_bytes_is_refused_by_name() -> None:
+    """As the own code of Qwen 1 and HunYuan has it."""
+    with pytest.raises(ArgumentError, match=r"vocabulary of an OwnTokenizer is of bytes .*; use the converted tokenizer"):
+        fingerprint_tokenizer(OwnTokenizer({b"!": 0, b"\xff": 1}))
 
 
 def test_padding_and_the_version_of_an_engine_are_recorded_and_not_compared() -> None:

@@ -18,8 +18,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lopd.errors import printable
-from lopd.records.checks import check_kind, check_number, own_numbers, own_texts
+from lopd.errors import ArgumentError, printable
+from lopd.records.checks import a_kind, check_kind, check_number, own_numbers, own_texts
 
 _HASHED = "weights:"
 _REST = "/"
@@ -199,12 +199,17 @@ def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId
     """Return the identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own.
 
     Raises:
-        ArgumentError: it is something else.
+        ArgumentError: it is something else, or its vocabulary is of bytes.
     """
     if isinstance(tokenizer, TokenizerId):
         return tokenizer
     check_kind("Tokenizer", tokenizer, TokenizerLike, "pass the tokenizer that belongs to the model")
     vocab = tokenizer.get_vocab()
+    if any(isinstance(token, bytes) for token in vocab):
+        raise ArgumentError(
+            f"Tokenizer: the vocabulary of {a_kind(tokenizer)} is of bytes and lacks special tokens, expected text for every id; use the converted "
+            "tokenizer (`tokenizer.json`)."
+        )
     by_id = sorted((token_id, token) for token, token_id in vocab.items())
     template = getattr(tokenizer, "chat_template", None)
     return TokenizerId(
