@@ -113,6 +113,13 @@ def test_a_vocabulary_of_bytes_is_refused_by_name() -> None:
         fingerprint_tokenizer(OwnTokenizer({b"!": 0, b"\xff": 1}))
 
 
+def test_several_chat_templates_are_the_same_in_whatever_order_they_are_listed() -> None:
+    several = {"default": "a", "tool_use": "b", "rag": "c"}
+    mine, theirs = (fingerprint_tokenizer(OwnTokenizer({"a": 0}, dict(order))) for order in (several.items(), reversed(several.items())))
+    assert mine == theirs
+    assert mine != fingerprint_tokenizer(OwnTokenizer({"a": 0}, {**several, "rag": "d"}))
+
+
 def test_padding_and_the_version_of_an_engine_are_recorded_and_not_compared() -> None:
     manifest, column = tiny_manifest(), tiny_provenance("t")
     padded = evolve(manifest, tokenizer=evolve(manifest.tokenizer, pad_id=1))

@@ -218,5 +218,6 @@ def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId
         eos_id=getattr(tokenizer, "eos_token_id", None),
         bos_id=getattr(tokenizer, "bos_token_id", None),
         pad_id=getattr(tokenizer, "pad_token_id", None),
-        template_hash=_digest(json.dumps(template).encode()) if template else "",
+        # of several templates by name, which are listed as a file system has them
+        template_hash=_digest(json.dumps(template, sort_keys=True).encode()) if template else "",
     )
