@@ -59,16 +59,34 @@ def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_wha
 
 
 def test_rows_of_which_none_is_scored_are_compared_with_others_of_the_column(collected, teacher_model, tokenizer):
+    """With the five of the first seven that are no longer than the longest of these."""
     scorer, others = HFScorer(teacher_model, tokenizer), np.arange(7, 14)
     newer = evolve(scorer.provenance, engine="transformers 99.0")
     collected.quarantine("ref", scorer.provenance, {names(collected, [0])[0]: "too long"})
     with pytest.warns(EngineChangeWarning, match=r"goes on with 'transformers 99.0'$"):
         score_rollouts(collected, Moody(scorer, provenance=newer), column="ref", rows=others)
     score_rollouts(collected, scorer, rows=np.arange(7))
-    with pytest.raises(ScorerError, match=r"of 7 rollouts differ by 0\.3 nats on average from those that column 'teacher' holds"):
+    with pytest.raises(ScorerError, match=r"of 5 rollouts differ by 0\.3 nats on average from those that column 'teacher' holds"):
         score_rollouts(collected, Moody(scorer, always=0.3), rows=others)
-    with pytest.warns(EngineChangeWarning, match=r"on 7 rollouts.* 0\.01 nats"):
+    with pytest.warns(EngineChangeWarning, match=r"on 5 rollouts.* 0\.01 nats"):
         score_rollouts(collected, Moody(scorer, always=0.01, provenance=newer), rows=others)
+    assert collected.scored("teacher").all()
+
+
+def test_rows_of_others_that_a_scorer_cannot_take_are_no_reason_to_refuse_it(collected, teacher_model, tokenizer):
+    *others, longest = np.argsort(collected.lengths().sum(axis=1), kind="stable").tolist()
+    inner, known = HFScorer(teacher_model, tokenizer), names(collected, [longest])
+
+    class OfItsOwn:
+        provenance = inner.provenance
+
+        def score(self, rollouts):
+            if {rollout.rollout_id for rollout in rollouts} - set(known):
+                raise InvalidRecordError("Rollout: it is of another prompt; drop it.")
+            return inner.score(rollouts)
+
+    score_rollouts(collected, inner, rows=np.array(others))
+    score_rollouts(collected, OfItsOwn(), rows=np.array([longest]))
     assert collected.scored("teacher").all()
 
 

@@ -174,7 +174,8 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
     """
     if ours.same_vocabulary(theirs):
         return
-    size: int | None = getattr(theirs, "vocab_size", None)
+    # only who reads with a tokenizer can be given another one
+    size: int | None = None if owner.startswith("Tokenizer") else getattr(theirs, "vocab_size", None)
     remedy = "use a teacher, a student and rollouts of one tokenizer"
     how = "(`HFScorer(model, tokenizer)`, or its files in a copy of that folder)"
     if size is not None and size > ours.vocab_size:

@@ -23,7 +23,7 @@ from lopd.records.steps import Batch, LMHead, LossOutput
 @final
 @frozen
 class ReferenceLoss(OfObjective):
-    """Any objective, in plain torch.
+    """Any objective, in plain torch; one of several ids holds all log-probs in float64.
 
     Args:
         objective: which loss.

@@ -82,21 +82,24 @@ class Preflight:
             return list(evenly(among[np.argsort(lengths[among], kind="stable")], count).tolist())
 
         done = rows[scored[rows]]
-        # a new round, or the prompts of another file, begin with none; the column was begun all the same
-        new, held = some(rows[~scored[rows]], self.rollouts), some(done if done.size else np.flatnonzero(scored), self.rollouts)
+        # a new round, or the prompts of another file, begin with none; the column was begun all the same, with rows that this scorer may not take
+        elsewhere = np.flatnonzero(scored & (lengths <= lengths[rows].max(initial=0)))
+        new, held = some(rows[~scored[rows]], self.rollouts), some(done if done.size else elsewhere, self.rollouts)
         compared = [] if self.truth is None else some(rows, self.parity_rollouts)
         # a store may refuse a column that is not there, also for no rows
-        before = store.read(held, columns=(column,)) if held else []
+        before: Sequence[ScoredRollout] = store.read(held, columns=(column,)) if held else []
         others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
         tested = [*held, *others]
         rollouts = dict(zip(tested, to_score(store, tested, scorer.provenance), strict=True))
         self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id, list(rollouts.values()))
         scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
         together = {score.rollout_id: score for score in scores}
+        if not done.size:
+            before = [record for record in before if record.rollout.rollout_id not in refused]
         self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(done.size))
         difference = self._check_continued(scorer, column, before, together, refused)
         if (begun := store.columns.get(column)) is not None and begun.engine != scorer.provenance.engine:
-            differ = f"; on {len(held)} rollouts their log-probs differ by {difference:.2g} nats on average" if held else ""
+            differ = f"; on {len(before)} rollouts their log-probs differ by {difference:.2g} nats on average" if before else ""
             warn_user(
                 f"Scorer {scorer.provenance.model}: column {column!r} was begun with {begun.engine!r} and goes on with "
                 f"{scorer.provenance.engine!r}{differ}",

@@ -21,7 +21,7 @@ from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelErr
 from lopd.records.devices import give_back
 from lopd.records.warn import warn_user
 
-#: The most prompts that vLLM answers side by side, unless its option `max_num_seqs` says otherwise.
+#: The most prompts that vLLM answers side by side, unless its option `max_num_seqs` is given.
 ROWS = 256
 
 
