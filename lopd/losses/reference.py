@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import OfObjective, check_objective, ignores_labels, is_baselined, is_uncorrected
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, check_ids, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
@@ -23,7 +23,7 @@ from lopd.records.steps import Batch, LMHead, LossOutput
 @final
 @frozen
 class ReferenceLoss(OfObjective):
-    """Any objective, in plain torch; one of several ids holds all log-probs in float64.
+    """Any objective, in plain torch, in the dtype of its arguments; what a tail below 1e-7 gives to a gradient, `FusedLoss` alone keeps in float32.
 
     Args:
         objective: which loss.
@@ -41,15 +41,13 @@ class ReferenceLoss(OfObjective):
             InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each.
         """
         tokens = Tokens.counted(batch)
-        logits_MV, ids_MK = head.logits(counted_rows(hidden_ND, batch)), self.objective.ids(tokens)
-        check_ids(ids_MK, len(logits_MV))
-        # what several probabilities leave of 1 would be lost in float32
-        logprobs_MV = (logits_MV.double() if ids_MK.shape[1] > 1 else logits_MV).log_softmax(-1)
-        tokens = tokens.to(logprobs_MV.dtype)
+        logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
             finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
-        return TokenLosses.joined([self._losses(logprobs_MV.gather(-1, ids_MK), tokens)], logits_MV.new_zeros(0)).sums()
+        ids_MK = self.objective.ids(tokens)
+        check_ids(ids_MK, len(logprobs_MV))
+        return self._losses(logprobs_MV.gather(-1, ids_MK), tokens).sums()
 
 
 @final
