@@ -86,7 +86,7 @@ def labels_and_means(store: LogprobReader, column: str, rows: NDArray[np.int64] 
 
 
 def _read(store: LogprobReader, column: str, rows: NDArray[np.int64] | None = None) -> tuple[Float32Array, NDArray[np.int64]]:
-    """Return (len(store),) labels, NaN where there is none or none was asked for; and (len(store),) the number of the group, -1 there."""
+    """Return the (len(store),) labels, and the (len(store),) numbers of groups; a row that has no label, or was not asked for, has NaN and -1."""
     check_noun(store, LogprobReader)
     check_labels(store, column)
     labels, groups = np.full(len(store), np.nan, np.float32), np.full(len(store), -1, np.int64)

@@ -39,7 +39,7 @@ class Part:
 
 
 def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
-    """Return all rows, `rows_per_read` at a time: of these, a part for all that are scored in the same columns.  Reads no tokens."""
+    """Return all rows in windows of `rows_per_read`; rows of a window that are scored in the same columns are one part.  Reads no tokens."""
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
     made = []
