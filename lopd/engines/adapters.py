@@ -88,7 +88,7 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
         )
         if not before:
             raise ModelError(f"{wrong}.")
-        warn_user(f"{wrong}; an export as it is is refused.", ModelWarning)
+        warn_user(f"{wrong}; until then its export is refused.", ModelWarning)
     return changed
 
 
