@@ -4,6 +4,7 @@ import copy
 import errno
 import fcntl
 import logging
+import os
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lopd import CausalLMStudent, LanceStore, MemoryStore, SamplingParams, ZarrStore
+from lopd.backends.files import local
 from lopd.engines import conditions
 from lopd.engines.effective import _merged
 from lopd.engines.hf import HFScorer, HFSource, load_model
@@ -127,6 +129,23 @@ def test_on_macos_what_is_flushed_leaves_the_cache_of_the_drive(tmp_path, monkey
     flush(tmp_path)
     flush(tmp_path, tmp_path)
     assert asked == [51] * 3
+
+
+def test_on_macos_which_refuses_to_read_2_gib_at_once_files_are_read_in_parts(tmp_path, monkeypatch):
+    assert local._MOST < 2**31
+    real, data = os.pread, bytes(range(100))
+
+    def pread(descriptor, size, start):
+        if size > 7:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, min(size, 5), start)
+
+    (tmp_path / "file").write_bytes(data)
+    monkeypatch.setattr(local, "_MOST", 7)
+    monkeypatch.setattr(os, "pread", pread)
+    files = local.LocalFiles(tmp_path)
+    assert files.read("file") == data
+    assert [bytes(part) for part in files.read_ranges("file", [0, 50, 98], [3, 90, 120])] == [data[:3], data[50:90], data[98:]]
 
 
 @pytest.mark.parametrize(("code", "ends"), [(errno.EIO, True), (errno.ENOTSUP, False)])

@@ -33,6 +33,8 @@ _TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}[0-9a-f]{{32}}")
 _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 # Reading so many bytes along costs less than another read; to look for them does not, where parts are few, or larger than this on average.
 _GAP, _FEW, _SMALL = 4096, 64, 1024
+# One call of Linux reads so many bytes at most; one of macOS refuses to read 2 GiB.
+_MOST = (1 << 31) - 4096
 # No put takes so many seconds.
 _DAY = 24 * 3600.0
 # What an attempt to link ends in where there are no links; the file is new, so it belongs to this process, and has one name.
@@ -54,10 +56,14 @@ class _Open:
         if max(ends, default=0) > self.size:  # a read takes memory for all that is asked for, whatever is there
             starts, ends = [min(start, self.size) for start in starts], [min(end, self.size) for end in ends]
         sizes = list(map(sub, ends, starts))
-        found = list(map(os.pread, repeat(self._descriptor), sizes, starts))
+        asked = sizes if max(sizes, default=0) <= _MOST else [min(size, _MOST) for size in sizes]
+        found = list(map(os.pread, repeat(self._descriptor), asked, starts))
         for i in [i for i, size in enumerate(sizes) if len(found[i]) < size]:
-            while more := os.pread(self._descriptor, sizes[i] - len(found[i]), starts[i] + len(found[i])):
-                found[i] += more  # one call reads at most 2 GiB
+            parts, place = [found[i]], starts[i] + len(found[i])
+            while more := os.pread(self._descriptor, min(ends[i] - place, _MOST), place):
+                parts.append(more)
+                place += len(more)
+            found[i] = b"".join(parts)
         return found
 
 
