@@ -15,7 +15,17 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lopd import CausalLMStudent, LanceStore, MemoryStore, SamplingParams, ZarrStore
+from lopd import (
+    CausalLMStudent,
+    FusedLoss,
+    FusedOPDLoss,
+    FusedSFTLoss,
+    LanceStore,
+    MemoryStore,
+    SamplingParams,
+    ZarrStore,
+    selected_logprobs,
+)
 from lopd.backends.files import local
 from lopd.engines import conditions
 from lopd.engines.effective import _merged
@@ -26,10 +36,12 @@ from lopd.engines.structure import uses_tf32
 from lopd.engines.vllm.engine import VLLMEngine
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning
 from lopd.losses import chunked
+from lopd.losses.divergences import reverse_kl
 from lopd.losses.rows import TorchRows
-from lopd.records.devices import has_bfloat16, has_flash_3, running_sums
+from lopd.losses.top_k import TopKObjective
+from lopd.records.devices import check_device, has_bfloat16, has_flash_3, running_sums
 from lopd.records.flush import flush
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.testing import loss_case, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
 @pytest.fixture
@@ -96,7 +108,19 @@ def test_a_device_without_float64_is_refused_before_weights_are_read(error, monk
     monkeypatch.setattr(torch, "ones", refuse)
     with pytest.raises(ModelError, match=r"its device is 'xpu', which has no float64, expected a CPU or CUDA; move it there"):
         load_model(tmp_path, device="xpu")
-    conditions.check_device("Model", torch.device("cuda"))
+    check_device("Model", torch.device("cuda"))
+
+
+class OnApple(torch.Tensor):
+    device = torch.device("mps")
+
+
+@pytest.mark.parametrize("loss", [FusedOPDLoss(), FusedSFTLoss(), FusedLoss(TopKObjective(reverse_kl)), "log-probs"])
+def test_a_loss_of_hidden_states_on_an_apple_gpu_is_refused_as_a_student_there_is(loss):
+    case = loss_case("any")
+    hidden = case.hidden.as_subclass(OnApple)
+    with pytest.raises(ModelError, match=r"Loss: its device is 'mps', which has no float64, expected a CPU or CUDA; move it there"):
+        selected_logprobs(hidden, case.head, case.batch.targets) if loss == "log-probs" else loss(hidden, case.head, case.batch)
 
 
 def test_a_vllm_that_is_closed_does_not_ask_for_cards_which_could_keep_the_next_one_from_starting(monkeypatch):

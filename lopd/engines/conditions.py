@@ -13,7 +13,7 @@ import torch
 
 from lopd.engines.causal_lm import hidden_states, text_config, unwrap
 from lopd.errors import ModelError, ModelWarning
-from lopd.records.devices import has_bfloat16
+from lopd.records.devices import check_device, has_bfloat16
 from lopd.records.warn import warn_user
 
 
@@ -39,22 +39,6 @@ def check_causal_lm(model: Any) -> None:
             "(`load_model(folder, device='cuda:0')`), or, where that is too small, a teacher with vLLM (`tensor_parallel_size`) and a student with "
             "`fully_shard`."
         )
-
-
-def check_device(owner: str, device: torch.device) -> None:
-    """Refuse a device without float64, in which lopd adds up: GPUs of Apple, and some of Intel.
-
-    Raises:
-        ModelError: it names the owner.
-    """
-    if device.type in ("cpu", "cuda"):
-        return
-    try:
-        torch.ones(2, dtype=torch.float64, device=device).sum()
-    except (RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"{owner}: its device is {str(device)!r}, which has no float64, expected a CPU or CUDA; move it there: `.to('cpu')`."
-        ) from error
 
 
 def check_loaded(model: Any) -> None:

@@ -10,7 +10,7 @@ from attrs import evolve
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap, without_runners
-from lopd.engines.conditions import check_device, check_trained_dtype, warn_of_dropout
+from lopd.engines.conditions import check_trained_dtype, warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
@@ -18,6 +18,7 @@ from lopd.errors import ContextOverflowError, InvalidRecordError, ModelError, Mo
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
+from lopd.records.devices import check_device
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import SamplingParams

@@ -29,7 +29,7 @@ from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, chunk_rows, dtypes_
 from lopd.losses.products import Products
 from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
 from lopd.losses.tokens import check_ids
-from lopd.records.devices import has_bfloat16
+from lopd.records.devices import check_device, has_bfloat16
 from lopd.records.steps import LMHead
 
 _LOG = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class ChunkedHead:
 
     Raises:
         InvalidRecordError: hidden states of another size than the head's; logits, perhaps.
+        ModelError: hidden states on a device without float64.
     """
 
     def __init__(self, hidden_MD: Tensor, head: LMHead, chunking: Chunking, wanted: Sequence[bool] = (False, False, False)) -> None:
@@ -56,6 +57,7 @@ class ChunkedHead:
                 f"Loss: hidden states have shape {tuple(hidden_MD.shape)}, expected (tokens, {head.weight.shape[1]}) as the head's weight "
                 f"has shape {tuple(head.weight.shape)}; pass what goes into the head, not logits."
             )
+        check_device("Loss", hidden_MD.device)
         self._hidden_MD, vocabulary = hidden_MD.detach(), head.weight.shape[0]
         operands, self._sum_dtype = dtypes_of(chunking, hidden_MD, head)
         self._products = Products(head.weight.detach(), operands, self._sum_dtype, head.scale)
@@ -242,6 +244,7 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
 
     Raises:
         InvalidRecordError: hidden states of another size than the head's, or ids that are not one, or a row, for each of them.
+        ModelError: hidden states on a device without float64, such as an Apple GPU.
         GradientError: in a backward pass with `create_graph`.
 
     Memory: `chunk_bytes`, never M * V.

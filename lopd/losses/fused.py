@@ -72,6 +72,7 @@ class FusedLoss(OfObjective):
         Raises:
             InvalidRecordError: hidden states of another size than the head's; or the objective, or a function in it, gives another shape than
                 one value a token, or ids that are not a row for each.
+            ModelError: hidden states on a device without float64, such as an Apple GPU.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
@@ -127,6 +128,7 @@ class FusedOPDLoss(OPDSettings):
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
             InvalidRecordError: hidden states of another size than the head's; or a transform gives another shape than one value a token.
+            ModelError: hidden states on a device without float64, such as an Apple GPU.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         return FusedLoss(self.objective(), self.chunking, self.epsilon)(hidden_ND, head, batch)
@@ -148,5 +150,9 @@ class FusedSFTLoss:
     ignores_labels = True
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
+        """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0.
+
+        Raises:
+            InvalidRecordError, ModelError, GradientError: as `FusedOPDLoss`.
+        """
         return FusedLoss(OPDObjective.sft(), self.chunking)(hidden_ND, head, batch)

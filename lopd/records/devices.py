@@ -4,6 +4,24 @@ from gc import collect
 
 import torch
 
+from lopd.errors import ModelError
+
+
+def check_device(owner: str, device: torch.device) -> None:
+    """Refuse a device without float64, in which lopd adds up: GPUs of Apple, and some of Intel.
+
+    Raises:
+        ModelError: it names the owner.
+    """
+    if device.type in ("cpu", "cuda"):
+        return
+    try:
+        torch.ones(2, dtype=torch.float64, device=device).sum()
+    except (RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"{owner}: its device is {str(device)!r}, which has no float64, expected a CPU or CUDA; move it there: `.to('cpu')`."
+        ) from error
+
 
 def has_bfloat16(device: torch.device) -> bool:
     """Return whether a device has bfloat16 of its own: NVIDIA's have it from compute capability 8.0 on (A100), and torch emulates it on T4 and V100.

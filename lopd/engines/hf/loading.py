@@ -11,11 +11,11 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from lopd.engines.adapters import keep_precision, take_generation_config
 from lopd.engines.borders import stated_borders
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
-from lopd.engines.conditions import check_device, drops_cap
+from lopd.engines.conditions import drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
 from lopd.engines.stored import named_class
 from lopd.errors import EngineError, ModelError
-from lopd.records.devices import has_flash_3
+from lopd.records.devices import check_device, has_flash_3
 
 _LOG = logging.getLogger(__name__)
 #: The faster first; that they are installed is asked without importing them.
