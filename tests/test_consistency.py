@@ -12,7 +12,7 @@ from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_prov
 from named_batches import numbered_records, rows_of
 
 from lopd import batches, score_rollouts
-from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
+from lopd.errors import ConflictError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
 from lopd.records import Lineage, ModelId, SamplingParams, Scores, StoreId, mixture_id
 from lopd.records.identity import UNKNOWN
@@ -55,6 +55,16 @@ def test_another_teacher_is_refused() -> None:
         match=r"its SFT teacher is big-teacher@teacher-weig, and the scoring teacher is other-teacher@other-weight, expected the same model",
     ):
         stream_with(SFT_TEACHER, OTHER_TEACHER)
+
+
+def test_a_teacher_whose_adapters_another_processor_may_have_rounded_is_told_how_to_go_on() -> None:
+    first, second = (ModelId("adapters", revision, "float32") for revision in ("weights:1/2", "weights:3/2"))
+    note = r"expected .* \(adapters that are not merged .* on another processor: then pass `identity=` with the recorded one, or merge once"
+    with pytest.raises(TeacherConsistencyError, match=note):
+        stream_with(first, second)
+    store = make_store(numbered_records(2), columns=("teacher",), provenance=lambda _: make_provenance(first))
+    with pytest.raises(ConflictError, match=note):
+        store.append_scores("teacher", make_provenance(second), [])
 
 
 def test_the_same_teacher_in_another_dtype_is_told_so() -> None:

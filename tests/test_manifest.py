@@ -84,6 +84,26 @@ def test_a_difference_of_manifests_names_the_innermost_field() -> None:
     assert manifest.difference(cast) == f"policy.dtype is {manifest.policy.dtype!r}, expected 'float8'"
 
 
+def test_a_difference_that_another_processor_may_have_rounded_into_adapters_is_explained() -> None:
+    here = ModelId("adapters", "weights:1/2", "float32")
+    manifest, note = evolve(tiny_manifest(), policy=here), "adapters that are not merged"
+    difference = manifest.difference(evolve(manifest, policy=evolve(here, revision="weights:3/2")))
+    assert difference is not None
+    assert difference.startswith(
+        "policy.revision is 'weights:1/2', expected 'weights:3/2' (adapters that are not merged are merged in this"
+    )
+    for change in (
+        {"revision": "weights:1/3"},
+        {"revision": "weights:3"},
+        {"revision": "step-1"},
+        {"name": "other", "revision": "weights:3/2"},
+    ):
+        assert note not in str(manifest.difference(evolve(manifest, policy=evolve(here, **change)))), change
+    assert note not in str(
+        manifest.difference(evolve(manifest, policy=evolve(here, revision="weights:3/2"), sampling=SamplingParams(top_p=0.5)))
+    )
+
+
 def test_a_manifest_survives_json() -> None:
     manifest = evolve(tiny_manifest(), sampling=SamplingParams(stop_ids=(1, 2)), sft_teacher=ModelId("t", "r", "float32"), generation=3)
     assert Manifest.from_json(manifest.to_json()) == manifest

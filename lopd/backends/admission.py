@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols.reading import row_numbers
 from lopd.records.checks import a_kind, several
-from lopd.records.identity import ModelId
+from lopd.records.identity import ModelId, rounding_note
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
@@ -132,7 +132,7 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
     if stored.model != given.model:
         # Two models that print alike differ in dtype, or in the tail of the revision: then show all of it.
         show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
-        was, want = f"by {show(stored.model)}", show(given.model)
+        was, want = f"by {show(stored.model)}", f"{show(given.model)}{rounding_note(stored.model, given.model)}"
     else:
         name = next(
             n for n in ("vocab_hash", "logprobs_mode", "top_k", "candidates", "drawn", "engine") if getattr(stored, n) != getattr(given, n)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import LogprobReader, TeacherScorer
 from lopd.protocols.reading import named, rounds_of
-from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id
+from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id, rounding_note
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -125,7 +125,7 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance], *, own_p
         return [None] * len(teachers)
     clauses = (
         f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, and the scoring teacher is {teacher.model}"
-        f"{', expected the same model' if sft else ''}"
+        f"{f', expected the same model{rounding_note(sft, teacher.model)}' if sft else ''}"
         for teacher in teachers
     )
     return [None if _who(manifest, teacher, own_prompts) else clause for teacher, clause in zip(teachers, clauses, strict=True)]

@@ -98,6 +98,17 @@ def _fits(a: tuple[str, str, str], b: tuple[str, str, str]) -> bool:
     return a[:2] == b[:2] and (a[2] == b[2] or not a[2] or not b[2])
 
 
+def rounding_note(one: ModelId, other: ModelId) -> str:
+    """Return, in brackets, why one model may have both hashes: they differ in the parameters alone, as adapters merged by two processors do."""
+    (_, a, mine), (_, b, theirs) = _key(one), _key(other)
+    if a == b or not mine or mine != theirs or one.name != other.name:
+        return ""
+    return (
+        " (adapters that are not merged are merged in this machine's arithmetic, which may round otherwise on another processor: then pass "
+        "`identity=` with the recorded one, or merge once and use that folder everywhere)"
+    )
+
+
 def _short(revision: str) -> str:
     short, hashes = _HASH.subn(lambda found: found[1][:12] + found[2] + found[3][:4], revision)  # that of an ensemble has several
     name, slash, rest = revision.partition(_REST)

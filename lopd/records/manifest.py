@@ -10,7 +10,7 @@ from attrs import asdict, evolve, field, fields, frozen, has
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
 from lopd.records.glance import Glance, Glanced
-from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.identity import ModelId, TokenizerId, rounding_note
 from lopd.records.parity import Parity
 from lopd.records.stored import read_as
 
@@ -135,7 +135,8 @@ class Manifest(Glanced):
 
     def difference(self, other: "Manifest") -> str | None:
         """Return the first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
-        return _difference("", self, other)
+        found = _difference("", self, other)
+        return found + rounding_note(self.policy, other.policy) if found and found.startswith("policy.revision") else found
 
 
 @frozen(eq=False)
