@@ -84,6 +84,12 @@ def test_a_micro_batch_is_counted_with_all_positions_that_shorter_rollouts_fill(
     training(CONFIG, evolve(use, tokens_per_batch=63))  # the last token of a rollout is not read
 
 
+@pytest.mark.parametrize("count", [training, scoring, sampling])
+def test_a_batch_of_one_rollout_is_counted_as_a_row_of_a_larger_one(count):
+    one, many = (count(CONFIG, evolve(USE, tokens_per_batch=rows * 64, rows=rows, rows_per_chunk=56)) for rows in (1, 4))
+    assert one.gigabytes(1) == pytest.approx(many.gigabytes(1), rel=0.01)
+
+
 def test_adapters_are_all_that_is_trained_beside_weights_that_stay():
     whole, adapted = (training(CONFIG, evolve(USE, lora_rank=rank, dtype=torch.bfloat16)).gigabytes(1) for rank in (0, 8))
     assert adapted["moments"] == pytest.approx(2 * adapted["gradients"])

@@ -146,8 +146,10 @@ def sampling(config: Any, use: Use) -> Need:
 def _counted(config: Any, use: Use, rows: int, *ways: tuple[str | None, Callable[[Any, LiveBytes, Use], Phase]]) -> Need:
     """Count with the first attention and code of a phase that the model can be run with."""
     (attention, prepare), *others = ways
+    # a single row takes a short cut in some models, which is not what two rows less one are
+    counted = max(rows, 2)
     try:
-        return count(config, lambda config: _made(config, use, attention), rows, lambda model, live: prepare(model, live, use))
+        return count(config, lambda config: _made(config, use, attention), counted, lambda model, live: prepare(model, live, use))
     except ModelError:
         if not others:
             raise
