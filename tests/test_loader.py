@@ -25,6 +25,8 @@ from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.protocols import OPDLoss
 from lopd.records import Batch, Prompt, ScoredRollout, Step, StepMetrics, Weighting, by_rollout, by_token
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.verbs import loader
+from lopd.verbs.columns import Columns
 
 # --- which rollouts are in step k --------------------------------------------------------------------------------------------------------
 
@@ -191,6 +193,21 @@ def test_a_step_is_one_read_whatever_it_is_split_into(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **names: reads.append(len(rows)) or original(self, rows, **names))
     assert len(stream.step(2).batches) > 2
     assert reads == [7]
+
+
+def test_a_step_with_very_many_values_is_read_a_few_micro_batches_at_a_time_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = numbered_stream(9, 7, tokens_per_batch=6)
+    whole, reads, original = stream.step(2), list[int](), MemoryStore.read
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **names: reads.append(len(rows)) or original(self, rows, **names))
+    monkeypatch.setattr(loader, "VALUES_AT_ONCE", 12)
+    assert same_steps(stream.step(2), whole)
+    assert 1 < len(reads) < len(whole.batches)
+    assert sum(reads) == 7
+    support, columns, item = MemoryStore(tiny_manifest()), Columns(("teacher",), None, top_k=True), tiny_rollout("p0/s0/g0")
+    support.append([item])
+    support.append_scores("teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(item), top_k=tiny_top_k(3))])
+    assert columns.width(support) == 2
+    assert evolve(columns, top_k=False).width(support) == 1
 
 
 def test_no_step_asks_the_store_for_the_lengths_of_all_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,9 @@ from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, rollout_id
 from lopd.records.rows import Rows
 
+#: Values of one read or write where nobody asks for a size: all of them are in memory, several times over, until it is done.
+VALUES_AT_ONCE = 1 << 26
+
 
 @frozen
 class Part:
@@ -38,13 +41,16 @@ class Part:
         return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
 
 
-def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
-    """Return all rows in windows of `rows_per_read`; rows of a window that are scored in the same columns are one part.  Reads no tokens."""
+def parts(reader: LogprobReader, rows_per_read: int = 64, values: NDArray[np.int64] | None = None) -> list[Part]:
+    """Return all rows in windows of `rows_per_read`, or fewer where the values that each has are many; reads no tokens.
+
+    Rows of a window that are scored in the same columns are one part, the one with the first row first.
+    """
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
     made = []
-    for start in range(0, len(reader), rows_per_read):
-        near, alike = range(start, min(start + rows_per_read, len(reader))), dict[bytes, list[int]]()
+    for window in in_batches(np.arange(len(reader)), rows_per_read, values, VALUES_AT_ONCE):
+        near, alike = range(window[0], window[-1] + 1), dict[bytes, list[int]]()
         for row in near:
             alike.setdefault(covered[row].tobytes(), []).append(row)
         for rows in alike.values():
@@ -89,10 +95,20 @@ def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
-def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Sequence[int]]:
-    """Yield the rows, so many at a time."""
+def in_batches(
+    rows: NDArray[np.int64], rows_per_read: int = 64, values: NDArray[np.int64] | None = None, most: int = VALUES_AT_ONCE
+) -> Iterator[Sequence[int]]:
+    """Yield the rows, so many at a time, or fewer where the values that each of them has are some `most` together."""
     for first in range(0, len(rows), rows_per_read):
-        yield rows[first : first + rows_per_read].tolist()
+        batch = rows[first : first + rows_per_read]
+        for places in [range(len(batch))] if values is None else in_runs(values[first : first + rows_per_read], most):
+            yield batch[places].tolist()
+
+
+def in_runs(values: NDArray[np.int64], most: int) -> list[list[int]]:
+    """Return places in runs of some `most` values, of which each place has so many; a run by itself is one run again."""
+    before = np.cumsum(values) - values
+    return [run.tolist() for run in np.split(np.arange(len(values)), np.flatnonzero(np.diff(before // most)) + 1)]
 
 
 def walk(

@@ -43,6 +43,10 @@ class Columns:
     labels: Float32Array | None = None
     means: Float32Array | None = None
 
+    def width(self, store: LogprobReader) -> int:
+        """Return how many log-probs of a token are read, about: those of the supports, where they come along."""
+        return max([1, *(store.columns[name].top_k * (1 + self.drawn) for name in self.teachers if self.top_k)])
+
     def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
         """Return the rows in this order: scores of each one's own teacher as "teacher", of the reference policy as "ref", labels as "label"."""
         read = self._read_teachers(store, rows)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_scores
-from lopd.protocols.reading import in_batches, named
+from lopd.protocols.reading import in_batches, in_runs, named
 from lopd.records.checks import own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
@@ -100,9 +100,7 @@ class Filling:
 
     def batches(self, work: Work, width: int) -> Iterator[Sequence[int]]:
         """Yield rows to score together: `rollouts_per_batch`, or fewer where their log-probs, `width` a response token, are too many."""
-        lengths = self.store.lengths()[:, 1]
-        for rows in in_batches(work.rows, self.rollouts_per_batch):
-            yield from ([rows[i] for i in part] for part in _parts(lengths[rows] * width))
+        yield from in_batches(work.rows, self.rollouts_per_batch, self.store.lengths()[work.rows, 1] * width, _VALUES)
 
     def fill(
         self,
@@ -158,11 +156,5 @@ class Filling:
 def commit_scores(store: LogprobStore, column: str, provenance: Provenance, scores: Sequence[Scores]) -> None:
     """Append scores in one commit, or in several where they are many."""
     values = np.array([score.logprobs.size * max(provenance.top_k, 1) for score in scores], np.int64)
-    for part in _parts(values):
-        store.append_scores(column, provenance, [scores[i] for i in part])
-
-
-def _parts(values: NDArray[np.int64]) -> list[list[int]]:
-    """Return places in parts of some `_VALUES` values, of which each place has so many; a part by itself is one part again."""
-    before = np.cumsum(values) - values
-    return [part.tolist() for part in np.split(np.arange(len(values)), np.flatnonzero(np.diff(before // _VALUES)) + 1)]
+    for run in in_runs(values, _VALUES):
+        store.append_scores(column, provenance, [scores[i] for i in run])

@@ -17,7 +17,7 @@ from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_te
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import named
+from lopd.protocols.reading import VALUES_AT_ONCE, in_runs, named
 from lopd.records.checks import call_of, check_at_least, check_kind
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
@@ -134,11 +134,14 @@ class StepStream(Glanced):
         # before its first update a student should be the policy that sampled, whatever the loss is to read
         asked = index == 0 and self.columns.teachers and self.columns.ref is None and self.store.scored(BEHAVIOR_COLUMN)[rows].all()
         columns = evolve(self.columns, ref=BEHAVIOR_COLUMN) if asked else self.columns
-        # one read: a store fetches many rows at once faster than a few at a time
-        read = columns.read(self.store, rows[np.concatenate(parts)])
-        if self.columns.ref is not None:
-            check_reference(self.store, self.columns.ref, set(read.generations.tolist()))
-        made = [self._collate(read[start:stop]) for start, stop in pairwise(accumulate(map(len, parts), initial=0))]
+        made = list[Batch]()
+        # one read, unless they are very long: a store fetches many rows at once faster than a few at a time
+        for run in in_runs(columns.width(self.store) * np.array([lengths[part].sum() for part in parts]), VALUES_AT_ONCE):
+            near = [parts[i] for i in run]
+            read = columns.read(self.store, rows[np.concatenate(near)])
+            if self.columns.ref is not None:
+                check_reference(self.store, self.columns.ref, set(read.generations.tolist()))
+            made += [self._collate(read[start:stop]) for start, stop in pairwise(accumulate(map(len, near), initial=0))]
         if asked:
             made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
@@ -175,7 +178,9 @@ def batches(
         store: rollouts, and the columns named below.
         rollouts_per_step: size of an optimizer step; None is 256, or all rollouts there are if they are fewer.
         tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
-            share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
+            share one.  This bounds memory of the device, where a plain loss holds the logits of all its response tokens (4 bytes * V each, a few
+            times over).  All micro-batches of a step, and on a GPU of two steps ahead, are in memory of the host: some 50 bytes a token, and 12 more
+            for each of the teacher's most likely tokens.
         seed: seed of the shuffle; step k depends on (seed, k) alone.
         rows: train on these only, each once an epoch, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
