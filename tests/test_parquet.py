@@ -33,10 +33,10 @@ from lopd.errors import (
     StoreWriteError,
     UncheckedDataWarning,
 )
-from lopd.protocols import LogprobReader
+from lopd.protocols import LogprobReader, reading
 from lopd.records import ModelId, Rollout
 from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-from lopd.tools.interop import export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
+from lopd.tools.interop import arrow_table, export_parquet, from_hf_dataset, import_parquet, parquet, parquet_manifest, to_hf_dataset
 
 
 def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
@@ -117,6 +117,23 @@ def test_parquet_is_written_in_row_groups_and_reads_as_plain_columns(memory: Mem
     assert (row["rollout_id"], row["loss_mask"], row["response_ids"]) == ("masked", [True, False, True], [5, 6, 1])
     assert (len(row["logprobs/teacher"]), len(row["top_k_ids/teacher"]), row["logprobs/a.b-c"]) == (3, 12, None)
     assert file.read().to_pylist()[-1]["logprobs/teacher"] is None
+
+
+def test_few_rows_move_at_once_where_their_values_are_many(memory: MemoryStore, tmp_path: Path, monkeypatch: Any) -> None:
+    export_parquet(memory, tmp_path / "whole.parquet")
+    assert pq.ParquetFile(tmp_path / "whole.parquet").num_row_groups == 1
+    values = int(memory.lengths().sum()) * (4 + 9 + 1)
+    for module in (reading, arrow_table, parquet):
+        monkeypatch.setattr(module, "VALUES_AT_ONCE", values // 6)
+    export_parquet(memory, tmp_path / "cut.parquet")
+    assert pq.read_table(tmp_path / "cut.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))
+    assert 3 < pq.ParquetFile(tmp_path / "cut.parquet").num_row_groups < len(memory)
+    for name in ("cut", "whole"):
+        path, appended, append = tmp_path / f"{name}.parquet", list[int](), MemoryStore.append
+        monkeypatch.setattr(MemoryStore, "append", lambda self, new, n=appended, a=append: n.append(len(new)) or a(self, new))
+        import_parquet(path, again := MemoryStore(parquet_manifest(path)))
+        assert 3 < len(appended) < len(memory)
+        assert_equal_stores(again, memory)
 
 
 def test_an_import_that_is_repeated_asks_no_table_for_which_rows_of_all_have_scores(

@@ -18,7 +18,7 @@ from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, rollout_id
 from lopd.records.rows import Rows
 
-#: Values of one read or write where nobody asks for a size: all of them are in memory, several times over, until it is done.
+#: Values of one read or write, whatever its rows are: all of them are in memory, several times over, until it is done.
 VALUES_AT_ONCE = 1 << 26
 
 

@@ -33,7 +33,7 @@ from lopd.errors import (
     UncheckedDataWarning,
 )
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.protocols.reading import in_batches, named, parts
+from lopd.protocols.reading import VALUES_AT_ONCE, in_batches, named, parts
 from lopd.records.manifest import Provenance
 from lopd.records.optional import need
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
@@ -50,14 +50,16 @@ _Wanted = list[tuple[Mapping[str, Any], int]]  # rows of an import, each with it
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
-    """Yield the whole store in tables of about so many rows."""
-    schema, waiting, rows_per_read = description.schema(), dict[int, ScoredRollout](), min(64, rows_per_table)
-    for part in parts(reader, rows_per_read):
-        waiting.update(zip(part.rows, part.read(reader), strict=True))
-        # parts of the same rows follow one another, and only the last rows of all are fewer
-        if len(waiting) >= rows_per_table and len(waiting) % rows_per_read == 0:
+    """Yield the whole store in tables of about so many rows, or fewer where their values are very many."""
+    schema, waiting = description.schema(), dict[int, ScoredRollout]()
+    values = reader.lengths().sum(axis=1) * (4 + sum(1 + 2 * provenance.top_k for provenance in description.columns.values()))
+    for part in parts(reader, min(64, rows_per_table), values):
+        # parts of the same rows follow one another: where one begins behind all that wait, none of these is still to come
+        behind = bool(waiting) and part.rows[0] == min(waiting) + len(waiting)
+        if behind and (len(waiting) >= rows_per_table or values[[*waiting, *part.rows]].sum() > VALUES_AT_ONCE):
             yield _table([waiting[row] for row in sorted(waiting)], schema)
             waiting = {}
+        waiting.update(zip(part.rows, part.read(reader), strict=True))
     if waiting:
         yield _table([waiting[row] for row in sorted(waiting)], schema)
 
@@ -161,8 +163,7 @@ def _check_text(rollout_id: str) -> None:
         rollout_id.encode()
     except UnicodeEncodeError as error:
         raise InvalidRecordError(
-            f"Rollout {rollout_id!r}: its id has a lone surrogate at {error.start}, expected text that Arrow can hold; "
-            "rename the prompt and collect it again."
+            f"Rollout {rollout_id!r}: its id has a lone surrogate at {error.start}, expected text for Arrow; rename the prompt and collect it again."
         ) from error
 
 
@@ -293,8 +294,7 @@ def _scores(row: Mapping[str, Any], rollout: Rollout, name: str, provenance: Pro
         ids, logprobs, tail = (row[f"top_k_{part}/{name}"] for part in TOP_K_FIELDS)
         if ids is None or logprobs is None or tail is None or ids.size != length * k or logprobs.size != length * k:
             raise CorruptStoreError(
-                f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} for each of its {length} tokens; "
-                "export it again."
+                f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} a token, of {length}; export it again."
             )
         support = TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail, provenance.drawn)
     return Scores.of(rollout, row[f"logprobs/{name}"], top_k=support, signed=provenance.signed)

@@ -18,6 +18,7 @@ from lopd.errors import (
 )
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
+from lopd.protocols.reading import VALUES_AT_ONCE
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -40,7 +41,7 @@ def export_parquet(
     Args:
         reader: any store.
         path: local, or any URL that fsspec opens.
-        rows_per_group: rollouts in a row group; bounds memory.
+        rows_per_group: rollouts in a row group, or fewer where they are very long; bounds memory.
         storage_options: options of fsspec.
 
     Raises:
@@ -90,7 +91,7 @@ def import_parquet(
     Args:
         path: local, or any URL that fsspec opens.
         store: created with `parquet_manifest(path)`.
-        rows_per_commit: rollouts appended together; bounds memory.
+        rows_per_commit: rollouts appended together, or fewer where those of a row group are very long on average; bounds memory.
         storage_options: options of fsspec.
 
     Raises:
@@ -139,7 +140,7 @@ def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Ite
 
 
 def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
-    """Return tables of so many rows.
+    """Return tables of so many rows, or fewer where a row group has very many values for each of its rows.
 
     Raises:
         InvalidRecordError: that number is less than 1.
@@ -148,6 +149,10 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
     """
     pa = need("pyarrow", "Parquet")
     check_at_least("Import", "rows_per_commit", rows, 1)
+    with reading(owner):
+        groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+        widths = [sum(group.column(i).num_values for i in range(group.num_columns)) / max(group.num_rows, 1) for group in groups]
+    rows = max(min(rows, int(VALUES_AT_ONCE / max([1, *widths]))), 1)
     return sound((pa.Table.from_batches([batch]) for batch in file.iter_batches(batch_size=rows)), owner)
 
 
