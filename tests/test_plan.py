@@ -309,6 +309,16 @@ def test_json_marks_each_figure_that_stands_on_a_guess(capsys, tmp_path):
     assert (plan["guessed_rates"], plan["lightning"]["guessed"]) == ([], False)
 
 
+def test_rates_that_were_guessed_for_shorter_responses_are_said_to_be(capsys):
+    rates = ["--sampling-rate", "9", "--scoring-rate", "9", "--training-rate", "9"]
+    for tokens, given, length in (("6144", [], None), ("131072", [], 3072), ("131072", rates[:4], 3072), ("131072", rates, None)):
+        arguments = ["--prompts", "9", "--response-tokens", tokens, *given]
+        (plan,) = printed(capsys, *arguments)
+        assert plan["guessed_for_response_tokens"] == length
+        assert main(arguments) == 0
+        assert ("guessed for responses of 3,072 tokens" in capsys.readouterr().out) == (length is not None)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -22,7 +22,7 @@ from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
 from lopd.tools.plan.fit import Fit, fits
 from lopd.tools.plan.like import measured_rates, work_like
 from lopd.tools.plan.memory import Use
-from lopd.tools.plan.paper import H100_FLOPS, PAPER_LOCKSTEP, rates_like
+from lopd.tools.plan.paper import H100_FLOPS, PAPER_LOCKSTEP, guessed_for, rates_like
 from lopd.tools.plan.work import LOGPROB_BYTES, StoreSize, Work
 
 _SIZES = (1e6, 1e9, 1e12)
@@ -60,9 +60,7 @@ def add_plan(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
     parser.add_argument("--behavior", action=BooleanOptionalAction, help="whether the sampling engine's log-probs are stored (they are)")
-    parser.add_argument(
-        "--sampler", action=BooleanOptionalAction, help="whether those after temperature and top-p are stored too (they are not)"
-    )
+    parser.add_argument("--sampler", action=BooleanOptionalAction, help="whether those after temperature and top-p are too (they are not)")
     parser.add_argument("--logprob-dtype", choices=sorted(LOGPROB_BYTES), default="float32", help="of the store (float32)")
     for name, what in (
         ("sampling", "response tokens"),
@@ -167,7 +165,7 @@ def _plan(options: Namespace) -> int:
             raise ArgumentError(f"Plan: --{name.replace('_', '-')} is given {why}.")
     if options.card is not None:
         return _fit(options)
-    options.gpus = 8 if options.gpus is None else options.gpus
+    gpus = options.gpus = 8 if options.gpus is None else options.gpus
     check_at_least("Plan", "like_gpus", options.like_gpus, 1)
     like, known = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
     if options.like:
@@ -178,7 +176,6 @@ def _plan(options: Namespace) -> int:
     plans = list[tuple[Work, GpuRates, _Bills]]()
     for work in _works(like, options):
         rates = evolve(rates_like(work, options.tflops * _TERA), **known)
-        gpus = options.gpus
         plans.append((work, rates, (lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep))))
     if options.json:
         print_json([_as_json(*plan, known) for plan in plans])
@@ -219,6 +216,7 @@ def _as_json(work: Work, rates: GpuRates, bills: _Bills, known: Container[str]) 
         "rollouts": work.rollouts,
         "rates": asdict(rates),
         "guessed_rates": [*guessed.values()],
+        "guessed_for_response_tokens": guessed_for(work) if guessed else None,
         "store": {**asdict(work.stored), "total": work.stored.total, "bytes_per_token": work.stored.bytes_per_token},
         **dict(zip(("lightning", "online_at_least", "online_in_lockstep"), described, strict=True)),
     }
@@ -234,6 +232,8 @@ def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace, known
     columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
     yield title, columns, list(_rows(bills, options.gpu_price))
     yield from _sentences(rates, bills)
+    if (shorter := guessed_for(work)) and any(rate not in known for rate, _ in _RATES.values()):
+        yield f"Rates are guessed for responses of {shorter:,} tokens.  In longer ones attention and the cache make each token dearer: measure them."
     for rate, role in _RATES.values():
         if options.like and rate not in known and not (getattr(options, f"{role}_billions") or getattr(options, f"{role}_active")):
             guessed = f"{rate.capitalize()} is guessed for {getattr(work, f'{role}_billions'):g} billion parameters"

@@ -18,6 +18,9 @@ from lopd.tools.plan.work import Work
 #: Floating-point operations a second of the paper's GPU, dense bfloat16, as its maker has it.
 H100_FLOPS = 989e12
 
+#: Length of responses that rates are guessed for.
+RESPONSE_TOKENS = 3 * 4096 // 4
+
 
 @frozen
 class Measured:
@@ -42,7 +45,7 @@ class Measured:
 
 
 def _work(student: float, teacher: float) -> Work:
-    return Work(prompts=17_400, steps=150, response_tokens=0.75 * 4096, student_billions=student, teacher_billions=teacher)
+    return Work(prompts=17_400, steps=150, response_tokens=RESPONSE_TOKENS, student_billions=student, teacher_billions=teacher)
 
 
 #: Student -> what the paper reports for it.
@@ -69,7 +72,7 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     ones as decoding is (`DECODED`): a step reads the weights, and takes some time besides.
 
     Args:
-        work: sizes and lengths.
+        work: sizes of the models; rates are those of rollouts as long as the paper's, whatever its lengths are (`guessed_for`).
         flops: floating-point operations that one GPU does in a second.
     """
     flops = to_real("Rates", "flops", flops)
@@ -86,6 +89,14 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
         scoring=reads * flops / work.flops_teacher,
         training=trains * flops / (3 * work.flops_student),
     )
+
+
+def guessed_for(work: Work) -> int | None:
+    """Return how long the responses are that `rates_like` guesses for, where those of this work are more than twice as long; None elsewhere.
+
+    There attention and the cache make each token dearer, by how much depends on the model and the engine.
+    """
+    return RESPONSE_TOKENS if work.response_tokens > 2 * RESPONSE_TOKENS else None
 
 
 def lockstep_of(row: Measured) -> float:
