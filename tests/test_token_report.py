@@ -92,6 +92,28 @@ def test_a_third_column_and_ids_instead_of_text(store, tmp_path):
     assert [text for _, _, text in tokens] == [str(token) for token in store.read([4])[0].rollout.response_ids]
 
 
+@pytest.mark.parametrize(
+    ("peak", "places"),
+    [(50, [0, 1, 2, 49, 50, 51, 97, 98, 99]), (1, [0, 1, 2, 3, 4, 5, 97, 98, 99]), (98, [0, 1, 2, 94, 95, 96, 97, 98, 99])],
+)
+def test_a_long_rollout_is_shown_at_its_ends_and_where_the_advantage_is_largest(peak, places, tmp_path):
+    store = MemoryStore(tiny_manifest())
+    rollout = tiny_rollout("r", range(100), prompt_ids=range(100), behavior_logprobs=[-1.0] * 100, loss_mask=[t != 70 for t in range(100)])
+    store.append([rollout])
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(rollout, [-9.0 if t in (peak, 70) else -2.0 for t in range(100)])])
+    write_token_report(tmp_path / "r.html", store, [0], report=TokenReport(tokens=10))
+    page = (tmp_path / "r.html").read_text()
+    assert [int(values["data-position"]) for _, values, _ in tokens_of(page)] == places
+    assert page.count("… 91 tokens left out …") == 1 + (peak != 50)
+    assert page.count("… 46 tokens left out …") == page.count("… 45 tokens left out …") == (peak == 50)
+    assert "100 response tokens" in page
+    write_token_report(tmp_path / "r.html", store, [0])
+    assert len(tokens_of(page := (tmp_path / "r.html").read_text())) == 100
+    assert "left out" not in page
+    with pytest.raises(InvalidRecordError, match="tokens is 2, expected at least 3"):
+        TokenReport(tokens=2)
+
+
 def test_a_rollout_of_which_nothing_counts_can_be_shown(tmp_path):
     store = MemoryStore(tiny_manifest())
     rollout = tiny_rollout("r", loss_mask=[False] * 3, behavior_logprobs=[-1.0] * 3)

@@ -3,7 +3,8 @@
 The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class TokenReport:
         clip: nats at which colours are full, and at which advantages are clipped in training.
         sample: rollouts, evenly spaced, behind histogram and curves, beside those that are shown.
         bins: number of bins over the position in the response.
+        tokens: so many of a prompt and of a response are shown at most: of a longer one its beginning, what is around the largest advantage by
+            size, and its end.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -45,12 +48,14 @@ class TokenReport:
     clip: float = 10.0
     sample: int = 256
     bins: int = 20
+    tokens: int = 4096
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Token report")
         check_number("Token report", "clip", self.clip, 0 < self.clip < np.inf, "finite and more than 0 nats")
         check_number("Token report", "sample", self.sample, self.sample >= 0, "at least 0")
         check_number("Token report", "bins", self.bins, self.bins >= 1, "at least 1")
+        check_number("Token report", "tokens", self.tokens, self.tokens >= 3, "at least 3")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -142,26 +147,43 @@ def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | No
     decode = decode or str
     rollout, gap_T = record.rollout, record.scores[report.teacher].astype(np.float64) - record.scores[report.student]
     columns = {name: record.scores[column] for name, column in _named(report).items()}
-    tokens = []
-    for t, (token, on) in enumerate(zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True)):
+    tokens, size_T = [], np.where(rollout.loss_mask, np.abs(gap_T), -1.0)
+    for t, left_out in _shown(len(gap_T), report.tokens, int(size_T.argmax())):
+        token, on = int(rollout.response_ids[t]), bool(rollout.loss_mask[t])
         text = decode(token)
         strength = min(abs(gap_T[t]) / report.clip, 1.0) ** 0.5 if on else 0.0  # the root: a tenth of the clip can still be seen
         facts = {"position": str(t), "id": str(token), **{name: f"{column[t]:.4f}" for name, column in columns.items()}}
         side = "up" if gap_T[t] > 0 else "down"
-        made = {"text": visible(text), "newline": "\n" in text, "side": side, "strength": f"{strength:.3f}", "on": on}
+        made = {"text": visible(text), "newline": "\n" in text, "side": side, "strength": f"{strength:.3f}", "on": on, "left_out": left_out}
         tokens.append({**made, "facts": facts, "advantage": f"{gap_T[t]:+.4f}"})
     counted = gap_T[rollout.loss_mask]
     mean = f"{counted.mean():+.3f}" if counted.size else "none counted"
-    prompt = [(visible(text := decode(token)), "\n" in text) for token in rollout.prompt_ids.tolist()]
+    prompt = [
+        (visible(text := decode(int(rollout.prompt_ids[t]))), "\n" in text, left_out)
+        for t, left_out in _shown(rollout.prompt_ids.size, report.tokens, 0)
+    ]
     return {
         "id": visible(rollout.rollout_id),
         "prompt": prompt,
         "tokens": tokens,
+        "length": len(gap_T),
         "mean": mean,
         "finish": rollout.finish_reason,
         "round": rollout.generation,
         "note": note,
     }
+
+
+def _shown(size: int, most: int, peak: int) -> Iterator[tuple[int, int]]:
+    """Yield the places of so many that are shown, each with how many before it are left out: where there are more than `most`, a third each of the
+    first, those around the peak and the last.
+    """
+    third, end = most // 3, 0
+    middle = min(max(peak - third // 2, third), size - 2 * third)
+    runs = (range(third), range(middle, middle + third), range(size - third, size)) if size > most else (range(size),)
+    for place in chain(*runs):
+        yield place, place - end
+        end = place + 1
 
 
 def _named(report: TokenReport) -> dict[str, str]:
