@@ -243,6 +243,13 @@ def test_a_part_of_a_round_that_another_policy_sampled_is_scored_and_said(new_ru
         sample_round(resumed, run.teacher, run.prompts[2:3], run.store)
 
 
+def test_a_round_that_the_same_weights_sampled_in_another_dtype_is_trained_on(new_run):
+    run = new_run()
+    rows = sample_round(run.source(0), run.teacher, run.prompts, run.store)
+    resumed = evolve(run.source(0), identity=evolve(run.store.manifest.policy, dtype="bfloat16"))
+    assert sample_round(resumed, run.teacher, run.prompts, run.store).tolist() == rows.tolist()
+
+
 @pytest.mark.parametrize("lasts", [False, True])
 def test_a_round_that_was_killed_before_its_first_rollouts_is_sampled_whole_by_another_policy(lasts, new_run, tmp_path):
     run = new_run(store=(lambda manifest: ZarrStore.create(tmp_path / "rounds.zarr", manifest)) if lasts else None)

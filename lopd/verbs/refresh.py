@@ -160,11 +160,11 @@ def sample_round(
     check_noun(store, LogprobStore)
     manifest = source.manifest
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
-    if sampled_by.same_weights(manifest.policy):
+    if sampled_by == manifest.policy:
         collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
     rows = rows_of(store, prompts, [manifest.generation])
     asked = len(prompts) * manifest.sampling.samples_per_prompt
-    if len(rows) < asked and not sampled_by.same_weights(manifest.policy):
+    if len(rows) < asked and sampled_by != manifest.policy:
         found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}"
         found = f"{found}; {sampled_by} was stopped, or refused the rest"
         if not len(rows):
