@@ -6,9 +6,9 @@ import torch
 from attrs import evolve
 from small_runs import Stopping
 
-from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, sample_round, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, SourceError
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, SourceError, TrainingWarning
 from lopd.guards import ConsistencyPolicy
 from lopd.guards.audit import audit
 from lopd.records import Lineage, ModelId, policy_column
@@ -132,6 +132,18 @@ def test_a_policy_fills_in_what_a_killed_call_left_out(source, prompts, llama, t
     score_rollouts(store, HFScorer(llama, tokenizer, top_k=3), column="policy")
     assert collect_rollouts(plain, prompts, store).skipped == 4
     assert score_rollouts(store, scorer).rollouts == len(store)
+
+
+def test_a_round_that_was_killed_between_rollouts_and_candidates_is_gone_on_with_by_another_policy(store, source, prompts, teacher):
+    collect_rollouts(source, prompts[:2], store)
+    store.append(source.sample(prompts[2:4]))
+    resumed = evolve(source, identity=evolve(source.manifest.policy, revision="weights:recomputed/0"))
+    with pytest.warns(TrainingWarning, match="round 0 has 4 of these rollouts with their candidates, expected 8; .* was stopped"):
+        rows = sample_round(resumed, teacher, prompts[:4], store)
+    assert rows.tolist() == [0, 1, 2, 3]
+    assert store.scored("teacher")[rows].all()
+    with pytest.raises(ConflictError, match=r"round 0 has 0 of these rollouts with their candidates, expected 4; .* a number of its own"):
+        sample_round(resumed, teacher, prompts[2:4], store)
 
 
 def test_a_call_after_one_that_was_killed_keeps_the_candidates_that_are_missing(source, prompts, teacher):

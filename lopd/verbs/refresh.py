@@ -28,7 +28,7 @@ from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import named, rows_of
 from lopd.records.checks import check_at_least, check_call
-from lopd.records.rollouts import Prompt
+from lopd.records.rollouts import Prompt, policy_column
 from lopd.records.steps import StepMetrics
 from lopd.records.warn import warn_user
 from lopd.verbs.collect import collect_rollouts
@@ -154,7 +154,7 @@ def sample_round(
         TrainingWarning: another policy sampled a part of the round, and was stopped or refused the rest.
 
     Raises:
-        ConflictError: none of these rollouts was committed by it.
+        ConflictError: none of these rollouts was committed by it, with its candidates where the source keeps them.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
@@ -162,10 +162,13 @@ def sample_round(
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by == manifest.policy:
         collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
-    rows = rows_of(store, prompts, [manifest.generation])
+    rows, whole = rows_of(store, prompts, [manifest.generation]), ""
+    if sampled_by != manifest.policy and manifest.sampling.candidates + manifest.sampling.drawn:
+        # a kill between the two appends of a batch left it without, and only the policy that sampled could fill them in
+        rows, whole = rows[store.scored(policy_column(manifest.generation))[rows]], " with their candidates"
     asked = len(prompts) * manifest.sampling.samples_per_prompt
     if len(rows) < asked and sampled_by != manifest.policy:
-        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}"
+        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts{whole}, expected {asked}"
         found = f"{found}; {sampled_by} was stopped, or refused the rest"
         if not len(rows):
             raise ConflictError(f"{found}, and another policy cannot go on: give the round a number of its own (`generation`).")
