@@ -243,6 +243,42 @@ def test_a_part_of_a_round_that_another_policy_sampled_is_scored_and_said(new_ru
         sample_round(resumed, run.teacher, run.prompts[2:3], run.store)
 
 
+@pytest.mark.parametrize(
+    ("refresh", "old"),
+    [
+        (lambda run: refresh_every(2, run.make_round, stop=6), [0, 1]),
+        (lambda run: refresh_every(4, run.make_round, start=6, stop=9), [1]),
+        (lambda run: refresh_when(stale_after(6, 7), run.make_round, start=6, stop=9, generation=0), [0, 1]),
+    ],
+)
+def test_whole_rounds_of_an_earlier_run_are_trained_on_with_a_warning(refresh, old, new_run):
+    """The newest round is where a run was stopped, and its student may be computed otherwise, so that one draws none."""
+    first = new_run()
+    list(refresh_every(2, first.make_round, stop=6))
+    other = new_run(store=lambda manifest: first.store)
+    with torch.no_grad():
+        next(other.student.parameters()).mul_(1.01)
+    with pytest.warns(TrainingWarning) as caught:
+        list(refresh(other))
+    said = [str(warning.message) for warning in caught]
+    assert [text.split(" sampled ")[1].split(", so")[0] for text in said] == [f"round {i}, and round 2 is there too" for i in old]
+    assert all(f"student ({other.source(0).manifest.policy.name}@" in text for text in said)
+
+
+def test_a_run_that_resumes_without_its_round_is_told_which_it_begins_with():
+    rounds = []
+
+    def make_round(generation, start):
+        rounds.append(generation)
+        return (SimpleNamespace(step=step) for step in count(start))
+
+    with pytest.warns(TrainingWarning, match="start is 16, and `generation` is not given, so this run begins with round 0; ") as caught:
+        list(refresh_when(stale_after(17), make_round, start=16, stop=20))
+    assert [warning.filename for warning in caught] == [__file__]
+    list(refresh_when(stale_after(17), make_round, start=16, stop=20, generation=0))
+    assert rounds == [0, 1] * 2
+
+
 def test_a_round_that_the_same_weights_sampled_in_another_dtype_is_trained_on(new_run):
     run = new_run()
     rows = sample_round(run.source(0), run.teacher, run.prompts, run.store)

@@ -76,7 +76,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
 
 
 def refresh_when(
-    stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, stop: int | None = None, generation: int = 0
+    stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, stop: int | None = None, generation: int | None = None
 ) -> Iterator[StepMetrics]:
     """Yield steps of a training run; one after which the rollouts are stale is the last of its round.
 
@@ -85,7 +85,10 @@ def refresh_when(
         make_round: one round.
         start: first step, so that a run resumes exactly.
         stop: one past the last step, and no round begins there; None never ends.  Where a round leaves steps out, the first beyond it is not given.
-        generation: the round of `start`: that of the step before, or the next one if that step was stale.
+        generation: the round of `start`: that of the step before, or the next one if that step was stale.  None is 0, the first round.
+
+    Warns:
+        TrainingWarning: the run begins after step 0, and it is not known with which round.
 
     Raises:
         InvalidRecordError: `start`, `stop` or `generation` is less than 0; or a round ended by itself, or its steps have other numbers.
@@ -94,8 +97,13 @@ def refresh_when(
     check_call("Refresh: make_round", make_round, "generation,first")
     start = check_at_least("Refresh", "start", start, 0)
     stop = None if stop is None else check_at_least("Refresh", "stop", stop, 0)
-    generation = check_at_least("Refresh", "generation", generation, 0)
-    for current in count(generation):
+    if generation is None and start and (stop is None or start < stop):
+        warn_user(
+            f"Refresh: start is {start}, and `generation` is not given, so this run begins with round 0; pass the round of step {start}, or 0 if it "
+            "is the first.",
+            TrainingWarning,
+        )
+    for current in count(0 if generation is None else check_at_least("Refresh", "generation", generation, 0)):
         if stop is not None and start >= stop:
             return
         for metrics in make_round(current, start):
@@ -151,7 +159,8 @@ def sample_round(
         prompts_per_batch: sampled together and committed together, and as many rollouts are scored together; training waits for the round, so many.
 
     Warns:
-        TrainingWarning: another policy sampled a part of the round, and was stopped or refused the rest.
+        TrainingWarning: another policy sampled a part of the round, and was stopped or refused the rest; or it sampled the round, and a later one
+            is there, so this run is not where it was stopped.
 
     Raises:
         ConflictError: none of these rollouts was committed by it, with its candidates where the source keeps them.
@@ -173,5 +182,12 @@ def sample_round(
         if not len(rows):
             raise ConflictError(f"{found}, and another policy cannot go on: give the round a number of its own (`generation`).")
         warn_user(f"{found}, and the student computes a little otherwise now, so this round trains on fewer.", TrainingWarning)
+    if sampled_by != manifest.policy and manifest.generation < (latest := max(store.generations)):
+        warn_user(
+            f"{named(store)}: {sampled_by} sampled round {manifest.generation}, and round {latest} is there too, so the student "
+            f"({manifest.policy}) trains on what an earlier run sampled; resume with the round that was stopped, or give another run a store of its "
+            "own.",
+            TrainingWarning,
+        )
     score_rollouts(store, scorer, column=column, preflight=preflight, rows=rows, rollouts_per_batch=prompts_per_batch)
     return rows
