@@ -39,7 +39,8 @@ def make_round(generation: int, start: int) -> Iterable[StepMetrics]:
     source = HFSource(model, tokenizer, sampling, lineage, generation=generation)  # a new one: it identifies the weights of this moment
     rows = sample_round(source, teacher, prompts, store)
     print(f"round {generation} from step {start}: {len(rows)} rollouts of {source.manifest.policy}")
-    steps = batches(store, rows=rows, rollouts_per_step=16, ref="behavior")[start:]
+    # a run that resumes within a round passes the step with which the round began: `first=3 * generation` for `refresh_every(3, ...)`
+    steps = batches(store, rows=rows, first=start, rollouts_per_step=16, ref="behavior")[start:]
     return opd_steps(student, steps, loss, optimizer)
 
 

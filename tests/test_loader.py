@@ -158,6 +158,35 @@ def test_each_epoch_visits_each_rollout_exactly_once(size: tuple[int, int], seed
         assert sorted(rows_of(step)) == sorted(one_by_one[step.index * per_step : (step.index + 1) * per_step])
 
 
+@pytest.mark.parametrize("first", [3, 10, 2**40])
+def test_rows_that_begin_with_a_step_are_each_trained_on_once_in_their_first_epoch(first: int) -> None:
+    store = make_store(numbered_records(40), columns=("teacher",))
+    stream = batches(store, rows=np.arange(40), first=first, rollouts_per_step=4, seed=5)
+    begun = [rows_of(step) for step in stream[first : first + 10]]
+    assert sorted(row for rows in begun for row in rows) == list(range(40))
+    assert [step.index for step in islice(stream, 2)] == [first, first + 1]
+    assert same_steps(stream.step(first + 7), next(iter(stream[first + 7 :])))
+    assert begun != [rows_of(step) for step in batches(store, rollouts_per_step=4, seed=5)[:10]], "each round has an order of its own"
+    assert stream[:first].stop == first
+    assert list(stream[:first]) == []
+
+
+def test_without_a_first_step_the_order_is_that_of_before() -> None:
+    store = make_store(numbered_records(10), columns=("teacher",))
+    places = [np.random.default_rng((5, epoch)).permutation(10).tolist() for epoch in range(2)]
+    for stream in (batches(store, rollouts_per_step=5, seed=5), batches(store, rollouts_per_step=5, seed=5, first=0)):
+        assert [sorted(rows_of(stream.step(k))) for k in range(4)] == [sorted(epoch[i : i + 5]) for epoch in places for i in (0, 5)]
+
+
+@pytest.mark.parametrize("ask", [lambda stream: stream[3:], lambda stream: stream.step(3)])
+def test_a_step_before_the_first_one_is_refused(ask: Any) -> None:
+    stream = batches(make_store(numbered_records(7), columns=("teacher",)), rollouts_per_step=2, first=4)
+    with pytest.raises(InvalidRecordError, match=r"Steps on rows that begin with step 4 \(`first`\): \w+ is 3, expected at least 4"):
+        ask(stream)
+    with pytest.raises(InvalidRecordError, match="Steps: first is -1"):
+        batches(stream.store, first=-1)
+
+
 @repeating
 @given(sizes)
 @quick

@@ -224,7 +224,15 @@ ASKED = {"teacher": None, "rollouts_per_step": 4, "seed": 1}
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("seed", 2), ("rollouts_per_step", 5), ("rows", np.arange(9)), ("weighting", by_token), ("ref", "behavior"), ("teacher", "teacher")],
+    [
+        ("seed", 2),
+        ("rollouts_per_step", 5),
+        ("rows", np.arange(9)),
+        ("weighting", by_token),
+        ("ref", "behavior"),
+        ("teacher", "teacher"),
+        ("first", 2),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")
 def test_steps_that_were_made_otherwise_are_refused_by_name_unless_they_are_meant(name, other, small, scored, tmp_path):

@@ -56,6 +56,7 @@ class StepStream(Glanced):
     ranks: Ranks
     start: int = 0
     stop: int | None = None
+    first: int = 0
 
     def _glance(self) -> Glance:
         facts = {
@@ -78,6 +79,7 @@ class StepStream(Glanced):
         return {
             "rollouts_per_step": self.rollouts_per_step,
             "seed": self.seed,
+            "first": self.first,
             "rows": f"{len(self.rows)} rollouts, {_digest(chosen, '<i8')}",
             "teacher": ", ".join(of.teachers) or None,
             "ref": of.ref,
@@ -105,13 +107,13 @@ class StepStream(Glanced):
 
         Raises:
             ArgumentError: it is not a slice.
-            InvalidRecordError: a number is negative, or steps are left out in between.
+            InvalidRecordError: a number is negative, it starts before `first`, or steps are left out in between.
         """
         if not isinstance(steps, slice):
             raise ArgumentError(f"Steps: the index is {steps!r:.80}, expected a slice such as [60:150]; ask for one step with `.step(60)`.")
         if steps.step not in (None, 1):
             raise InvalidRecordError(f"Steps: the slice has a step of {steps.step}, expected every step; filter them as they come.")
-        start = check_at_least("Steps", "start", 0 if steps.start is None else steps.start, 0)
+        start = self._check_step("start", self.first if steps.start is None else steps.start)
         stop = None if steps.stop is None else check_at_least("Steps", "stop", steps.stop, 0)
         ends = [end for end in (self.stop, stop) if end is not None]
         return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
@@ -120,10 +122,10 @@ class StepStream(Glanced):
         """Return step `index`, or this rank's share of it, whatever was asked for before.
 
         Raises:
-            InvalidRecordError: the index is not a whole number from 0 on.
+            InvalidRecordError: the index is not a whole number from `first` on.
         """
-        index = check_at_least("Steps", "index", index, 0)
-        places = _places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)
+        index = self._check_step("index", index)
+        places = _places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed, self.first)
         rows, lengths = self.rows[places], self.positions[places]
         shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
         parts = shares[self.ranks.rank]
@@ -149,6 +151,10 @@ class StepStream(Glanced):
         shared = _digest(np.concatenate([places, lengths, *chain.from_iterable(shares)]), "<i8")
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared)
 
+    def _check_step(self, name: str, value: Any) -> int:
+        owner = f"Steps on rows that begin with step {self.first} (`first`)" if self.first else "Steps"
+        return check_at_least(owner, name, value, self.first)
+
     def _collate(self, rows: Rows) -> Batch:
         role = {name: name if name in rows.scores else None for name in ("teacher", "ref", "label", "label_mean")}
         return collate(rows, self.weighting, **role, top_k="teacher" if self.columns.top_k else None)
@@ -161,6 +167,7 @@ def batches(
     tokens_per_batch: int = 8192,
     seed: int = 0,
     rows: NDArray[np.int64] | None = None,
+    first: int = 0,
     teacher: str | Mapping[str, Sequence[Prompt]] | None = "teacher",
     ref: str | None = None,
     label: str | None = None,
@@ -181,8 +188,9 @@ def batches(
             share one.  This bounds memory of the device, where a plain loss holds the logits of all its response tokens (4 bytes * V each, a few
             times over).  All micro-batches of a step, and on a GPU of two steps ahead, are in memory of the host: some 50 bytes a token, and 12 more
             for each of the teacher's most likely tokens.
-        seed: seed of the shuffle; step k depends on (seed, k) alone.
+        seed: seed of the shuffle; step k depends on (seed, first, k) alone.
         rows: train on these only, each once an epoch, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
+        first: the step of the run with which these rows begin, as those of a round do; their epochs begin there, and no step is before it.
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
             rollouts learn from it; rollouts of other prompts are left out.  For SFT, and for privileged scores, rows of several rounds are read
             once, here, to know whose they are.
@@ -219,7 +227,7 @@ def batches(
         check_kind("Ranks", ranks, Ranks, "pass `Ranks(0, 2)`")
     if rollouts_per_step is not None:
         rollouts_per_step = check_at_least("Steps", "rollouts_per_step", rollouts_per_step, 1)
-    seed = check_at_least("Steps", "seed", seed, 0)
+    seed, first = check_at_least("Steps", "seed", seed, 0), check_at_least("Steps", "first", first, 0)
     tokens_per_batch = check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
     if not callable(weighting):
         raise InvalidRecordError(
@@ -234,7 +242,12 @@ def batches(
             RepeatedRolloutsWarning,
         )
     positions = store.lengths()[usable].sum(axis=1) - 1
-    _check_lengths(store, usable, positions, tokens_per_batch)
+    longest = int(np.argmax(positions))
+    if positions[longest] > tokens_per_batch:
+        raise InvalidRecordError(
+            f"Rollout {store.read([int(usable[longest])])[0].rollout.rollout_id!r}: it has {positions[longest]} positions, expected at most "
+            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
+        )
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances, graded = columns.provenances(store), label is not None and ref is not None
@@ -248,7 +261,8 @@ def batches(
     if graded or (columns.teachers and (ref is not None or not top_k)):
         judge_sampling(store, usable, ratio=ref is not None)
     lineage = evolve(lineage_after(manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
-    return StepStream(lineage, store, usable, positions, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
+    ranks = ranks or Ranks.current()
+    return StepStream(lineage, store, usable, positions, columns, count, tokens_per_batch, seed, weighting, ranks, start=first, first=first)
 
 
 def _digest(values: NDArray[Any], dtype: str) -> str:
@@ -256,25 +270,19 @@ def _digest(values: NDArray[Any], dtype: str) -> str:
     return blake2b(values.astype(dtype).tobytes(), digest_size=6).hexdigest()
 
 
-def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], positions: NDArray[np.int64], tokens_per_batch: int) -> None:
-    longest = int(np.argmax(positions))
-    if positions[longest] > tokens_per_batch:
-        raise InvalidRecordError(
-            f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {positions[longest]} positions, expected at most "
-            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
-        )
+def _places_of_step(index: int, count: int, total: int, seed: int, first: int = 0) -> NDArray[np.int64]:
+    """Return places (of `total`) of step `index`: a window on the endless sequence of epochs, which begins with step `first`.
 
-
-def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Return places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
-    places = np.arange(index * count, (index + 1) * count)
+    Each epoch is a permutation, seeded by (seed, epoch), and by `first` where that is not 0.
+    """
+    places = np.arange((index - first) * count, (index - first + 1) * count)
     epochs = places // total
-    return np.concatenate([_shuffle(seed, int(epoch), total)[places[epochs == epoch] % total] for epoch in np.unique(epochs)])
+    return np.concatenate([_shuffle(seed, int(epoch), total, first)[places[epochs == epoch] % total] for epoch in np.unique(epochs)])
 
 
 @lru_cache(maxsize=2)  # the steps of an epoch share it, and a million places take 20 ms to shuffle
-def _shuffle(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
-    return np.random.default_rng((seed, epoch)).permutation(total)
+def _shuffle(seed: int, epoch: int, total: int, first: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch, first) if first else (seed, epoch)).permutation(total)
 
 
 def _split(lengths: NDArray[np.int64], cap: int, rank: int = 0, ranks: int = 1) -> list[NDArray[np.int64]]:

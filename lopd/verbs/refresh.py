@@ -6,11 +6,12 @@ step; `refresh_every` and `refresh_when` are what lies between, as plain generat
     def make_round(generation, start):
         source = evolve(policy, generation=generation, identity=ModelId("student", f"step-{start}", "float32"))
         rows = sample_round(source, teacher, prompts, store)
-        steps = batches(store, rows=rows, ref="behavior")[start:]
+        steps = batches(store, rows=rows, first=25 * generation, ref="behavior")[start:]
         return opd_steps(student, steps, loss, optimizer)
 
     for metrics in refresh_every(25, make_round, stop=150): ...
 
+`first` is the step with which the round begins, and `start` that with which this call does: a later one where a run resumes within a round.
 All rounds go into one store, each with its number and the policy that sampled it, so a ratio to `behavior` is one to the policy of the
 rollout's own round.
 """
