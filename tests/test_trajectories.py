@@ -266,7 +266,13 @@ def as_arrays(value):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt_ids": [1], "completion_ids": [2]}, "it has the keys 'prompt_ids', 'completion_ids', which fit no form"),
+        ({"prompt_ids": ["a"], "completion_ids": ["b"]}, "it has the keys 'prompt_ids', 'completion_ids', which fit no form"),
+        ({**LOOP, "response_mask": None, "messages": AGENT}, "it has recorded ids under 'response_ids', but not 'response_mask'; add what"),
+        (
+            {"token_ids": PROMPT, "loss_mask": [0, 1], "messages": AGENT},
+            "under 'token_ids', but not 'mask'; add what is missing, or leave the ids",
+        ),
+        ({"completion_ids": RESPONSE}, "under 'completion_ids', but not 'prompt_ids' and 'completion_mask'; add"),
         ({**VERL, "response_mask": [1]}, "'response_mask' has 1 entries, expected 7, one for each token"),
         ({**VERL, "rollout_log_probs": [-1.0]}, "'rollout_log_probs' has 1 entries, expected 7"),
         ({**VERL, "attention_mask": [1]}, "'attention_mask' has 1 entries, expected 9"),

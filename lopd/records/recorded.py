@@ -6,6 +6,7 @@ Shape suffixes: S tokens of a whole trajectory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
     What a call has behind its last turn follows as one that was not drawn, and so does a call that drew nothing.
 
     Raises:
-        PromptError: parts of it do not fit together, or its policy drew nothing.
+        PromptError: parts of it do not fit together or are missing, or its policy drew nothing.
         InvalidRecordError: something is not token ids, a mask or log-probs.
     """
     there = {key for key, value in record.items() if value is not None}
@@ -76,11 +77,24 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
         keys = next((k for k in _SEQUENCES if there >= {k.prompt, k.response, k.drawn} - {""}), None)
         calls = [(where, record)]
     if keys is None:
+        _refuse_ids(record, where, there)
         return None
     turns = [turn for at, call in calls for turn in _sequence(at, call, keys)]
     if not any(turn.drawn for turn in turns):
         raise PromptError(f"{where}: its policy drew 0 tokens, expected at least 1; look at its mask, or drop the record.")
     return turns
+
+
+def _refuse_ids(record: Mapping[str, Any], where: str, there: set[str]) -> None:
+    """Refuse token ids without the keys that belong to them: messages beside them would be tokenised in their place."""
+    for keys in _SEQUENCES:
+        with suppress(InvalidRecordError):  # texts may stand under such a key
+            if keys.response in there and to_ids(record[keys.response]).size:
+                lacks = " and ".join(repr(key) for key in (keys.prompt, keys.drawn) if key and key not in there)
+                raise PromptError(
+                    f"{where}: it has recorded ids under {keys.response!r}, but not {lacks}; add what is missing, or leave the ids out to import "
+                    "the messages."
+                )
 
 
 def _calls(where: str, key: str, steps: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
