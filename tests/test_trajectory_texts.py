@@ -1,5 +1,8 @@
 """Text that stands beside recorded ids: an answer that was cut and a history that was rewritten are no other text, and other text is refused."""
 
+import json
+
+import numpy as np
 import pytest
 from chat_tokenizers import byte_tokenizer
 from test_trajectories import imported, rollouts_of
@@ -96,3 +99,39 @@ def test_answers_that_later_turns_read_rewritten_may_stand_whole_beside_them():
     for other in (said("<think>greet</think>ho", "bye", "so long"), said("<think>greet</think>hi", "bye", "good day")):
         with pytest.raises(PromptError, match=OTHER):
             imported([{**record, "messages": other}], TOKENIZER, turns="each")
+
+
+def as_array(messages):
+    """Return messages as pandas has them, also within others."""
+    made = np.empty(len(messages), object)
+    made[:] = messages
+    return made
+
+
+@pytest.mark.parametrize("form", [json.dumps, as_array])
+def test_text_beside_ids_is_compared_in_whatever_form_it_stands(form):
+    response = CALLED + TOLD + ANSWERED
+    record = {"prompt_ids": ASKED, "response_ids": response, "response_mask": [1] * len(response)}
+    wrong = said("I add.", "5", "It was fünf.")
+    for key in ("messages", "completion"):
+        assert len(imported([{**record, key: form(SAID)}], TOKENIZER)) == 1
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**record, key: form(wrong)}], TOKENIZER)
+    for answer, right in ((said("I add."), True), (said("I ask."), False)):
+        parts = [{"role": "assistant", "content": form([{"text": answer[0]["content"]}])}] if form is as_array else answer
+        triplets = [{"prompt": {"token_ids": ASKED}, "response": {"token_ids": CALLED, "raw_content": form(parts)}}]
+        if right:
+            assert len(imported([triplets], TOKENIZER)) == 1
+        else:
+            with pytest.raises(PromptError, match=OTHER):
+                imported([triplets], TOKENIZER)
+
+
+def test_a_completion_of_text_is_compared_with_what_was_drawn_or_all_that_followed():
+    response, mask = CALLED + TOLD + ids("[5] is it<|im_end|>"), [1] * len(CALLED) + [0] * len(TOLD) + [1] * len(ids("[5] is it<|im_end|>"))
+    record = {"prompt_ids": ASKED, "completion_ids": response, "completion_mask": mask}
+    for text in ("I add.[5] is it", "I add.5[5] is it", "[5] is it", "I add.5[5] is it, or so"):
+        assert len(imported([{**record, "completion": text}], TOKENIZER)) == 1, "stripped of thoughts, or longer than ids that were cut"
+    for text in ("I ask.[5] is it", "[5] is not it", "[5]!", "[6]"):
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**record, "completion": text}], TOKENIZER)
