@@ -232,7 +232,7 @@ def test_labels_of_rounds_that_are_not_trained_on_are_not_read(monkeypatch):
     store.begin_generation(1, ModelId("policy", "rev-p2", "float32"))
     store.append([tiny_rollout(f"p{i}/s{s}/g{g}", generation=g) for g in range(2) for i in range(3) for s in range(2)])
     label_rollouts(store, lambda _, rollout: float("/s1/" in rollout.rollout_id), None)
-    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: asked.update(rows) or read(self, rows, **options))
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: asked.update(rows if options else ()) or read(self, rows, **options))
     (batch,) = batches(store, teacher=None, label="label", rows=np.array([6, 9])).step(0).batches
     assert batch.label_means[batch.weight > 0].unique().tolist() == [0.5], "others of the group count"
     assert asked == {6, 7, 8, 9}

@@ -6,9 +6,9 @@ from attrs import evolve
 from test_doctor import rollout
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.protocols.reading import evenly, parts
-from lopd.records import Scores
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_top_k
+from lopd.protocols.reading import evenly, parts, rows_of
+from lopd.records import ModelId, Prompt, SamplingParams, Scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
 
 
 def test_parts_cover_every_row_once_with_all_columns_it_has_in_one_read_for_all_alike() -> None:
@@ -37,3 +37,43 @@ def test_an_even_sample_has_no_row_twice(count: int) -> None:
     rows = evenly(np.arange(100, 110), count).tolist()
     assert len(set(rows)) == len(rows) == min(count, 10)
     assert set(rows) <= set(range(100, 110))
+
+
+ROUND_0, ROUND_1 = ["a/s1/g0", "b/s0/g0", "a/s2/g0", "b/s3/g0", "a/s40/g0", "c/s0/g0", "mine"], ["a/s7/g1", "b/s0/g1"]
+
+
+def numbered(*rounds: list[str], samples: int = 1) -> MemoryStore:
+    store = MemoryStore(evolve(tiny_manifest(), sampling=SamplingParams(samples_per_prompt=samples)))
+    for generation, names in enumerate(rounds):
+        store.begin_generation(generation, store.manifest.policy if not generation else ModelId("policy", f"step-{generation}", "float32"))
+        store.append([tiny_rollout(name, generation=generation) for name in names])
+    return store
+
+
+@pytest.mark.parametrize(
+    ("asked", "rounds", "expected"),
+    [
+        ("a", None, [0, 2, 4, 7]),
+        ("ab", None, [0, 1, 2, 3, 4, 7, 8]),
+        ("a", [0], [0, 2, 4]),
+        ("b", [1], [8]),
+        ("c", [0], [5]),
+        ("", None, []),
+    ],
+)
+def test_samples_that_are_numbered_with_gaps_are_rows_of_their_prompts_whichever_others_are_asked_for(asked, rounds, expected) -> None:
+    store = numbered(ROUND_0, ROUND_1)
+    assert rows_of(store, [Prompt(name, [1]) for name in asked], rounds).tolist() == expected
+    assert rows_of(store, [Prompt("mine", [1])]).tolist() == [6], "an id of another form is its own prompt"
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_of_a_collected_store_a_few_rows_are_read_to_find_some(samples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"p{i}/s{s}/g0" for i in range(3000) for s in range(samples)]
+    store, read, looked = numbered(names, samples=samples), MemoryStore.read, list[int]()
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    assert rows_of(store, [Prompt("p7", [1])]).tolist() == [7 * samples + s for s in range(samples)]
+    assert sum(looked) <= 1024
+    looked.clear()
+    assert rows_of(store, [Prompt(f"p{i}", [1]) for i in range(3000)]).tolist() == [*range(3000 * samples)]
+    assert not looked, "all were found"

@@ -69,8 +69,8 @@ def labels_and_means(store: LogprobReader, column: str, rows: NDArray[np.int64] 
     """Return (len(store),) labels, and (len(store),) the mean label of each rollout's group; None if no group has two rollouts.
 
     A group is all labelled rollouts of one prompt, by its id and its tokens, that one policy sampled, whichever of them are trained on.
-    With `rows`, the others are NaN where no group needs them: rows of rounds that have none of these are not read.  Then members are found by their
-    ids, which are those of `rollout_id`, numbered without a gap; if that misses any of `rows`, all are read.
+    With `rows`, the others are NaN where no group needs them: labels of rounds that have none of these are not read.  Then members are found by their
+    ids, as in `rows_of`; if that misses any of `rows`, all are read.
 
     Raises:
         MissingScoresError, InvalidRecordError: as `labels_of`.

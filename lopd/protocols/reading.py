@@ -15,11 +15,13 @@ from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_list
 from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, rollout_id
+from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, prompt_id_of, rollout_id
 from lopd.records.rows import Rows
 
 #: Values of one read or write, whatever its rows are: all of them are in memory, several times over, until it is done.
 VALUES_AT_ONCE = 1 << 26
+#: So many rows stand for those that were not found.
+_LOOKED_AT = 1024
 
 
 @frozen
@@ -160,7 +162,11 @@ def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.
 
 
 def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Iterable[int] | None = None) -> NDArray[np.int64]:
-    """Return rows of all samples of these prompts that are in the store, in ascending order; reads no tokens.
+    """Return rows of all samples of these prompts that are in the store, in ascending order.
+
+    Samples are found by their ids, as lopd numbers them: those of the manifest's `samples_per_prompt`, and what follows without a gap.  Of the other
+    rows of the store at most 1,024, evenly spaced, are read.  Where one has a sample beyond that number, or an id of another form, as imported
+    rollouts and those of your own may have, all other rows are read, and each belongs to the prompt in its id.
 
     Args:
         reader: the store.
@@ -184,16 +190,33 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
 
 def samples_of(reader: LogprobReader, prompt_ids: Sequence[str], generations: Iterable[int]) -> NDArray[np.int64]:
-    """Return rows of all samples of the prompts with these ids in these rounds, in ascending order; reads no tokens."""
-    found = [np.empty(0, np.int64)]
-    for generation in generations:
-        # imported rollouts may be more than the manifest's samples of a prompt; those of one prompt are numbered without a gap
+    """Return rows of all samples of the prompts with these ids in these rounds, in ascending order; see `rows_of`."""
+    asked, rounds, usual, other = {*prompt_ids}, {*generations}, reader.manifest.sampling.samples_per_prompt, False
+    there = np.zeros(len(reader), np.bool_)
+    for generation in rounds:
+        left = [*asked]
         for sample in count():
-            rows = reader.find([rollout_id(prompt_id, sample, generation) for prompt_id in prompt_ids])
-            found.append(rows[rows >= 0])
-            if sample + 1 >= reader.manifest.sampling.samples_per_prompt and not len(found[-1]):
-                break
-    return np.unique(np.concatenate(found))
+            rows = reader.find([rollout_id(prompt_id, sample, generation) for prompt_id in left])
+            there[rows[rows >= 0]] = True
+            if sample + 1 >= usual:
+                left = [prompt_id for prompt_id, row in zip(left, rows.tolist(), strict=True) if row >= 0]
+                other |= sample >= usual and bool(left)
+                if not left or there.all():
+                    break
+    rest = np.flatnonzero(~there)
+    seen = reader.read(evenly(rest, _LOOKED_AT).tolist()).rollout_ids if asked and rest.size and not other else ()
+    # imported rollouts, and a user's own, may be numbered with gaps: only their ids show whose they are
+    if other or any(_is_other(name, usual) for name in seen):
+        for part in in_batches(rest, _LOOKED_AT):
+            read = reader.read(part)
+            pairs = zip(map(prompt_id_of, read.rollout_ids), read.generations.tolist(), strict=True)
+            there[part] = [prompt_id in asked and generation in rounds for prompt_id, generation in pairs]
+    return np.flatnonzero(there)
+
+
+def _is_other(name: str, usual: int) -> bool:
+    """Return whether a rollout's id has a sample beyond the usual number, or is of another form than `rollout_id` makes."""
+    return prompt_id_of(name) == name or int(name.rsplit("/", 2)[1][1:]) >= usual
 
 
 def rounds_of(reader: LogprobReader, rows: NDArray[np.int64]) -> set[int]:

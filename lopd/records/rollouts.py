@@ -86,7 +86,7 @@ def prompt_id_of(rollout: str) -> str:
     'sums/7'
     """
     parts = rollout.rsplit("/", 2)
-    named = len(parts) == 3 and parts[1][:1] == "s" and parts[2][:1] == "g" and parts[1][1:].isdigit() and parts[2][1:].isdigit()
+    named = len(parts) == 3 and parts[1][:1] == "s" and parts[2][:1] == "g" and parts[1][1:].isdecimal() and parts[2][1:].isdecimal()
     return parts[0] if named else rollout
 
 
