@@ -24,9 +24,10 @@ from lopd.guards import ConsistencyPolicy
 from lopd.guards.consistency import verdict
 from lopd.protocols.labels import labels_and_means
 from lopd.protocols.reading import rows_of
-from lopd.records import Lineage, ModelId, Prompt, mixture_id
+from lopd.records import Lineage, ModelId, Prompt, Scores, mixture_id
 from lopd.records.rollouts import rollout_id
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.verbs.columns import choose
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
 BOTH = ("near", "other")
@@ -232,7 +233,9 @@ def test_labels_of_rounds_that_are_not_trained_on_are_not_read(monkeypatch):
     store.begin_generation(1, ModelId("policy", "rev-p2", "float32"))
     store.append([tiny_rollout(f"p{i}/s{s}/g{g}", generation=g) for g in range(2) for i in range(3) for s in range(2)])
     label_rollouts(store, lambda _, rollout: float("/s1/" in rollout.rollout_id), None)
-    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: asked.update(rows if options else ()) or read(self, rows, **options))
+    monkeypatch.setattr(
+        MemoryStore, "read", lambda self, rows, **options: asked.update(rows if options else ()) or read(self, rows, **options)
+    )
     (batch,) = batches(store, teacher=None, label="label", rows=np.array([6, 9])).step(0).batches
     assert batch.label_means[batch.weight > 0].unique().tolist() == [0.5], "others of the group count"
     assert asked == {6, 7, 8, 9}
@@ -247,6 +250,20 @@ def test_a_group_whose_ids_are_of_another_form_has_all_its_members(names):
     labels, means = labels_and_means(store, "label", np.array([2]))
     assert means is not None
     assert (labels[2], means[2]) == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(("other", "said"), [((3, 0), "3 tokens, 0 of them drawn, expected 2 and 0"), ((2, 1), "2 tokens, 1 of them")])
+def test_teachers_whose_supports_do_not_fit_together_are_refused_before_the_first_step(other, said):
+    store, prompts = MemoryStore(tiny_manifest()), [Prompt("p0", [4]), Prompt("p1", [4])]
+    rollouts = [tiny_rollout(f"p{i}/s0/g0") for i in range(2)]
+    store.append(rollouts)
+    for column, rollout, (k, drawn) in zip(BOTH, rollouts, ((2, 0), other), strict=True):
+        scores = evolve(Scores.of(rollout, [-1.0] * 3), top_k=tiny_top_k(3, k - drawn, drawn=drawn))
+        store.append_scores(column, tiny_provenance(column, k, drawn), [scores])
+    teacher = dict(zip(BOTH, ([prompt] for prompt in prompts), strict=True))
+    with pytest.raises(InvalidRecordError, match=f"column 'other' keeps {said}.* as in column 'near'; score one of them again"):
+        choose(store, teacher, None, None, top_k=True, label=None)
+    assert len(choose(store, teacher, None, None, top_k=False, label=None)[1]) == 2
 
 
 def test_what_cannot_be_chosen_is_refused(store, prompts):

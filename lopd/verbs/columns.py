@@ -85,7 +85,8 @@ def choose(
         ArgumentError: `teacher` is neither a name nor a mapping of names, `ref` or `label` is not a name, or `top_k` not a bool.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are no rows, a rollout has two teachers, or labels are given for log-probs or the other way round.
+        InvalidRecordError: there are no rows, a rollout has two teachers, teachers keep supports of another K, or labels are given for log-probs or
+            the other way round.
     """
     if isinstance(teacher, Mapping) and (others := [column for column in teacher if not isinstance(column, str)]):
         raise ArgumentError(
@@ -118,6 +119,8 @@ def choose(
     if top_k and teacher is None:
         raise MissingScoresError(f"{named(store)}: top_k=True needs a teacher; pass `teacher=`.")
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
+    if top_k:
+        _check_alike(store, names)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
     labels, means = (None, None) if label is None else labels_and_means(store, label, wanted)
@@ -180,6 +183,22 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
     if not usable.any():
         raise MissingScoresError(f"{named(store)}: all {len(rows)} rollouts are in quarantine; see `store.quarantined`.")
     return rows[usable]
+
+
+def _check_alike(store: LogprobReader, names: Sequence[str]) -> None:
+    """Refuse teachers whose supports do not fit into one batch; a column that keeps none is refused by itself."""
+    widths = {
+        name: (store.columns[name].top_k, store.columns[name].drawn)
+        for name in names
+        if name in store.columns and store.columns[name].top_k
+    }
+    first = next(iter(widths), "")
+    for name, (k, drawn) in widths.items():
+        if widths[name] != widths[first]:
+            raise InvalidRecordError(
+                f"{named(store)}: column {name!r} keeps {k} tokens, {drawn} of them drawn, expected {widths[first][0]} and {widths[first][1]} as in "
+                f"column {first!r}; score one of them again, into another column, with the K of the other."
+            )
 
 
 def _provenance(store: LogprobReader, column: str, top_k: bool) -> Provenance:
