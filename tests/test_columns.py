@@ -266,6 +266,22 @@ def test_teachers_whose_supports_do_not_fit_together_are_refused_before_the_firs
     assert len(choose(store, teacher, None, None, top_k=False, label=None)[1]) == 2
 
 
+def test_labels_of_one_domain_are_completed_by_a_constant_for_the_others():
+    store, prompts = MemoryStore(tiny_manifest()), [Prompt("p0", [4]), Prompt("p1", [4])]
+    rollouts = [tiny_rollout(f"p{i}/s{s}/g0") for i in range(2) for s in range(2)]
+    store.append(rollouts)
+    for column, mine in zip(BOTH, (rollouts[:2], rollouts[2:]), strict=True):
+        store.append_scores(column, tiny_provenance(column), [tiny_scores(rollout) for rollout in mine])
+    label_rollouts(store, lambda _, rollout: float("/s1/" in rollout.rollout_id), prompts[:1], name="judge")
+    chosen = {"teacher": {"near": prompts[:1], "other": prompts[1:]}, "ref": None, "rows": None, "label": "label", "top_k": False}
+    with pytest.raises(MissingScoresError, match="also for the others, with a constant where nothing can judge them"):
+        choose(store, **chosen)
+    label_rollouts(store, lambda prompt, rollout: 0.0, prompts[1:], name="judge")
+    columns, rows = choose(store, **chosen)
+    assert rows.tolist() == [0, 1, 2, 3]
+    assert (columns.labels - columns.means).tolist() == [-0.5, 0.5, 0.0, 0.0]
+
+
 def test_what_cannot_be_chosen_is_refused(store, prompts):
     with pytest.raises(NoSuchRowError, match=f"row {len(store)} was chosen"):
         batches(store, teacher="near", rows=np.array([0, len(store)]))

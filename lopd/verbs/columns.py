@@ -171,7 +171,8 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                     f"{named(store)}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`"
                     f"{elsewhere(store)}."
                 )
-            remedy = way_to(store, column)
+            labels = column in store.columns and store.columns[column].label
+            remedy = f"{way_to(store, column)}{' also for the others, with a constant where nothing can judge them' * labels}"
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row in quarantined[:1]:
             warn_user(
