@@ -4,14 +4,18 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 from uuid import uuid4
 
 import pytest
 import torch
-from lance_stores import filled, reopened, started  # noqa: F401
+from lance_stores import filled, reopened, started, table_of  # noqa: F401
+from lancedb.index import BTree
 from s3_server import S3Server
 from zarr_stores import Rows, _quick_disk, fill, many, place, rows_of  # noqa: F401
 
@@ -47,6 +51,26 @@ def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: La
     filled.append(many(50, 2))
     assert rows_of(filled) == rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r50", "r51"]
     assert list(filled.verify()) == []
+
+
+def test_two_writers_beside_an_index_of_another_tool_do_not_win_one_number(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    table_of(filled, "rollouts").create_index("commit", config=BTree())
+    writers, handle = [reopened(filled), reopened(filled)], type(filled._snapshot.rollouts.table._handle)  # type: ignore[union-attr]
+    real, both = handle.merge_insert, Barrier(2)
+
+    def merge_insert(self: Any, on: str) -> Any:
+        with suppress(BrokenBarrierError):
+            both.wait(0.5)
+        return real(self, on)
+
+    monkeypatch.setattr(handle, "merge_insert", merge_insert)
+    with ThreadPoolExecutor(2) as pool:
+        for i in range(10, 16, 2):
+            both.reset()
+            for call in [pool.submit(store.append, many(i + k, 1)) for k, store in enumerate(writers)]:
+                call.result()
+    assert sorted(rows_of(reopened(filled))) == sorted(["m", "b", "r0", "r1", *(f"r{i}" for i in range(10, 16))])
+    assert list(reopened(filled).verify()) == []
 
 
 def test_of_two_contents_for_an_id_one_wins_and_the_other_call_commits_nothing(filled: LanceStore, before_insert: Any) -> None:

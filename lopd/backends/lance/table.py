@@ -238,7 +238,8 @@ class LanceTable:
             if new:
                 table.add_columns(data.select([field.name for field in new]).schema)
             base = int(table.version)
-            made = table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows
+            # with an index of another tool on the numbers, Lance would not look for this one in what others commit meanwhile
+            made = table.merge_insert(COMMIT).use_index(False).when_not_matched_insert_all().execute(data).num_inserted_rows
             return bool(made) and self._once(data, base)
         finally:
             self._load()
