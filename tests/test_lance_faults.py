@@ -12,7 +12,9 @@ from typing import Any
 
 import lancedb
 import numpy as np
+import pyarrow as pa
 import pytest
+from attrs import evolve
 from fault_proxy import ALWAYS, FaultProxy
 from lance_stores import filled, reopened, started, table_of  # noqa: F401
 from s3_server import S3Server
@@ -22,10 +24,11 @@ from lopd.backends.lance.encode import encode_scores
 from lopd.backends.lance.failures import reading
 from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.store import LanceStore
+from lopd.backends.lance.table import LanceTable
 from lopd.backends.lance.writer import Writer
 from lopd.backends.sealing import seal, unseal
 from lopd.errors import CorruptStoreError, LopdError, StoreNotFoundError, StoreReadError, StoreWriteError
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 
 def raising(error: type[BaseException]) -> Callable[..., Any]:
@@ -120,6 +123,34 @@ def test_rows_that_lance_has_moved_are_found_again(filled: LanceStore) -> None:
     assert readable(reopened(filled)) == expected
     reader.refresh()
     assert readable(reader) == expected
+
+
+@pytest.mark.parametrize(("name", "row"), [("rollouts", 0), ("rollouts", 2), ("scores.teacher", 1)])
+def test_rows_that_a_user_updates_are_found_and_later_appends_read_them_no_more(
+    name: str, row: int, filled: LanceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, table, real, taken = readable(filled), table_of(filled, name), LanceTable.take, list[int]()
+    table.add_columns(pa.schema([pa.field("judge", pa.float64())]))
+    table.update(where=f"row = {row}", values={"judge": 0.5})
+    filled.refresh()
+    store = reopened(filled)
+    assert readable(filled) == readable(store) == expected
+
+    def take(self: LanceTable, offsets: Any, columns: Any) -> Any:
+        taken.extend(offsets.tolist() if self.name == table.name else ())
+        return real(self, offsets, columns)
+
+    monkeypatch.setattr(LanceTable, "take", take)
+    for i in (4, 5, 6):
+        store.append(many(i, 1))
+        store.append_scores("teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(many(i, 1)[0]), top_k=tiny_top_k(3))])
+    monkeypatch.setattr(LanceTable, "take", real)
+    assert min(taken) >= len(table) - 1
+    store.compact(older_than=0.0)
+    for other in (store, reopened(store)):
+        assert [names[0] for names in readable(other)[0]] == ["m", "b", "r0", "r1", "r4", "r5", "r6"]
+        assert other.scored("teacher").tolist() == [False, True, False, True, True, True, True]
+        assert list(other.verify()) == []
 
 
 def test_rows_that_somebody_added_past_the_store_are_refused(filled: LanceStore) -> None:

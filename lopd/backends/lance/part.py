@@ -20,8 +20,8 @@ _ROWS_AT_ONCE = 1 << 16
 class Part:
     """One table and its lines, which are read when they are first asked for, and then only those that were added.
 
-    Lance keeps rows in the order of commits, and our merges do not change that; but it promises neither.  So every line carries its row
-    number and its commit, every read compares it, and places that have moved are found again.
+    Lance keeps rows in the order of commits, and our merges do not change that; but it promises neither, and updates by other tools put rows
+    at the end.  So every line carries its row number and its commit, every read compares it, and places that have moved are found again.
 
     Args:
         owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
@@ -45,7 +45,7 @@ class Part:
         # For each row of the store, where its line is in `lines`, -1 if it has none; a table of all rows needs no such thing.
         self._at = Growing(np.int64)
         # For each line its place in the table; None while all are where they ought to be.
-        self._places: NDArray[np.int64] | None = None
+        self._places: Growing | None = None
 
     @property
     def read(self) -> int:
@@ -53,7 +53,7 @@ class Part:
         return len(self._lines)
 
     def lines(self) -> NDArray[np.void]:
-        """Return all lines of the table's version, in the order of commits.
+        """Return all lines of the table's version, in the order of commits, and of rows within one.
 
         Raises:
             CorruptStoreError: one is damaged, missing, or there twice.
@@ -72,29 +72,29 @@ class Part:
 
     def replaced(self) -> bool:
         """Return whether the last line that was read is another one by now: its writer took it back, and others took its place."""
-        last = np.array([self.read - 1]) if self._places is None else self._places[-1:]
+        last = np.array([self.read - 1]) if self._places is None else self._places.view()[-1:]
         now = read_lines(self._owner, self.table.take(last, line_columns(self._line)), self._line, self.seed)
         return bool((now != self._lines.view()[-1:]).any())
 
     def _read_on(self) -> None:
-        if self._places is not None or len(self._lines) > self.table.rows:
+        if len(self._lines) > self.table.rows:
             self.forget()
         start = len(self._lines)
         for first in range(start, self.table.rows, _ROWS_AT_ONCE):
             places = np.arange(first, min(first + _ROWS_AT_ONCE, self.table.rows))
             self._lines.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line, self.seed))
-        if (np.diff(self._lines.view()[COMMIT][max(start - 1, 0) :]) < 0).any():
-            self._places = self._in_order(start)
+        lines = self._lines.view()[max(start - 1, 0) :]
+        commits, rows = np.diff(lines[COMMIT]), np.diff(lines["row"])
+        places = np.arange(start, self.table.rows)
+        if ((commits < 0) | ((commits == 0) & (rows < 0))).any():
+            if start:
+                raise self._doubtful()
+            places = np.lexsort([lines["row"], lines[COMMIT]])
+            lines[:] = lines[places]
+            self._places = Growing(np.int64)
+        if self._places is not None:
+            self._places.append(places)
         self._index(start)
-
-    def _in_order(self, start: int) -> NDArray[np.int64]:
-        """Put lines in the order of commits; gives where each was."""
-        if start:
-            raise self._doubtful()
-        lines = self._lines.view()
-        order: NDArray[np.int64] = np.lexsort([lines["row"], lines[COMMIT]])
-        lines[:] = lines[order]
-        return order
 
     def _index(self, start: int) -> None:
         """Take in where the lines of rows are, from this line on."""
@@ -132,7 +132,7 @@ class Part:
     def _places_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         # In two steps: looking for rows may read on, and then there are more places.
         at = self.find(rows)
-        return at if self._places is None else self._places[at]
+        return at if self._places is None else self._places.view()[at]
 
     def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Return the lines of rows that are there, in this order.
