@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import lance
 import lancedb
 import numpy as np
 import pyarrow as pa
@@ -151,6 +152,20 @@ def test_rows_that_a_user_updates_are_found_and_later_appends_read_them_no_more(
         assert [names[0] for names in readable(other)[0]] == ["m", "b", "r0", "r1", "r4", "r5", "r6"]
         assert other.scored("teacher").tolist() == [False, True, False, True, True, True, True]
         assert list(other.verify()) == []
+
+
+def test_files_of_others_among_the_versions_change_nothing(filled: LanceStore) -> None:
+    (versions,) = place(filled).glob("rollouts-*/_versions")
+    manifest = max(versions.glob("*.manifest"))
+    manifest.with_name(f"._{manifest.name}").write_bytes(b"\0\5\x16\7")
+    view = lance.dataset(str(versions.parent))
+    lance.LanceDataset.commit(view, lance.LanceOperation.Append([]), read_version=view.version, detached=True)
+    assert len(list(versions.glob("d*.manifest"))) == 1
+    filled.append(many(10, 2))
+    reopened(filled).append(many(12, 1))
+    filled.compact(older_than=0.0)
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10", "r11", "r12"]
+    assert list(filled.verify()) == []
 
 
 def test_rows_that_somebody_added_past_the_store_are_refused(filled: LanceStore) -> None:

@@ -122,6 +122,14 @@ def test_an_old_store_holds_what_it_was_given_and_says_how_it_came_about(place: 
     assert sum(commit.rows for commit in history if commit.kind == "scores") == sum(map(len, SCORES.values()))
 
 
+def test_what_a_mac_puts_beside_the_files_of_an_old_store_changes_nothing(place: Path, kind: str) -> None:
+    for path in list(place.rglob("*.json")):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    assert_whole(open_store(place))
+    open_store(place).append(ROLLOUTS[EXTRA:])
+    assert list(open_store(place).verify()) == []
+
+
 def test_an_old_store_is_gone_on_with(place: Path, kind: str) -> None:
     store = KINDS[kind].open(place, MANIFEST)
     store.append(ROLLOUTS)

@@ -36,6 +36,7 @@ LOG, HEAD = "log", ".head"
 _CLOCKS = 3600.0
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
+_OLD_NAME = re.compile(r"[^.].*\.json")  # and none that a Mac puts beside it
 # An older lopd names it as damaged; no round has this name.
 _UPDATE = "generations/update-lopd.json"
 _UPDATE_TEXT = b"A newer lopd went on with this store, which an older one would damage: update lopd.\n"
@@ -114,7 +115,7 @@ class Catalog:
     def _read_old(self, names: Sequence[str]) -> None:
         paths = [_OLD_ROLLOUTS] if _OLD_ROLLOUTS in names else []
         paths += [
-            f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")
+            f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if _OLD_NAME.fullmatch(name)
         ]
         found = {path: self._read(path) or b"" for path in paths if path != _UPDATE and path not in self.state.old}
         documents = {path: unsealed(self._owner, path, data) for path, data in found.items()}

@@ -4,6 +4,7 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, final
@@ -34,8 +35,8 @@ _INDEX_CACHE, _METADATA_CACHE = 16 << 20, 64 << 20
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
 TABLE_SUFFIX = ".lance"
-# Names of manifests count down, so that the newest is listed first.
-_LAST, _MANIFEST = (1 << 64) - 1, ".manifest"
+# Names of manifests count down, so that the newest is listed first.  Others beside them are Lance's detached commits, or a file manager's.
+_LAST, _MANIFEST = (1 << 64) - 1, re.compile(r"([0-9]{20})\.manifest")
 #: By name of a table: a version of it, and how many rows it had then.
 Seen = Mapping[str, tuple[int, int]]
 #: How long a call that meets other writers goes on; see `repeat`.
@@ -250,9 +251,9 @@ class LanceTable:
         Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
         Nor does it see then that what was before them was taken back.
         """
-        there = set(self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions"))
-        newest = _LAST - min(int(name.removesuffix(_MANIFEST)) for name in there if name.endswith(_MANIFEST))
-        if {f"{_LAST - version}{_MANIFEST}" for version in range(base, newest + 1)} <= there:
+        names = self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions")
+        there = {_LAST - int(found[1]) for found in map(_MANIFEST.fullmatch, names) if found}
+        if there.issuperset(range(base, max(there, default=base) + 1)):
             return True
         latest, number = self._database.handle(self.name, None), f"{COMMIT} = {data[COMMIT][0].as_py()}"
         before = latest.count_rows(number.replace("=", "<"))
