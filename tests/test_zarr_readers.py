@@ -12,6 +12,7 @@ from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
 
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.store import ZarrStore
+from lopd.errors import CorruptStoreError
 from lopd.testing import tiny_manifest
 
 
@@ -32,17 +33,30 @@ def test_a_walk_of_the_hierarchy_finds_the_live_rows_and_what_codes_mean(tmp_pat
 @pytest.mark.filterwarnings("ignore")
 def test_attributes_of_others_and_consolidated_metadata_are_no_damage(filled: ZarrStore) -> None:
     root = zarr.open_group(place(filled), mode="r+")
-    root.attrs["mine"] = {"by": "me"}
+    root.attrs["mine"] = {"by": "me", "mean_kl": float("nan")}
     root["segments"].attrs["mine"] = 1
     _, segment = next(iter(root["segments"].groups()))
-    segment.attrs["mine"] = segment["lines"].attrs["mine"] = segment["token_ids"].attrs["mine"] = 1
+    segment.attrs["mine"] = segment["lines"].attrs["mine"] = segment["token_ids"].attrs["mine"] = -float("inf")
     zarr.consolidate_metadata(place(filled))
     assert "consolidated_metadata" in json.loads((place(filled) / "zarr.json").read_text())
     again = ZarrStore.open(place(filled), tiny_manifest())
     assert rows_of(again) == ["m", "b", "r0", "r1"]
     assert list(again.verify()) == []
-    again.append(many(9, 1))
-    np.testing.assert_array_equal(ZarrStore.open(place(filled)).find(["r9"]), [4])
+    for store in (again, filled):
+        store.append(many(9, 1))
+        store.append(many(9, 2))
+    np.testing.assert_array_equal(ZarrStore.open(place(filled)).find(["r9", "r10"]), [4, 5])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_metadata_that_others_made_too_large_is_not_damage(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    zarr.consolidate_metadata(place(filled))
+    for module in ("records.stored", "backends.root"):
+        monkeypatch.setattr(f"lopd.{module}.LARGEST_JSON", 5000)
+    with pytest.raises(CorruptStoreError, match=r'zarr.json has \S+ bytes, expected at most 5,000; remove .* "consolidated_metadata"'):
+        ZarrStore.open(place(filled))
+    zarr.open_group(place(filled), mode="r+", use_consolidated=False).attrs["mine"] = 1
+    assert len(ZarrStore.open(place(filled))) == 4
 
 
 def test_a_read_stands_at_one_state_where_the_store_is_refreshed_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

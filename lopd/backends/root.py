@@ -14,7 +14,7 @@ from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.lineage import LINEAGE_FILE
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.stored import parse
+from lopd.records.stored import LARGEST_JSON, parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
@@ -107,7 +107,7 @@ def read_root(files: Files, kind: RootFile) -> Root:
     Raises:
         StoreNotFoundError: the store is not there.
         StoreReadError: the storage refused.
-        CorruptStoreError: the manifest is damaged, or of another schema version.
+        CorruptStoreError: the manifest is damaged, or of another schema version, or the file is too large.
     """
     with reading(f"Store {files.url}", "opening it"):
         try:
@@ -123,6 +123,11 @@ def read_root(files: Files, kind: RootFile) -> Root:
         root = None
     if root is None and (other := other_kind(files, names_in(files))):
         raise _not_a_store(files, f"holds {other}")
+    if len(data) > LARGEST_JSON:
+        raise CorruptStoreError(
+            f"Store {files.url}: {kind.name} has {len(data):,} bytes, expected at most {LARGEST_JSON:,}; remove what others have put into it, "
+            'such as "consolidated_metadata".'
+        )
     if root is None:
         raise damaged(f"Store {files.url}", kind.name)
     return root

@@ -54,12 +54,14 @@ class _Wrong(Exception):  # noqa: N818 (it never leaves this file)
         self.keys: list[str] = []
 
 
-def parse(data: bytes | str) -> Any:
-    """Parse JSON from a file that may be forged.
+def parse(data: bytes | str, *, constants: bool = False) -> Any:
+    """Parse JSON from a file that may be forged; with `constants` also NaN and infinities, as Python and zarr write them.
 
     >>> parse('{"a": NaN}')
     Traceback (most recent call last):
     ValueError: it holds NaN, which is not JSON
+    >>> parse('{"a": NaN}', constants=True)
+    {'a': nan}
 
     Raises:
         ValueError: it is not JSON, is larger than `LARGEST_JSON`, or is nested too deep.
@@ -67,7 +69,7 @@ def parse(data: bytes | str) -> Any:
     if len(data) > LARGEST_JSON:
         raise ValueError(f"it has {len(data):,} bytes, more than {LARGEST_JSON:,}")
     try:
-        return json.loads(data, parse_constant=_no_constant)
+        return json.loads(data, parse_constant=None if constants else _no_constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

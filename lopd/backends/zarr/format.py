@@ -146,7 +146,7 @@ def _encode_root(root: Root) -> bytes:
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
-    document, owner = parse(data), f"Store {url}: {METADATA_FILE}"
+    document, owner = parse(data, constants=True), f"Store {url}: {METADATA_FILE}"
     attributes = document["attributes"]
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
@@ -172,7 +172,7 @@ def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def has_content(wanted: Mapping[str, Any], data: bytes) -> bool:
     """Return whether these bytes are metadata that `same_node`."""
     try:
-        return same_node(parse(data), parse(dump(wanted)))
+        return same_node(parse(data, constants=True), parse(dump(wanted)))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 
