@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from lance_stores import filled, reopened, table_of  # noqa: F401
 from lancedb.index import BTree
@@ -191,6 +192,30 @@ def test_a_merged_file_that_is_cut_changes_nothing(
     assert "merging small files failed, which a later commit repeats" in caplog.text
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]
     assert list(filled.verify()) == []
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_files_with_a_nan_of_another_tool_are_merged(nested: bool, filled: LanceStore) -> None:
+    table = table_of(filled, "rollouts")
+    kind = pa.list_(pa.float32()) if nested else pa.float64()
+    table.add_columns(pa.schema([pa.field("judge", kind)]))
+    values = [[0.25, float("nan")], None] if nested else [float("nan"), 0.25]
+    rows = table.to_arrow().slice(0, 2).drop_columns("judge")
+    table.merge_insert("row").when_matched_update_all().execute(rows.append_column("judge", pa.array(values, kind)))
+    before = repr(table.to_arrow().sort_by("row").to_pydict())
+    filled.append(many(10, 1))
+    filled.compact()
+    assert fragments_of(filled, "rollouts") == 1
+    assert repr(table_of(filled, "rollouts").to_arrow().sort_by("row").slice(0, 4).to_pydict()) == before
+    assert list(reopened(filled).verify()) == []
+
+
+def test_a_merge_notices_a_changed_value_beside_a_nan() -> None:
+    nan = float("nan")
+    columns = [pa.chunked_array([[[nan, 0.5]], [None, [value] * 3000]]) for value in (1.0, 1.0, float(np.nextafter(1.0, 2.0)))]
+    texts = list(map(tiers._text, columns))
+    assert columns[0] != columns[1]
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_an_index_of_another_tool_stays_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
