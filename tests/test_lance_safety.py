@@ -404,6 +404,14 @@ def test_a_machine_whose_clock_is_ahead_removes_nothing(filled: LanceStore, monk
     assert sorted(place(filled).rglob("*.lance")) == before
 
 
+def test_folders_whose_times_are_ahead_change_nothing(filled: LanceStore) -> None:
+    ahead = time.time() + 7300
+    for path in [*place(filled).rglob("*"), place(filled)]:
+        os.utime(path, (ahead, ahead))
+    filled.compact(older_than=0.0)
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
+
+
 def test_compaction_touches_only_what_lopd_made(filled: LanceStore, tmp_path: Path) -> None:
     database = lancedb.connect(place(filled))
     copied = next(place(filled).glob("scores.teacher-*.lance"))

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import shutil
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -200,12 +201,13 @@ class LocalFiles:
         return []
 
     def age(self, folder: str, /) -> float:
-        """Return seconds since the newest file in a folder was written."""
-        now, times = time.time(), list[float]()
+        """Return seconds since the newest file in a folder was written; of a folder without any, since the folder was changed."""
+        now, times = time.time(), list[tuple[bool, float]]()
         for path in (self.root / folder, *walked(self.root / folder)):
             with suppress(FileNotFoundError):  # another process has removed it since
-                times.append(os.lstat(path).st_mtime)
-        return now - max(times, default=now)
+                found = os.lstat(path)
+                times.append((not stat.S_ISDIR(found.st_mode), found.st_mtime))
+        return now - max(times, default=(True, now))[1]
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them; neither links nor what they lead to."""
