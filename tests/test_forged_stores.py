@@ -68,6 +68,11 @@ def test_a_checkpoint_cannot_have_live_segments_removed(tmp_path: Path) -> None:
         ZarrStore.open(tmp_path / "run")
 
 
+def test_json_that_can_be_read_but_not_written_again_is_damaged() -> None:
+    for depth in range(900, 1000):
+        assert unseal(b'{"a":' + b"[" * depth + b"]" * depth + b"}") is None
+
+
 # What only has the name of a file
 
 

@@ -393,6 +393,7 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
         ("3", "has no steps"),
         ('{"phases": []}', "has no steps"),
         ('{"history": [{}]}', "entry 0 cannot be read"),
+        ('{"history": [{"step": 1e999}]}', "entry 0 cannot be read"),
         ('{"history": [], "phases": [{"tokens": 1}]}', "its phases or versions cannot be read"),
         ('{"history": [], "phases": [{"name": "p", "seconds": "1"}]}', "its phases or versions cannot be read"),
         (

@@ -87,7 +87,7 @@ class RunHistory:
         try:
             phases = tuple(_phase(row) for row in data.get("phases", ()))
             versions = {str(name): str(version) for name, version in data.get("versions", {}).items()}
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             if isinstance(error, LopdError):
                 raise
             raise InvalidRecordError(
@@ -124,7 +124,7 @@ def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[Step
     for i, entry in enumerate(history):
         try:
             steps.append(entry if isinstance(entry, StepMetrics) else StepMetrics.from_json(entry))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise InvalidRecordError(
                 f"History: entry {i} cannot be read ({error!r}), expected the metrics of a step; pass what `opd_steps` gives."
             ) from error
