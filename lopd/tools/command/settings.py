@@ -19,6 +19,8 @@ from lopd.tools.command.models import Model
 
 #: Keys that may change at any time: which seeds there are, where things are and run, how servers are reached, and how much is sampled side by side.
 _PASSING = ("seeds", "out", "device", "served_as", "key_variable", "wait", "rows")
+#: Values that anchors of YAML may make of each that is written: merged again and again, they double with each line.
+_LARGEST_GROWTH = 100
 
 
 @frozen
@@ -212,7 +214,13 @@ def read_settings(path: str | Path) -> RunSettings:
 
 
 def _loader(yaml: Any) -> Any:
-    """Return YAML's safe loader, which also refuses a key that is there twice, and takes 1e-3 for a number."""
+    """Return YAML's safe loader, which also refuses a key that is there twice, and anchors that grow, and takes 1e-3 for a number."""
+
+    def construct_document(self: Any, node: Any) -> Any:
+        if (size := _size(node, seen := dict[int, int]())) > _LARGEST_GROWTH * len(seen):
+            problem = f"its anchors make {size:,} values of {len(seen):,} that are written"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return yaml.SafeLoader.construct_document(self, node)
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -220,6 +228,16 @@ def _loader(yaml: Any) -> Any:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
         return yaml.SafeLoader.construct_mapping(self, node, deep)
 
-    loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping, "construct_document": construct_document})
     loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
     return loader
+
+
+def _size(node: Any, seen: dict[int, int]) -> int:
+    """Return how many values a node of YAML stands for, those of anchors as often as they are named."""
+    if id(node) not in seen:
+        seen[id(node)] = 1  # one that holds itself
+        parts = node.value if isinstance(node.value, list) else ()
+        each = (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+        seen[id(node)] += sum(_size(one, seen) for one in each)
+    return seen[id(node)]
