@@ -12,6 +12,8 @@ import torch
 from conftest import TOKENIZER_ID
 
 from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
+from lopd.engines.hf import load_model
+from lopd.engines.identity import folder_model_id, model_id
 from lopd.errors import CheckpointError, CorruptStoreError, InvalidRecordError, LopdError, PromptError, StoreWriteError
 from lopd.records import Lineage, read_prompts
 from lopd.records.lineage import LINEAGE_FILE
@@ -78,6 +80,20 @@ def test_checkpoints_and_exports_are_files(odd: Path, llama: Any, tokenizer: Any
     os.mkfifo(export / "pipe")
     with pytest.raises(StoreWriteError, match=r"Export .*export: it cannot be written"):
         student.export(export, tokenizer, Lineage())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_models_are_files(odd: Path, name: str, llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for part in (llama, tokenizer):
+        part.save_pretrained(folder)
+    os.mkfifo(folder / "other")
+    assert folder_model_id(folder).same_weights(model_id(llama)), "a pipe of another name is in nobody's way"
+    (folder / name).unlink()
+    (folder / name).symlink_to(odd)
+    for load in (load_model, folder_model_id) if name != "tokenizer.json" else (load_model,):
+        with pytest.raises(LopdError, match=rf"Model .*{folder}"):
+            load(folder)
 
 
 def test_files_are_read_whole_up_to_a_bound(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lopd.errors import EngineError, LopdError, ModelError
 from lopd.records.identity import TokenizerId
 from lopd.records.lineage import refuse_store
 from lopd.records.manifest import SamplingParams
-from lopd.records.paths import local_path, read_regular, without_secrets
+from lopd.records.paths import check_files, local_path, read_regular, without_secrets
 
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
@@ -205,18 +205,18 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
     """
     found = find_model(name)
-    there = found.exists()
-    if not there:
+    if not (there := found.exists()):
         _reach_hub(str(name))
     try:
+        check_files(found)
         yield found
     except (LopdError, torch.OutOfMemoryError):
         raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         _refuse_gated(name, error)
         # safetensors calls a file that it may not read one that is not there
-        named = (file for file in found.glob("*") if file.name in str(error) and os.access(file, os.F_OK))
-        hidden = next((file.name for file in named if not os.access(file, os.R_OK)), None)
+        named = (file for file in found.glob("*") if file.name in str(error))
+        hidden = next((file.name for file in named if os.access(file, os.F_OK) and not os.access(file, os.R_OK)), None)
         if hidden:
             raise _not_loaded(name, f"this account may not read its {hidden}", "change the mode of that file") from error
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"

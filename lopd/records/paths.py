@@ -11,6 +11,7 @@ from typing import BinaryIO, TypeVar
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
 
 T = TypeVar("T")
+_OF_MODELS = (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt")
 _TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError, ConnectionError)
 
 
@@ -168,6 +169,13 @@ def walked(folder: str | os.PathLike[str]) -> Iterator[os.DirEntry[str]]:
         yield entry
         if entry.is_dir(follow_symlinks=False):
             yield from walked(entry)
+
+
+def check_files(folder: Path) -> None:
+    """Look at what has the name of a model's file in a folder, before a library opens it and waits; raises OSError where it is a device or a pipe."""
+    for file in map(folder.joinpath, (entry.name for entry in listed(folder) if entry.name.endswith(_OF_MODELS))):
+        if file.is_fifo() or file.is_char_device():
+            raise OSError(errno.EINVAL, f"{file.name} is a device or a pipe, not a file")
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
