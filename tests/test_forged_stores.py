@@ -12,15 +12,21 @@ from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import zstandard
 from forger import build, copied, examine
 
 from lopd import ZarrStore
-from lopd.backends.sealing import seal, unseal
+from lopd.backends.lance.decode import read_lines
+from lopd.backends.lance.encode import LINE_CHECKSUM, ROLLOUT_LINE, encode_rollouts, line_checksums
+from lopd.backends.sealing import checksum, seal, unseal
+from lopd.backends.zarr.columns import ROLLOUT_FIELDS, SCORE_FIELDS
 from lopd.backends.zarr.format import decode_zstd
+from lopd.backends.zarr.segment import _line_checksums
 from lopd.errors import CorruptStoreError, LopdError
-from lopd.testing import tiny_manifest, tiny_rollout
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 FORGER = Path(__file__).with_name("forger.py")
 COUNT = "3000" if "LOPD_KILLS" in os.environ else "40"
@@ -113,3 +119,57 @@ def test_what_is_decompressed_has_the_size_that_was_recorded(sized: bool) -> Non
         decode_zstd(bomb, 4096)
     small = zstandard.ZstdCompressor(write_content_size=sized).compress(b"1234")
     assert decode_zstd(small, 4).tobytes() == b"1234"
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("number", "field", "value"),
+    [
+        *(
+            (1, name, value)
+            for name in ROLLOUT_FIELDS[:6]
+            for value in (-8, 1 << 40, 1 << 62)
+            if (name, value) != ("response_start", 1 << 40)
+        ),
+        *(
+            (1, name, value)
+            for name, value in (("finish_reason", 99), ("finish_reason", -1), ("generation", -1), ("masked", 2), ("masked", 1))
+        ),
+        *((1, "has_behavior", value) for value in (1, 2, 4)),
+        *((2, name, value) for name in ("length", "start") for value in (-8, 1 << 40, 1 << 62)),
+        *((2, name, -1) for name in ("row", "floored")),
+    ],
+)
+def test_forged_lines_are_damage_that_verify_finds(number: int, field: str, value: int, filled: Path) -> None:
+    if number == 2:
+        ZarrStore.open(filled).append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("b"))])
+    path = filled / f"commits/{number:010}.json"
+    record = unseal(path.read_bytes())
+    assert record is not None
+    segment = record["segment"]
+    file = filled / segment["path"] / "lines/c.0.0"
+    lines = np.fromfile(file, "<i8").reshape(segment["arrays"]["lines"]["shape"])
+    lines[0, (ROLLOUT_FIELDS if number == 1 else SCORE_FIELDS).index(field)] = value
+    lines[:, -1] = _line_checksums(lines)
+    segment["arrays"]["lines"]["checksum"] = checksum(lines.tobytes())
+    file.write_bytes(lines.tobytes())
+    path.write_bytes(seal(record))
+    store = ZarrStore.open(filled)
+    with pytest.raises(CorruptStoreError, match="line 0 is not what a writer makes"):
+        store.read([1], ["teacher"][: number - 1])
+    assert any("line 0 is not what a writer makes" in problem for problem in store.verify())
+    assert examine("zarr", filled) == []
+
+
+@pytest.mark.parametrize("field", ["prompt_length", "response_length", "generation", "row"])
+def test_forged_lines_of_lance_are_damage(field: str) -> None:
+    sampled = encode_rollouts([tiny_rollout("a")], 0, 100, "float32", commit=0, when=1.0, seed=0)
+    lines = read_lines("Store", sampled, ROLLOUT_LINE, 0)
+    lines[field] = -8
+    for name, values in ((field, lines[field]), (LINE_CHECKSUM, line_checksums(lines, 0))):
+        place = sampled.schema.get_field_index(name)
+        sampled = sampled.set_column(place, sampled.schema.field(name), pa.array(values, sampled.schema.field(name).type))
+    with pytest.raises(CorruptStoreError, match=rf"rollout 'a': the {field} of its line is -8, expected 0 or more"):
+        read_lines("Store", sampled, ROLLOUT_LINE, 0)

@@ -152,14 +152,14 @@ class _Lists:
         if column.null_count == len(column):
             return [xxh3_64_intdigest(b"", seed) for seed in sums] if self._absent_counts else list(sums)
         values, bounds = column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64)
-        if self.values is None:
-            total = int(self._ends[-1])
-            self.values = np.empty(total, values.dtype) if self._filler is None else np.full(total, self._filler, values.dtype)
         there = column.is_valid().to_numpy(zero_copy_only=False)[chunk.at]
         starts, places = bounds[chunk.at], self._ends[chunk.places]
         lengths = np.where(there, bounds[chunk.at + 1] - starts, 0)
         if (lengths != np.where(there, self._ends[chunk.places + 1] - places, 0)).any():
             raise ValueError("a list is shorter or longer than its line states")
+        if self.values is None:
+            total = int(self._ends[-1])
+            self.values = np.empty(total, values.dtype) if self._filler is None else np.full(total, self._filler, values.dtype)
         size, found = values.itemsize, []
         source, target = values.view(np.uint8).data, self.values.view(np.uint8).data
         # A copy is hashed while it is in the cache.  Views live for a moment: lists of them would keep the garbage collector busy.
@@ -235,7 +235,7 @@ def decoding(owner: str) -> Iterator[None]:
         yield
     except LopdError:
         raise
-    except (ValueError, IndexError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, AttributeError, IndexError, TypeError, KeyError, OverflowError) as error:
         raise damaged(owner, "a row", f"values cannot be decoded ({error})") from error
 
 
@@ -255,6 +255,11 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArra
     for i in np.flatnonzero(found != wanted)[:1]:
         row = _called(table, int(i), int(lines["row"][i]))
         raise damaged(owner, row, f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
+    for name in {"prompt_length", "response_length", "length", "generation", "row"} & {*(line.names or ())}:
+        for i in np.flatnonzero(lines[name] < 0)[:1]:
+            raise damaged(
+                owner, _called(table, int(i), int(lines["row"][i])), f"{name} of its line is {lines[name][i]}, expected 0 or more"
+            )
     return lines
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Run
 from lopd.backends.zarr import decode, encode
+from lopd.backends.zarr.columns import LENGTHS, REPORTED, R, S
 from lopd.backends.zarr.segment import LINES, Segment, SegmentData
 from lopd.records.rows import ends
 
@@ -104,7 +105,7 @@ def merge(column: str | None, segments: Sequence[Segment], target_tokens: int, r
 
 def _merge_rollouts(segments: Sequence[Segment], run: Run) -> SegmentData:
     lines = [part.copy() for part in run([segment.lines for segment in segments])]
-    responses = [int(part[:, encode.LENGTHS][:, 1].sum()) for part in lines]
+    responses = [int(part[:, LENGTHS][:, 1].sum()) for part in lines]
     sizes = {
         "token_start": [segment.meta.tokens for segment in segments],
         "response_start": responses,
@@ -112,9 +113,9 @@ def _merge_rollouts(segments: Sequence[Segment], run: Run) -> SegmentData:
     }
     for column, counts in sizes.items():
         for part, offset in zip(lines, ends(np.array(counts)), strict=False):
-            part[:, encode.R[column]] += offset
+            part[:, R[column]] += offset
     arrays = {name: np.concatenate(run([partial(s.whole, name) for s in segments])) for name in ("token_ids", "rollout_ids")}
-    for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
+    for name, filler in (("loss_mask", 1), *((name, np.nan) for name in REPORTED)):
         having = [segment for segment in segments if name in segment]
         if having:
             full = partial(np.full, fill_value=filler, dtype=having[0].meta.arrays[name].dtype)
@@ -127,9 +128,9 @@ def _merge_rollouts(segments: Sequence[Segment], run: Run) -> SegmentData:
 def _merge_scores(segments: Sequence[Segment], target: int, run: Run) -> Iterator[SegmentData]:
     lines = np.concatenate(run([segment.lines for segment in segments]))
     owners = np.repeat(np.arange(len(segments)), [segment.meta.rows for segment in segments])
-    order = np.argsort(lines[:, encode.S["row"]], kind="stable")
+    order = np.argsort(lines[:, S["row"]], kind="stable")
     lines, owners = lines[order], owners[order]
-    lengths = lines[:, encode.S["length"]]
+    lengths = lines[:, S["length"]]
     first, bounds = 0, ends(lengths)
     while first < len(lines):
         # as many as have `target` tokens, or one that alone has more
@@ -144,6 +145,6 @@ def _gather_scores(
     groups = [decode.Group(segments[n], where := np.flatnonzero(owners == n), where) for n in np.unique(owners).tolist()]
     arrays = decode.joined_scores([(group, lines[group.places]) for group in groups], lengths, run)
     lines = lines.copy()
-    lines[:, encode.S["start"]] = ends(lengths)[:-1]
-    rows = lines[:, encode.S["row"]]
+    lines[:, S["start"]] = ends(lengths)[:-1]
+    rows = lines[:, S["row"]]
     return SegmentData(encode.SCORE_ATTRIBUTES, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))

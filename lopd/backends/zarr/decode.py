@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Piece, Run
 from lopd.backends.id_index import decode_id, hash_ids
-from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
+from lopd.backends.zarr.columns import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment, checksums
 from lopd.records.rows import Rows
 from lopd.records.support import TopK

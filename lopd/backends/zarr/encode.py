@@ -1,4 +1,4 @@
-"""Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.  What each column of a line means is documented here.
+"""Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.
 
 Two arrays let rows be found without reading lines.  `id_hashes` of rollouts, (n, 2): the hashed id of each line.  `scored_rows` of scores, (n,): the
 row of each line, where some between the first and the last have none.
@@ -13,60 +13,15 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.backends.id_index import encode_ids, hash_ids
+from lopd.backends.zarr.columns import ID_HASH, REASONS, REPORTED, ROLLOUT_FIELDS, SCORE_FIELDS, TOP_K_ARRAYS, S
 from lopd.backends.zarr.segment import SegmentData, checksums
-from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, Scores
+from lopd.records.rollouts import Rollout, Scores
 from lopd.records.rows import ends
 
-REASONS: tuple[FinishReason, ...] = ("stop", "length")
-ROLLOUT_FIELDS = (
-    "prompt_length",
-    "response_length",
-    "token_start",
-    "response_start",
-    "id_start",
-    "id_length",
-    "finish_reason",
-    "generation",
-    "has_behavior",
-    "masked",
-    "id_hash_0",
-    "id_hash_1",
-    "content_hash_0",
-    "content_hash_1",
-    "token_checksum",
-    "mask_checksum",
-    "behavior_checksum",
-    "line_checksum",
-)
-SCORE_FIELDS = (
-    "row",
-    "length",
-    "start",
-    "floored",
-    "content_hash_0",
-    "content_hash_1",
-    "logprobs_checksum",
-    "top_k_checksum",
-    "line_checksum",
-)
-#: What an engine reported of a rollout.  Bits of `has_behavior`, from the lowest on, mark which of them there are, and `behavior_checksum` goes
-#: over those: so a line without the second is what it was before there was one.
-REPORTED = tuple(VIRTUAL_COLUMNS.values())
-#: The arrays of a support, in the order in which its checksum goes over them.
-TOP_K_ARRAYS = ("top_k_ids", "top_k_logprobs", "top_k_tail")
-#: Column numbers of a rollout's line, and of a score's.
-R = {name: i for i, name in enumerate(ROLLOUT_FIELDS)}
-S = {name: i for i, name in enumerate(SCORE_FIELDS)}
-#: What binds scores to a rollout, in its line and in theirs: the length of the response, and the content hash.
-BOUND_BY = tuple(
-    [fields[length], fields["content_hash_0"], fields["content_hash_1"]] for fields, length in ((R, "response_length"), (S, "length"))
-)
 #: What other readers find beside the lines: the names of their columns, and what the codes in them mean.
 ROLLOUT_ATTRIBUTES = {"fields": ROLLOUT_FIELDS, "finish_reasons": REASONS, "has_behavior_bits": REPORTED}
 SCORE_ATTRIBUTES = {"fields": SCORE_FIELDS}
 ID_HASHES, SCORED_ROWS = "id_hashes", "scored_rows"
-LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
-ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
 
 def id_hashes(lines: NDArray[np.int64]) -> NDArray[np.int64]:

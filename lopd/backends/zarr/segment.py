@@ -6,7 +6,7 @@ without reading anything else.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, final
 
 import numpy as np
@@ -16,6 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Bytes, Files, Piece
 from lopd.backends.sealing import dump
+from lopd.backends.zarr.columns import Limits
 from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
 from lopd.records.checks import check_number
@@ -173,7 +174,13 @@ class Segment:
         bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
         if bad.size:
             raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
+        if (strange := self._limits.misfit(lines)) is not None:
+            raise self.damaged(LINES, f"line {strange if indices is None else indices[strange]} is not what a writer makes")
         return lines
+
+    @cached_property
+    def _limits(self) -> Limits:
+        return Limits.of({name: array.shape[0] for name, array in self.meta.arrays.items()})
 
     def keys(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
         """Return the whole array by which its rows are found; `make` makes it of the lines where an older segment lacks it.

@@ -19,7 +19,8 @@ from lopd.backends.files import Files
 from lopd.backends.growing import Growing
 from lopd.backends.id_index import ID_HASH, IdIndex
 from lopd.backends.zarr import decode
-from lopd.backends.zarr.encode import ID_HASHES, LENGTHS, REPORTED, R, id_hashes
+from lopd.backends.zarr.columns import LENGTHS, REPORTED, R
+from lopd.backends.zarr.encode import ID_HASHES, id_hashes
 from lopd.backends.zarr.segment import SegmentGoneError
 from lopd.backends.zarr.state import State
 from lopd.records.identity import ModelId

@@ -11,9 +11,9 @@ from attrs import asdict, evolve, field, mutable
 from numpy.typing import NDArray
 
 from lopd.backends.files import Files, Run
+from lopd.backends.zarr.columns import R, S
 from lopd.backends.zarr.commit_log import CommitLog, Entry
 from lopd.backends.zarr.decode import Group
-from lopd.backends.zarr.encode import R, S
 from lopd.backends.zarr.record import Checkpoint
 from lopd.backends.zarr.scattered import LINE_BITS, Scattered
 from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, decoded_arrays

@@ -21,10 +21,11 @@ from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
 from lopd.backends.zarr.format import METADATA_FILE, ROOT, group_document, has_content
-from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
+from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.writer import Writer
+from lopd.errors import CorruptStoreError, StoreReadError
 from lopd.records.checks import check_at_least, to_real
 from lopd.records.manifest import Commit
 
@@ -114,14 +115,14 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """
         yield from self._log.verify(self._state.commits)
         state, seen = self._state, set[str]()
-        while segments := [segment.meta for segment in state.all_segments() if segment.meta.path not in seen]:
-            seen |= {meta.path for meta in segments}
-            folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
+        while segments := [segment for segment in state.all_segments() if segment.meta.path not in seen]:
+            seen |= {segment.meta.path for segment in segments}
+            folders = {str(parent) for segment in segments for parent in PurePosixPath(segment.meta.path).parents[:-1]}
             for folder in sorted(folders - seen):
                 yield from self._compare(f"{folder}/{METADATA_FILE}", partial(has_content, group_document({})))
             seen |= folders
-            for meta in segments:
-                problems = list(self._verify_segment(meta))
+            for segment in segments:
+                meta, problems = segment.meta, list(self._verify_segment(segment.meta)) or list(_verify_lines(segment))
                 if problems and meta.path not in (later := state.latest()).paths():
                     state = later
                 else:
@@ -145,3 +146,11 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             found = str(error)
         if found:
             yield f"{self._files.url}: {path}: {found}; restore the file from a backup."
+
+
+def _verify_lines(segment: Segment) -> Iterator[str]:
+    """Yield what is wrong with lines whose file is what was committed."""
+    try:
+        segment.lines()
+    except (CorruptStoreError, StoreReadError) as error:
+        yield str(error)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from attrs import frozen
 
-from lopd.backends.zarr.encode import ROLLOUT_FIELDS, SCORE_FIELDS
+from lopd.backends.zarr.columns import ROLLOUT_FIELDS, SCORE_FIELDS
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers
 
