@@ -141,7 +141,9 @@ def test_a_scalar_that_yaml_cannot_make_is_one_sentence(scalar, tmp_path):
 @pytest.mark.parametrize("twice", ["{{<<: [*a{0}, *a{0}]}}", "{{k: [*a{0}, *a{0}]}}"])
 def test_anchors_that_double_with_each_line_are_refused_at_once(twice, tmp_path):
     lines = [f"a{i}: &a{i} {twice.format(i - 1)}" for i in range(1, 200)]
-    with pytest.raises(InvalidRecordError, match=r"it cannot be read \(its anchors make [\d,]+ values of [\d,]+ that are written in line 1\)"):
+    with pytest.raises(
+        InvalidRecordError, match=r"it cannot be read \(its anchors make [\d,]+ values of [\d,]+ that are written in line 1\)"
+    ):
         read_settings(written(tmp_path, "\n".join(["a0: &a0 {k: 1}", *lines])))
     merged = json.dumps(example(out="a")).replace('"opd": {', '"opd": {<<: &sft {"lr": 1}, ')
     assert read_settings(written(tmp_path, merged)).out == "a", "a value that is merged is not a fault"

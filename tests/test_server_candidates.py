@@ -1,7 +1,12 @@
 """Candidates over HTTP, against a stub of vLLM: kept while it samples, scored as the ids that are asked for."""
 
 import base64
+import gzip
 import io
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -20,6 +25,9 @@ from served_table import (  # noqa: F401
 )
 from vllm_stub import VOCAB, answer, changed, table
 
+from lopd.engines.server import Servers
+from lopd.engines.server.reading import candidate, number
+from lopd.engines.server.vllm import _decoded
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records import TopK
 
@@ -245,3 +253,77 @@ def test_an_answer_of_500_is_tried_again(stub):
     stub.fail(9, refused(500, "it stays so"))
     with pytest.raises(EngineError, match="it stays so"):
         scorer_of(stub, candidates=3, attempts=2).score(rollouts)
+
+
+# --- answers that do harm -----------------------------------------------------------------------------------------------------------------
+
+
+def npy_of(header: bytes, data: bytes = b"") -> dict[str, str]:
+    return {"prompt_token_id_logprobs": base64.b64encode(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data).decode()}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        npy_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024)}\n"),
+        npy_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}\n", bytes(16)),
+        npy_of(b"{'descr': '|O', 'fortran_order': False, 'shape': (2,)}\n", bytes(16)),
+        npy_of(b"{'descr': (\n"),
+        {"prompt_token_id_logprobs": base64.b64encode(b"PK\x03\x04" + bytes(60)).decode()},
+        {"prompt_token_id_logprobs": base64.b64encode(b"PK\x05\x06" + bytes(18)).decode()},
+    ],
+)
+def test_an_array_that_is_not_what_its_header_names_is_one_error(answer):
+    with pytest.raises(EngineError, match=r"expected a \.npy in base64"):
+        _decoded("Rollout 'a'", answer)
+
+
+def test_numbers_beyond_a_float_and_ids_of_many_digits_are_refused():
+    with pytest.raises(InvalidRecordError, match="expected a number"):
+        number("Rollout 'a'", 0, 10**400)
+    for text in ("9" * 5000, "٣", "²"):
+        with pytest.raises(InvalidRecordError, match="expected an id below"):
+            candidate("Rollout 'a'", 0, text, 96)
+
+
+@pytest.fixture
+def told():
+    """Return `told(body, **headers)`, the URL of a server that answers everything with these bytes, or with drops where they are None."""
+
+    def tell(body, **headers):
+        class Answers(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                self.send_response(200)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                with suppress(OSError):
+                    while body is None:
+                        self.wfile.write(b" ")
+                        self.wfile.flush()
+                        time.sleep(0.05)
+                    self.wfile.write(body)
+
+        opened.append(ThreadingHTTPServer(("127.0.0.1", 0), Answers))
+        Thread(target=opened[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{opened[-1].server_port}"
+
+    opened = []
+    yield tell
+    for server in opened:
+        server.shutdown()
+        server.server_close()
+
+
+def test_answers_that_are_nested_never_end_or_become_gigabytes_are_one_error(told):
+    bomb = gzip.compress(bytes(1 << 25))
+    for url, said in (
+        (told(b"[" * 100_000), "expected the JSON of a model server"),
+        (told(None), "has not answered in full after 2 s"),
+        (told(bomb, Content_Encoding="gzip"), "answers with more than 16,777,216 bytes"),
+    ):
+        with pytest.raises(EngineError, match=said):
+            _ = Servers([url], "m", first_contact_s=1.5, patience_s=1.5).served

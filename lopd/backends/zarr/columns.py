@@ -79,7 +79,7 @@ class Limits:
 
     @classmethod
     def of(cls, sizes: Mapping[str, int]) -> "Limits":
-        """Return those of a segment of rollouts, or of scores; `sizes` has how many values each array of the segment has along its first dimension."""
+        """Return those of a segment of rollouts, or of scores; `sizes` has how many values each of its arrays has along its first dimension."""
         parts: dict[tuple[str, ...], tuple[str, ...]]
         if "token_ids" not in sizes:
             parts, bits = {("start", "length"): ("logprobs", *TOP_K_ARRAYS)}, None

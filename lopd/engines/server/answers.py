@@ -3,6 +3,7 @@
 import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from time import monotonic
 from typing import Any
 
 import httpx2
@@ -11,6 +12,10 @@ from lopd.engines.server.access import Key
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
 from lopd.records.paths import without_secrets
 
+# bytes of a body: log-probs of a long text with a large support take some hundred million, what a server is takes few
+_LARGEST, _LARGEST_FACT = 4 << 30, 16 << 20
+# what holds of a body as it was sent, and not of one that was read
+_OF_BODY = ("content-encoding", "content-length", "transfer-encoding")
 _BUSY = (408, 425, 429)
 # of a proxy whose server did not answer in time; the second is Cloudflare's own
 _WAITED = (504, 524)
@@ -56,6 +61,20 @@ class NotANumberError(InvalidRecordError):
     """Something in the place of a log-prob: the model is at fault, or what it reads."""
 
 
+def received(url: str, response: httpx2.Response, within_s: float | None) -> httpx2.Response:
+    """Return a streamed response with its body, decompressed and of bounded size; in this time where there is one, as of what a server is."""
+    started, size, parts, most = monotonic(), 0, list[bytes](), _LARGEST if within_s is None else _LARGEST_FACT
+    for part in response.iter_bytes():
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise Trouble(f"{url} answers with more than {most:,} bytes")
+        if within_s is not None and monotonic() - started > within_s:
+            raise Trouble(f"{url} has not answered in full after {within_s:.0f} s")
+    headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in _OF_BODY]
+    return httpx2.Response(response.status_code, headers=headers, content=b"".join(parts), request=response.request)
+
+
 def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
     """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged where the numbers are read.
 
@@ -84,7 +103,7 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
         raise refusal(owner, url, status, message, key)
     try:
         return response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         if first:
             kind = response.headers.get("Content-Type", "text").partition(";")[0]
             raise EngineError(
@@ -103,7 +122,7 @@ def _message(response: httpx2.Response, key: str | None) -> str:
         said = response.json()
         said = said.get("error", said)
         said = said.get("message", said) if isinstance(said, dict) else said
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         said = response.text
     return " ".join((str(said).replace(key, "...") if key else str(said)).split())[:300]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lopd.engines.inputs import all_ids
 from lopd.engines.server.dialect import Dialect, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import choices_of, listed, most_likely, number
+from lopd.engines.server.reading import choices_of, listed, most_likely, named_id, number
 from lopd.engines.supports import make_scores
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -92,7 +92,7 @@ def _ids(owner: str, choice: Mapping[str, Any], logprobs: Mapping[str, Any]) -> 
     """Return the ids of the tokens that an answer is about."""
     tokens = logprobs.get("tokens")
     if isinstance(tokens, list) and tokens and all(isinstance(token, str) and token.startswith(_ID) for token in tokens):
-        return [int(token[len(_ID) :]) if token[len(_ID) :].isdecimal() else None for token in tokens]
+        return [named_id(token[len(_ID) :]) for token in tokens]
     for holder, name in ((logprobs, "token_ids"), (choice, "prompt_token_ids")):
         named = holder.get(name)
         if isinstance(named, list) and named:

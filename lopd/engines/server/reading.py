@@ -15,6 +15,8 @@ from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
 NO_PROBABILITY = -9999.0
+# a whole number beyond it is not a float
+_LARGEST = 10**300
 # how a choice ends that the server gave up, for example while it shuts down
 _BROKEN_OFF = ("abort", "error")
 EXTENSIONS = "serve with vLLM, or with a server that has its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
@@ -33,7 +35,7 @@ def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
 
 def number(owner: str, place: int, value: Any) -> float:
     """Return a log-prob, nats; -inf where the server reports probability 0."""
-    if type(value) not in (float, int) or value != value:  # noqa: PLR0124
+    if type(value) not in (float, int) or value != value or (type(value) is int and value > _LARGEST):  # noqa: PLR0124
         raise NotANumberError(
             f"{owner}: the log-prob of response token {place} is {str(value)[:40]!r}, expected a number; check the model for NaN."
         )
@@ -65,14 +67,19 @@ def most_likely(
 
 def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
     """Return the id in a key."""
-    token = int(key) if key.isdecimal() else -1
+    token = named_id(key)
     if not 0 <= token < vocab_size:
         raise InvalidRecordError(
-            f"{owner}: a candidate for response token {place} is {key!r}, expected an id below the vocabulary's {vocab_size}; "
+            f"{owner}: a candidate for response token {place} is {key[:40]!r}, expected an id below the vocabulary's {vocab_size}; "
             "the model gives probability to ids that this tokenizer lacks (padding, or tokens of a larger one, such as <think>), drop the rollout or "
             "score in process, which cuts them off."
         )
     return token
+
+
+def named_id(text: str) -> int:
+    """Return the id that a text is; -1 for another text."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
 
 
 def check_response(owner: str, draw: Draw, ids: Sequence[Any], reason: Any) -> None:

@@ -21,7 +21,7 @@ from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.access import Key, bases, certificates, check_cause, check_urls, key_in, variable
-from lopd.engines.server.answers import NotANumberError, Trouble, accepted, rest_of
+from lopd.engines.server.answers import NotANumberError, Trouble, accepted, received, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
 from lopd.engines.server.sglang import SGLang
@@ -258,8 +258,7 @@ class _Endpoint:
 
     def _get(self, path: str, missing: Any) -> Any:
         """Return the answer, or `missing` where there is no such path; without a `missing` the status alone counts."""
-        url = self._url + path
-        response = self._send("GET", url, timeout=self._check_s)
+        response = self._send("GET", url := self._url + path, timeout=self._check_s)
         if response.status_code == 404 or (response.is_success and (missing is None or not response.content)):
             return missing
         return accepted(self.name, url, response, self._servers.key, first=self._first)
@@ -267,7 +266,8 @@ class _Endpoint:
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
         """Return the answer, whatever its status."""
         try:
-            return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
+            with self._client.stream(method, url, json=json, timeout=timeout, extensions={"trace": self._remember}) as response:
+                return received(url, response, None if method == "POST" else self._check_s)
         except httpx2.RequestError as error:
             check_cause(self.name, error)
             # by its type alone: the text of the error may quote headers

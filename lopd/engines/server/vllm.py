@@ -5,9 +5,11 @@ Everything is looked up by token id, and nothing that is missing becomes a numbe
 Shape suffixes: T response tokens, K candidates a token.
 """
 
+import math
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from tokenize import TokenError
 from typing import Any, final
 
 import numpy as np
@@ -107,13 +109,21 @@ class VLLM(Dialect):
 def _decoded(owner: str, answer: Mapping[str, Any]) -> Any:
     """Return the array that vLLM writes as base64 of a .npy."""
     written: Any = answer.get("prompt_token_id_logprobs")
+    npy: Any = np.lib.format
     try:
-        return np.load(BytesIO(b64decode(written, validate=True)), allow_pickle=False)
-    except (TypeError, ValueError, EOFError, OSError):
-        raise EngineError(
-            f"{owner}: prompt_token_id_logprobs of the server's answer is {str(written)[:40]!r}, expected a .npy in base64; serve with vLLM 0.32 or "
-            "later."
-        ) from None
+        file = BytesIO(b64decode(written, validate=True))
+        # `np.load` opens archives too, and makes room for whatever a header names
+        read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if math.prod(shape) * dtype.itemsize == len(file.getbuffer()) - file.tell():
+            file.seek(0)
+            return npy.read_array(file, allow_pickle=False)
+    except (TypeError, ValueError, EOFError, OSError, SyntaxError, TokenError):
+        pass
+    raise EngineError(
+        f"{owner}: prompt_token_id_logprobs of the server's answer is {str(written)[:40]!r}, expected a .npy in base64; serve with vLLM 0.32 or "
+        "later."
+    )
 
 
 def _prompt_logprobs(
