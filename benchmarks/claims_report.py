@@ -22,6 +22,7 @@ from claims_summary import (
     change,
     ended,
     mismatch,
+    passed,
     path_mean,
     ratio_path,
     ratios,
@@ -162,6 +163,7 @@ def _cost(found: Report) -> list[str]:
         times = [t.show(".2f") for t in ratios(runs, found.claim, ONLINE.name, name).values()]
         split = [runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".2f") for part in parts]
         rows.append([name, *split, *(["1"] * len(times) if name == ONLINE.name else times)])
+    stored, trained = passed(found.result["rows"], found.claim, PLAIN.name)
     above = runs.difference(runs.where(found.claim, TRL), runs.where(found.claim, TOP_K.name), accuracy).show("+.3f")
     peer = [
         ratios(runs, found.claim, TRL, arm.name)[what].show(".2f") for arm in (PLAIN, TOP_K) for what in ("equal steps", "equal accuracy")
@@ -169,7 +171,9 @@ def _cost(found: Report) -> list[str]:
     return [
         "### Cost (table 2)",
         "",
-        "CPU seconds of one thread for the whole OPD stage, all methods at the same prompts, batch, rate and number of steps.  Training is all",
+        "CPU seconds of one thread for the whole OPD stage, all methods at the same prompts, batch, rate and number of steps.",
+        f"A store has {stored:,} rollouts, sampled and scored once and passed over {trained / stored:.1f} times; online OPD and TRL sample and",
+        f"score {trained:,} of them.  A part of what a store saves is that: with one pass it would save less.  Training is all",
         "that is neither sampling nor scoring: reading, collating and drift included.  The last columns say how many times as much online OPD costs:",
         "at equal steps, until both have the accuracy with which the worse of them ends, and until both have half of what online OPD gains;",
         "they are geometric means, with intervals of their logarithms.",

@@ -169,6 +169,13 @@ def _shown(cell: dict[int, Row], *names: str) -> list[str]:
     return [Interval.of([row[name] for row in cell.values()]).show() if cell else "" for name in names]
 
 
+def passed(rows: Sequence[Row], setting: str, arm: str) -> tuple[int, int]:
+    """Return how many rollouts an arm stores, and on how many it trains, each pass counted: so many are what online OPD samples and scores."""
+    found = next(row for row in rows if row["kind"] == "setting" and row["name"] == setting)
+    stored = {row["stored_rollouts"] for row in Runs.of(rows).where(setting, arm).values()}
+    return int(min(stored)), int(found["batch"] * found["opd_steps"])
+
+
 def spent(row: Row) -> float:
     """Return the CPU seconds of the whole OPD stage."""
     return float(row["cpu_s"]["all"])

@@ -12,10 +12,11 @@ from statistics import mean
 from typing import Any
 
 import pairs_claims
-from claims_summary import Runs, change, show_measured, spent
+from claims_summary import Ratio, Runs, change, passed, ratios, show_measured, spent
 from evidence_summary import MEASURES, Found, cost, final
 from pairs_report import correlation_lines, correlation_titles, pair_lines, pair_titles, words
 from record import ROOT, fill
+from testbed.arms import ONLINE, PLAIN, RATIO
 
 Row = dict[str, Any]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
@@ -343,6 +344,26 @@ def passes() -> list[str]:
     ]
 
 
+def savings() -> list[str]:
+    """State how many times as much as a stored run online OPD costs at equal steps, beside how often each stored rollout is used there."""
+    rows, found = read("claims")["rows"], Found(read("evidence")["rows"])
+    live, size = found.cell(ONLINE.name), found.plan
+    small = {arm.name: ratios(Runs.of(rows), WORKS, ONLINE.name, arm.name)["equal steps"] for arm in (PLAIN, RATIO)}
+    cells = {name: found.cell(name) for name in ("ratio", found.best)}
+    real = {name: Ratio.of([cost(live[seed]) / cost(cell[seed]) for seed in cell]) for name, cell in cells.items()}
+    sizes = passed(rows, WORKS, PLAIN.name), (size["opd_prompts"], live[0]["steps"] * size["batch"])
+
+    def line(where: str, stored: int, trained: int, times: dict[str, Ratio]) -> str:
+        said = " and ".join(f"{more.show('.2f')} times as much as *{name}*" for name, more in times.items())
+        passes = f"{trained / stored:.2g}"
+        return (
+            f"- {where} {stored:,} stored rollouts are passed over {'once' if passes == '1' else f'{passes} times'}, and online OPD samples and "
+            f"scores {trained:,}: at equal steps it costs {said}."
+        )
+
+    return [line("On the testbed of the claims", *sizes[0], small), line("On real weights", *sizes[1], real)]
+
+
 def pairs() -> list[str]:
     """Show what was known of each pair before its first step, and what each arm reached."""
     return table(pair_titles(), pair_lines(read("pairs")["rows"]))
@@ -568,6 +589,7 @@ TABLES = {
     "commands.md": {"commands": commands},
     "troubleshooting.md": {"errors": errors, "warnings": warnings},
     "index.md": {"when": when},
+    "go-offline.md": {"savings": savings},
     "choose.md": {
         "losses": losses,
         "estimators": estimators,

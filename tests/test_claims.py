@@ -174,7 +174,9 @@ def rows(folder):
     found += [{**row, "arm": TRL} for row in found if (row["setting"], row["arm"]) == (CLAIM.name, ONLINE.name)]
     found += claims.gap(CLAIM, 0, folder, PLAIN, (0, 5)) + claims.gap(FALL, 0, folder, RATIO, (0, 5))
     found += [{**row, "seed": 1} for row in found]
-    found += [{"kind": "setting", "name": setting.name} for setting in (CLAIM, FALL)]
+    found += [
+        {"kind": "setting", "name": setting.name, "batch": setting.batch, "opd_steps": setting.opd_steps} for setting in (CLAIM, FALL)
+    ]
     claimed = [row for row in found if row.get("setting") == CLAIM.name and row["kind"] == "run"]
     crossed = [{"sft_teacher": sft, "opd_teacher": opd} for sft, opd in ("AB", "BA", "BB")]
     return found + [{**row, **teachers} for teachers in crossed for row in claimed]

@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_train
 import publish
-from claims_summary import MARGIN, Runs, accuracy, change, ratios, spent
+from claims_summary import MARGIN, Ratio, Runs, accuracy, change, passed, ratios, spent
 from docs_tables import IN_WORDS
+from evidence_summary import Found, cost
 from results_page import Part, Reading, make_page, undecided
 from testbed.arms import ONLINE, PLAIN, RATIO, TOP_K
 from testbed.estimator_arms import FAST, STORED, faster
@@ -81,10 +82,18 @@ def test_pages_state_what_both_files_of_costs_have():
     assert [1.95 < cost < 3 for cost in times(ONLINE.name, PLAIN.name)] == [True, True]
     at_equal_accuracy = times(ONLINE.name, PLAIN.name, "equal accuracy")
     assert all(less < cost for less, cost in zip(at_equal_accuracy, times(ONLINE.name, PLAIN.name), strict=True))
+    stored, trained = passed(publish.read("claims")["rows"], publish.WORKS, PLAIN.name)
+    assert round(trained / stored) == 4
+    assert f"A store has {stored:,} rollouts" in words(publish.PAGE), "the results: less is sampled and scored for a store"
+    real = Found(publish.read("evidence")["rows"])
+    live, top = real.cell(ONLINE.name), real.cell(real.best)
+    assert real.plan["batch"] * live[0]["steps"] == real.plan["opd_prompts"], "one pass"
+    once = Ratio.of([cost(live[seed]) / cost(top[seed]) for seed in live]).mean
     kept = zip(times(ONLINE.name, TOP_K.name), times(ONLINE.name, TOP_K.name, "equal accuracy"), strict=True)
     assert all(cost < more for cost, more in kept), "the first page: at equal accuracy a support saves more"
     for page in (publish.ROOT / "README.md", publish.DOCS / "index.md", publish.DOCS / "decisions" / "0008-recommended-loss.md"):
         assert "two to three times as much" in page.read_text(), page
+        assert ("with about four passes over each" in words(page), f"{once:.1f} times as much" in words(page)) == (True, True), page
     assert [2.1 < cost < 2.5 for cost in times(TRL, PLAIN.name)] == [True, True], (
         "the comparison: a little more than twice as much as Lightning"
     )
