@@ -57,6 +57,10 @@ class Found:
         known = [*(arm.name for arm in LIVE), TRL, *(arm.name for arm in STORED), *(arm.name for arm in FAST), faster(TRL)]
         return [name for name in known if self.runs.where(self.claim, name)]
 
+    def at_its_rate(self, name: str, other: str) -> str:
+        """Return the run of another arm that a run is compared with: the one at the rate of the latter, where that was run."""
+        return faster(other) if name.endswith(faster("")) and faster(other) in self.names else other
+
     def beside(self, name: str, other: str, value: Callable[[Row], float] = accuracy) -> Interval:
         """Return how much more accurate one ends than another, or how much more it has of another value."""
         return self.runs.difference(self.runs.where(self.claim, name), self.runs.where(self.claim, other), value)
@@ -94,6 +98,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "The KL is the reverse one over the whole vocabulary, in nats a token, on fresh responses to the held-out prompts.",
         "Costs are CPU seconds of one thread for the whole OPD stage, sampling and scoring with what they keep included.  A share is the arm's cost",
         "over that of another (geometric means): at equal steps, then until both have the accuracy with which the worse of them ends.",
+        f"Arms at {FASTER:g} times the rate are compared with live runs at that rate.",
         *_clock(found, known),
         "",
         *table(
@@ -102,8 +107,8 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
                 [
                     name,
                     *ended(found.runs.where(claim, name)),
-                    *(_unless(name, other, found.beside(name, other).show("+.3f")) for other in (ONLINE.name, TRL)),
-                    _unless(name, TRL, found.beside(name, TRL, reverse_kl).show("+.3f")),
+                    *(_unless(name, peer, found.beside(name, peer).show("+.3f")) for peer in _peers(found, name)),
+                    *(_unless(name, peer, found.beside(name, peer, reverse_kl).show("+.3f")) for peer in _peers(found, name)[1:]),
                     found.runs.mean(cell, change).show("+.3f") if (cell := found.runs.where(fall, name)) else "",
                 ]
                 for name in found.names
@@ -119,7 +124,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "",
         f"![Gain over steps and over CPU time, at both rates]({curves})",
         "",
-        f"![Difference of every arm to TRL at the end]({ends})",
+        f"![Difference of every arm to TRL at its rate at the end]({ends})",
     ]
     return Part(TITLE, result, estimators_readings(BEST.name, fall, faster("")), _meaning(found), [lines], pictures, "claims_estimators.py")
 
@@ -154,6 +159,10 @@ def _meaning(found: Found) -> str:
     )
 
 
+def _peers(found: Found, name: str) -> list[str]:
+    return [found.at_its_rate(name, other) for other in (ONLINE.name, TRL)]
+
+
 def _unless(name: str, other: str, shown: str) -> str:
     return "" if name == other else shown
 
@@ -165,7 +174,7 @@ def _costs(found: Found) -> Iterator[list[str]]:
             found.runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".2f")
             for part in ("sampling", "scoring", "training", "all")
         ]
-        shares = [(other, found.share(name, other)) for other in (ONLINE.name, TRL)]
+        shares = [(peer, found.share(name, peer)) for peer in _peers(found, name)]
         yield [
             name,
             *split,
@@ -210,10 +219,10 @@ def _draw_curves(path: Path, found: Found) -> None:
 
 
 def _draw_ends(path: Path, found: Found) -> None:
-    """Draw how much more accurate each arm ends than TRL at the rate of the claims."""
-    others = [name for name in found.names if name != TRL]
+    """Draw how much more accurate each arm ends than TRL at its rate."""
+    others = [name for name in found.names if found.at_its_rate(name, TRL) != name]
     figure, (ends,) = panels(1, 1, height=0.3 * len(others) + 0.8)
-    intervals(ends, others, {name: found.beside(name, TRL) for name in others})
+    intervals(ends, others, {name: found.beside(name, found.at_its_rate(name, TRL)) for name in others})
     rule(ends, x=0)
-    ends.set(title="Accuracy at the end, minus TRL's")
+    ends.set(title="Accuracy at the end, minus TRL's at the same rate")
     save(figure, path)
