@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first page, out of benchmarks/results/*.json.
+"""Write benchmarks/RESULTS.md, its pictures, its first sentences on the first page, and those on the quickstart, out of the result files.
 
 Nothing is measured here; goals are judged again, out of the rows of their files.
 
@@ -13,6 +13,7 @@ import claims_estimators_report
 import claims_long_report
 import claims_summary
 import evidence_summary
+import record_quickstart
 from claims_estimators_report import estimators_part
 from claims_long_report import long_part
 from claims_report import claims_part
@@ -63,6 +64,7 @@ def publish() -> None:
     PAGE.write_text(make_page(TITLE, found))
     for part in found:
         part.draw(DOCS)
+    record_quickstart.publish()
     fill(DOCS / "index.md", "claims sentences", [line.replace("](../docs/", "](") for line in found[0].sentences()])
 
 

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from record import ROOT, fill, result_file
-from record_quickstart import FALL, GAP, PAGE, RUN, promises, seconds_of
+from record_quickstart import PAGE, RUN, numbers, promises, publish
 
 SEEDS = (0, 2, 3)
 
@@ -24,6 +24,7 @@ def main() -> None:
     goals = [{**goal, "name": f"seed {seed}: {goal['name']}"} for seed, report in reports.items() for goal in promises(report)]
     result_file("quickstart_seeds", reports[SEEDS[0]], rows, goals)
     fill(PAGE, "seed table", seed_table(rows))
+    publish()
 
 
 def run(seed: int) -> dict[str, Any]:
@@ -34,19 +35,6 @@ def run(seed: int) -> dict[str, Any]:
         subprocess.run(command, check=True)
     report: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
     return report
-
-
-def numbers(report: dict[str, Any]) -> dict[str, float]:
-    """Return the KL after each phase, both differences, and the seconds of either OPD stage."""
-    kl = {
-        p["name"].removeprefix("evaluate after "): p["held_out_reverse_kl"]
-        for p in report["phases"]
-        if p["held_out_reverse_kl"] is not None
-    }
-    fall, gap = report["change"][FALL], report["change"][GAP]
-    found = {"fall": -fall["mean"], "fall_ci95": fall["ci95"], "gap": gap["mean"], "gap_ci95": gap["ci95"]}
-    stored, online = seconds_of(report["phases"])
-    return {**kl, **found, "stored_s": stored, "online_s": online}
 
 
 def seed_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ Nothing in these tables is typed by hand.  The picture of the run report is made
 import json
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pictures import ONLINE, SFT, SUPPORT, panels, save
@@ -16,8 +16,10 @@ from record import ROOT, fill, result_file
 
 from lopd.tools.phases import wall_time
 
-RUN, DOCS = ROOT / "runs" / "quickstart", ROOT / "docs"
+RUN, DOCS, RESULTS = ROOT / "runs" / "quickstart", ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGE = DOCS / "quickstart.md"
+#: Pages with its words and pictures, and how each names the folder of the latter.
+PAGES = {ROOT / "README.md": "docs/", PAGE: ""}
 FALL, GAP = "after OPD, against after SFT", "after OPD, against after online OPD"
 PICTURE = (
     "![KL of the student to its teacher against the seconds of the OPD stage: the stored run samples once, is scored once, and trains; "
@@ -35,15 +37,34 @@ def main() -> None:
     report = json.loads((RUN / "metrics.json").read_text())
     result_file("quickstart", report, [*report["phases"], {"name": "change", **report["change"]}], goals(report))
     draw({phase["name"]: phase for phase in report["phases"]})
-    photographed = picture_of_report()
-    for page, docs in ((ROOT / "README.md", "docs/"), (PAGE, "")):
-        fill(page, "quickstart picture", [sentence(report), "", PICTURE.replace("DOCS/", docs)])
-        if photographed:
+    if picture_of_report():
+        for page, docs in PAGES.items():
             fill(page, "report picture", [REPORT.replace("DOCS/", docs)])
+    publish()
+
+
+def publish() -> None:
+    """Write words and tables out of the result files."""
+    report = recorded()
+    for page, docs in PAGES.items():
+        fill(page, "quickstart picture", [sentence(report), "", PICTURE.replace("DOCS/", docs)])
     fill(PAGE, "quickstart table", phase_table(report["phases"]))
-    losses = ROOT / "benchmarks" / "results" / "quickstart_losses.json"
+    losses = RESULTS / "quickstart_losses.json"
     if losses.exists():
         fill(PAGE, "loss table", loss_table(json.loads(losses.read_text())["rows"]))
+
+
+def recorded() -> dict[str, Any]:
+    """Return the phases and the change of the run that the result file has."""
+    *phases, change = json.loads((RESULTS / "quickstart.json").read_text())["rows"]
+    return {"phases": phases, "change": change}
+
+
+def other_seeds(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the numbers of other seeds; none where they were not run beside this run."""
+    path = RESULTS / "quickstart_seeds.json"
+    first, *others = json.loads(path.read_text())["rows"] if path.exists() else [{}]
+    return others if numbers(report).items() <= first.items() else []
 
 
 def draw(phases: dict[str, Any]) -> None:
@@ -120,16 +141,39 @@ def seconds_of(phases: list[dict[str, Any]]) -> tuple[float, float]:
     return sum(seconds[name] for name in STORED), seconds["online OPD"]
 
 
+def numbers(report: dict[str, Any]) -> dict[str, float]:
+    """Return the KL after each phase, both differences, and the seconds of either OPD stage."""
+    kl = {
+        p["name"].removeprefix("evaluate after "): p["held_out_reverse_kl"]
+        for p in report["phases"]
+        if p["held_out_reverse_kl"] is not None
+    }
+    fall, gap = report["change"][FALL], report["change"][GAP]
+    found = {"fall": -fall["mean"], "fall_ci95": fall["ci95"], "gap": gap["mean"], "gap_ci95": gap["ci95"]}
+    stored, online = seconds_of(report["phases"])
+    return {**kl, **found, "stored_s": stored, "online_s": online}
+
+
 def sentence(report: dict[str, Any]) -> str:
     """Return what was measured, in words."""
-    phases, fall, gap = {p["name"]: p for p in report["phases"]}, report["change"][FALL], report["change"][GAP]
-    kl = [phases[f"evaluate after {name}"]["held_out_reverse_kl"] for name in ("SFT", "OPD", "online OPD")]
-    stored, online = seconds_of(report["phases"])
+    found = numbers(report)
     return (
-        f"Training on the store took the student's KL to its teacher from {kl[0]:.3f} to {kl[1]:.3f} nats per token, a fall of "
-        f"{-fall['mean']:.3f} ± {fall['ci95']:.3f}, in {stored:.0f} s, sampling and scoring included.\n"
-        f"Online OPD came to {kl[2]:.3f} in {online:.0f} s; stored minus online is {gap['mean']:+.3f} ± {gap['ci95']:.3f}."
+        f"Training on the store took the student's KL to its teacher from {found['SFT']:.3f} to {found['OPD']:.3f} nats per token, a fall of "
+        f"{found['fall']:.3f} ± {found['fall_ci95']:.3f}, in {found['stored_s']:.0f} s, sampling and scoring included.\n"
+        f"Online OPD came to {found['online OPD']:.3f} in {found['online_s']:.0f} s; stored minus online is "
+        f"{found['gap']:+.3f} ± {found['gap_ci95']:.3f}.\n"
+        f"This is one seed, and ± is over its questions{beside_it(other_seeds(report))}.\nThe rate was chosen for the stored run, on another seed."
     )
+
+
+def beside_it(others: Sequence[dict[str, Any]]) -> str:
+    """Return what other seeds gave, in words; nothing where there are none."""
+    if not others:
+        return ""
+    seeds, falls, gaps = (
+        " and ".join(f"{row[name]:{form}}" for row in others) for name, form in (("seed", ""), ("fall", ".3f"), ("gap", "+.3f"))
+    )
+    return f"; with seeds {seeds} the fall is {falls}, and stored minus online {gaps}"
 
 
 def phase_table(phases: list[dict[str, Any]]) -> list[str]:

@@ -1,5 +1,6 @@
 """What is made of a quickstart run: its goals, its tables, its picture."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,17 @@ def test_words_and_tables_hold_the_figures_of_the_run(report: dict[str, Any]) ->
     said = record_quickstart.sentence(report)
     assert all(figure in said for figure in ("0.800", "0.600", "0.200 ± 0.050", "100 s", "0.610", "150 s", "-0.010 ± 0.040"))
     assert record_quickstart.phase_table(report["phases"])[-1] == "| total | 400 | | | |"
-    row = {"seed": 2, **quickstart_seeds.numbers(report)}
+    row = {"seed": 2, **record_quickstart.numbers(report)}
     assert quickstart_seeds.seed_table([row])[-1] == "| 2 | 0.800 | 0.600 | 0.610 | 0.200 ± 0.050 | -0.010 ± 0.040 | 100 | 150 |"
+
+
+def test_the_figures_of_one_seed_stand_beside_those_of_others(report: dict[str, Any]) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quickstart_seeds.json").read_text())["rows"]
+    said = record_quickstart.sentence(record_quickstart.recorded())
+    assert "one seed, and ± is over its questions; with seeds 2 and 3" in said
+    assert all(f"{row['fall']:.3f}" in said and f"{row['gap']:+.3f}" in said for row in rows)
+    assert all(said in page.read_text() for page in record_quickstart.PAGES), "run benchmarks/publish.py"
+    assert "with seeds" not in record_quickstart.sentence(report), "seeds of another run"
 
 
 def test_the_picture_is_whole(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
