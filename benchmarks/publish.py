@@ -13,6 +13,7 @@ import claims_estimators_report
 import claims_long_report
 import claims_summary
 import evidence_summary
+import quickstart_seeds
 import record_quickstart
 from claims_estimators_report import estimators_part
 from claims_long_report import long_part
@@ -42,6 +43,8 @@ JUDGES: dict[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]] = 
     "claims_estimators": partial(claims_estimators_report.find_goals, claim=WORKS, fall=FAILS),
     "claims_long": claims_long_report.find_goals,
     "evidence": evidence_summary.find_goals,
+    "quickstart": lambda rows: record_quickstart.goals(record_quickstart.recorded(rows)),
+    "quickstart_seeds": quickstart_seeds.find_goals,
 }
 
 
@@ -57,9 +60,10 @@ def parts() -> list[Part]:
 
 def publish() -> None:
     """Judge, write and draw all of it."""
-    for name in measured():
-        rows = read(name)["rows"]
-        judge_again(RESULTS / f"{name}.json", rows, JUDGES[name](rows))
+    for name, judge in JUDGES.items():
+        if (path := RESULTS / f"{name}.json").exists():
+            rows = read(name)["rows"]
+            judge_again(path, rows, judge(rows))
     found = parts()
     PAGE.write_text(make_page(TITLE, found))
     for part in found:

@@ -9,6 +9,7 @@ That a student of 24 layers comes too little nearer to its teacher was seen on s
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from record import ROOT, fill, result_file
@@ -21,10 +22,14 @@ def main() -> None:
     """Run what is missing, write the table."""
     reports = {seed: run(seed) for seed in SEEDS}
     rows = [{"seed": seed, **numbers(report)} for seed, report in reports.items()]
-    goals = [{**goal, "name": f"seed {seed}: {goal['name']}"} for seed, report in reports.items() for goal in promises(report)]
-    result_file("quickstart_seeds", reports[SEEDS[0]], rows, goals)
+    result_file("quickstart_seeds", reports[SEEDS[0]], rows, find_goals(rows))
     fill(PAGE, "seed table", seed_table(rows))
     publish()
+
+
+def find_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Judge the promises on each seed."""
+    return [{**goal, "name": f"seed {row['seed']}: {goal['name']}"} for row in rows for goal in promises(row)]
 
 
 def run(seed: int) -> dict[str, Any]:
