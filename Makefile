@@ -110,6 +110,7 @@ plots: .venv/installed-claims  ## every picture and RESULTS.md again, from the r
 
 bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL
 	$(BIN)/python benchmarks/bench_train.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-scale: .venv/installed-test  ## one process and two, several readers, stores of up to a million rollouts; about ten minutes
 	$(BIN)/python benchmarks/bench_scale.py

@@ -208,12 +208,13 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Of the ways in which TRL cut a step it is the fastest that counts.
     """
-    every = {peer: {row["step"]: row["cpu_s"] for row in rows if row["path"] == peer} for peer in PEERS}
-    taken = {peer: steps for peer, steps in every.items() if steps}
+    taken = {peer: {row["step"]: row["cpu_s"] for row in rows if row["path"] == peer} for peer in PEERS}
+    if missing := ", ".join(repr(peer) for peer, steps in taken.items() if not steps):
+        raise ValueError(f"These rows have no step of {missing}: they are older than this script.  Measure again, without --report.")
     best = min(taken, key=lambda name: statistics.median(taken[name].values()))
     found = []
     for path in (*PATHS, *taken):
-        mine = [row for row in rows if row["path"] == path and (path in taken or row.get("beside", TRL) == best)]
+        mine = [row for row in rows if row["path"] == path and (path in taken or row["beside"] == best)]
         ratios = [taken[best][row["step"]] / row["cpu_s"] for row in mine]
         summary = {"path": path, "steps": len(mine), "tokens_per_s": statistics.median(row["tokens"] / row["cpu_s"] for row in mine)}
         summary |= {"faster_than_trl": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}

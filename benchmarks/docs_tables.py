@@ -364,6 +364,19 @@ def savings() -> list[str]:
     return [line("On the testbed of the claims", *sizes[0], small), line("On real weights", *sizes[1], real)]
 
 
+def step() -> list[str]:
+    """State how a training step does beside TRL's; a file without TRL's second way to cut a step has a figure that is not quoted."""
+    found = read("bench_train")
+    (goal,) = (goal for goal in found["goals"] if "TRL" in goal["name"])
+    terms = "with its teacher's layers not counted (`benchmarks/results/bench_train.json`); that was on CPUs"
+    if any("in four parts" in row["path"] for row in found["rows"]):
+        ways = "the faster of two ways to cut it, at once and in four accumulated parts"
+        return [f"One training step of lopd took {number(goal['measured'])} times as many tokens a second as TRL's, {ways}, {terms}."]
+    return [
+        f"One training step of TRL's was slower than lopd's {terms}, and TRL took it at once: in accumulated parts it was not measured."
+    ]
+
+
 def pairs() -> list[str]:
     """Show what was known of each pair before its first step, and what each arm reached."""
     return table(pair_titles(), pair_lines(read("pairs")["rows"]))
@@ -589,6 +602,7 @@ TABLES = {
     "commands.md": {"commands": commands},
     "troubleshooting.md": {"errors": errors, "warnings": warnings},
     "index.md": {"when": when},
+    "comparison.md": {"step": step},
     "go-offline.md": {"savings": savings},
     "choose.md": {
         "losses": losses,

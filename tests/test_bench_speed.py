@@ -171,7 +171,8 @@ def test_the_faster_way_of_trl_is_quoted():
     assert whole == TRL
     found = bench_train.summarise([*rows(whole, 1.0, 4.0), *rows(cut, 2.0, 3.0)])
     assert (found[0]["faster_than_trl"], found[0]["steps"], found[-1]["path"]) == (1.5, 1, cut)
-    assert bench_train.summarise(rows(whole, 1.0, 4.0))[0]["faster_than_trl"] == 4
+    with pytest.raises(ValueError, match=f"no step of '{cut}': they are older than this script"):
+        bench_train.summarise(rows(whole, 1.0, 4.0))
 
 
 def test_the_load_is_kept_and_no_machine_is_compared_by_it(tmp_path):

@@ -56,11 +56,16 @@ def test_goals_of_the_result_files_are_what_their_rows_give():
 
 def test_the_step_of_trl_is_said_to_hold_a_part_of_its_teacher():
     found = publish.read("bench_train")
-    judged = bench_train.goals(bench_train.summarise(bench_train.measured()))
-    assert found["goals"] == judged, "run bench_train.py --report"
-    (name,) = (goal["name"] for goal in judged if "TRL" in goal["name"])
-    assert name.endswith("its teacher's layers not counted")
-    assert "with its teacher's layers not counted (`benchmarks/results/bench_train.json`)" in (publish.DOCS / "comparison.md").read_text()
+    rows = bench_train.measured()
+    whole = {row["path"] for row in rows} >= bench_train.PEERS.keys()
+    if whole:
+        assert found["goals"] == bench_train.goals(bench_train.summarise(rows)), "run bench_train.py --report"
+    (goal,) = (goal for goal in found["goals"] if "TRL" in goal["name"])
+    assert goal["name"].endswith("its teacher's layers not counted")
+    said = words(publish.DOCS / "comparison.md")
+    assert "with its teacher's layers not counted (`benchmarks/results/bench_train.json`)" in said
+    assert (f"took {goal['measured']:.3g} times as many tokens a second as TRL's" in said) == whole
+    assert ("in accumulated parts it was not measured" in said) != whole
 
 
 def test_no_goal_is_met_whose_interval_holds_its_bound():
