@@ -40,6 +40,11 @@ class Found:
         """The stored arm that is run in several forms."""
         return str(self.plan["best"])
 
+    @property
+    def rival(self) -> str:
+        """The live run that was chosen among lopd's."""
+        return str(self.plan["rival"])
+
     def cell(self, arm: str, student: str = NEAR.name, kind: str = "run") -> dict[int, Row]:
         """Return the runs of an arm by seed."""
         return {row["seed"]: row for row in self.of(kind, student) if row["arm"] == arm and row["rate"] == self.rate(arm, student)}
@@ -77,8 +82,7 @@ class Found:
     def rivals(self) -> dict[str, str]:
         """Return the live runs that the goals compare with, by their titles: the usual ones, and the one that was chosen among lopd's."""
         usual = {name: name for name in (ONLINE.name, TRL.name) if self.cell(name)}
-        rival = str(self.plan["rival"])
-        return usual if rival in usual else {**usual, f"{rival} (lopd's best live run)": rival}
+        return usual if self.rival in usual else {**usual, f"{self.rival} (lopd's best live run)": self.rival}
 
     def chosen_on(self) -> dict[str, list[Row]]:
         """Return the runs that choices were made on, by arm: those of the seed of choice; without one those of the report."""
@@ -87,7 +91,7 @@ class Found:
 
     def beside_trl(self) -> str:
         """Return what TRL has beside lopd's best live run, by the sum of both KLs, as it is not in that choice; nothing where it was not run."""
-        cells, rival = self.chosen_on(), str(self.plan["rival"])
+        cells, rival = self.chosen_on(), self.rival
         if not cells.get(TRL.name):
             return ""
         theirs, ours = (mean(cells[name], both_kl) for name in (TRL.name, rival))

@@ -13,7 +13,7 @@ import bench_train
 import publish
 from claims_summary import MARGIN, Ratio, Runs, accuracy, change, passed, ratios, spent
 from docs_tables import IN_WORDS
-from evidence_summary import Found, cost
+from evidence_summary import Found, cost, moved
 from results_page import Part, Reading, make_page, undecided
 from testbed.arms import ONLINE, PLAIN, RATIO, TOP_K
 from testbed.estimator_arms import BEST, CANDIDATES, FAST, STORED, faster
@@ -136,6 +136,20 @@ def test_pages_say_beside_which_losses_trl_ends_highest():
     assert "At three times the rate it is ahead of the teacher's top-8 and of the arm of the goals by about a hundredth" in said
     top = next(line for line in publish.PAGE.read_text().splitlines() if line.startswith(f"| {faster(TOP_K.name)} | 0"))
     assert f" {ahead[faster(TOP_K.name)] * -1:+.3f} ± " in top, "minus TRL at its own rate"
+
+
+def test_the_sentence_on_real_weights_has_the_measure_with_less_noise():
+    found = Found(publish.read("evidence")["rows"])
+    stored, live = found.cell(found.form()), found.cell(ONLINE.name)
+    gains = [found.mean(cell, moved).show("+.3f") for cell in (stored, live)]
+    beside = found.paired(stored, live, lambda ours, theirs: moved(ours) - moved(theirs)).show("+.3f")
+    (said,) = (
+        line
+        for line in publish.PAGE.read_text().splitlines()
+        if "at the tokens of its own answers" in line and line.startswith("- **For you")
+    )
+    assert all(figure in said for figure in (*gains, f"{beside} beside online OPD"))
+    assert f"| minus that of {found.rival} |" in publish.PAGE.read_text()
 
 
 def test_seconds_of_two_files_are_not_told_to_be_of_one_clock():
