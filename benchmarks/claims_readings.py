@@ -7,14 +7,16 @@ _SAME = f"Training on stored rollouts ends at most {MARGIN:g} below online OPD (
 _SETTLES = "The ratio to the reference policy settles near 1 (figure 3a)"
 
 
-def claims_readings(fall: str, limit: str, before: str, online: str) -> list[Reading]:
+def claims_readings(claim: str, fall: str, *, limit: str, before: str, online: str, elsewhere: str) -> list[Reading]:
     """Return the readings of `claims.json`.
 
     Args:
+        claim: name of the setting in the paper's regime.
         fall: name of the setting in which Lightning fails.
         limit: how many times as much as its own training online OPD costs here: what a store saves at most, if training costs it the same.
         before: how far from 1 the mean ratio is at step 20.
         online: what online OPD changes where Lightning gains nothing for want of SFT.
+        elsewhere: how far from 1 the mean ratio is in the other settings.
     """
     return [
         Reading(
@@ -71,11 +73,11 @@ def claims_readings(fall: str, limit: str, before: str, online: str) -> list[Rea
             open="the spread of the ratio over tokens was not shown to be at most {bound} at the end ({measured})",
         ),
         Reading(
-            "Stored tokens are not overfitted: on new ones the mean ratio is 1 for every student",
+            f"Stored tokens are not overfitted on {claim}: on new ones the mean ratio is 1 for every student",
             r"of any step is within",
-            "the mean ratio of the step at which it is farthest from 1 is {measured} away",
-            "the mean ratio of the step at which it is farthest from 1 is as much as {measured} away",
-            open="the mean ratio of a step was not shown to be within {bound} of 1 (at the farthest {measured} away)",
+            f"the mean ratio of the step at which it is farthest from 1 is {{measured}} away ({elsewhere})",
+            f"the mean ratio of the step at which it is farthest from 1 is as much as {{measured}} away ({elsewhere})",
+            open=f"the mean ratio of a step was not shown to be within {{bound}} of 1 (at the farthest {{measured}} away; {elsewhere})",
         ),
         Reading(
             "Lightning gains after any length of SFT (figure 3c)",

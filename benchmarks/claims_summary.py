@@ -232,6 +232,11 @@ def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
     return {int(step): (mean, std) for step, mean, std, *_ in row["step_ratiomean_ratiostd_kl_gain_ess"]}
 
 
+def farthest(row: Row) -> float:
+    """Return how far from 1 the mean ratio is at the step at which it is farthest."""
+    return max(abs(mean - 1) for mean, _ in ratio_path(row).values())
+
+
 #: The paper's spread of the ratio (figure 3a).
 SPREAD = 0.1
 #: Steps that stand for the ratio at step 20.
@@ -299,8 +304,8 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
     middle, end = ([path_mean(path, steps) for path in paths] for steps in (BY_20, (84, 89, 94, 99)))
     late = Interval.of([abs(after - before) - abs(before - 1) for before, after in zip(middle, end, strict=True)])
     add("Lightning: the mean ratio moves less after step 20 than before (figure 3a)", "< 0", late, late.negative)
-    away = Interval.of([max(abs(mean - 1) for mean, _ in p.values()) for p in paths])
-    add("Lightning: the mean ratio of any step is within 0.06 of 1 on stored tokens", "<= 0.06", away, away.at_most(0.06))
+    away = Interval.of([farthest(row) for row in cells[PLAIN.name].values()])
+    add(f"Lightning: the mean ratio of any step is within 0.06 of 1 on stored tokens, on {claim}", "<= 0.06", away, away.at_most(0.06))
     spread = Interval.of([path[max(path)][1] for path in paths])
     add("Lightning: the spread of the ratio at the last step (figure 3a)", f"<= {SPREAD:g}", spread, spread.at_most(SPREAD))
     for setting in sorted({row["setting"] for row in runs.rows if row["setting"].startswith("doubt")}, key=_sft_steps):

@@ -265,7 +265,7 @@ def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):
 
 
 def test_what_fell_is_not_said_to_have_gained_nothing():
-    readings = claims_readings("certain", "2", "0.01", "-0.001")
+    readings = claims_readings("doubt", "certain", limit="2", before="0.01", online="-0.001", elsewhere="more elsewhere")
 
     def said(name, measured, ci95, wanted="> 0", met=False):
         goal = {"name": name, "goal": wanted, "measured": measured, "ci95": ci95, "seeds": 5, "met": met}

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_train
 import publish
-from claims_summary import MARGIN, Ratio, Runs, accuracy, change, passed, ratios, spent
+from claims_summary import MARGIN, Ratio, Runs, accuracy, change, farthest, passed, ratios, spent
 from docs_tables import IN_WORDS
 from evidence_summary import Found, cost, moved
 from results_page import Part, Reading, make_page, undecided
@@ -150,6 +150,17 @@ def test_the_sentence_on_real_weights_has_the_measure_with_less_noise():
     )
     assert all(figure in said for figure in (*gains, f"{beside} beside online OPD"))
     assert f"| minus that of {found.rival} |" in publish.PAGE.read_text()
+
+
+def test_where_stored_tokens_are_overfitted_is_said_beside_where_they_are_not():
+    runs = Runs.of(publish.read("claims")["rows"])
+    worst = max(farthest(row) for row in runs.where(publish.FAILS, PLAIN.name).values())
+    (said,) = (
+        line for line in publish.PAGE.read_text().splitlines() if "of the step at which it is farthest from 1" in line and "held" in line
+    )
+    assert worst > 1
+    assert f"to {worst:.2f} on *{publish.FAILS}*" in said
+    assert f"**Stored tokens are not overfitted on {publish.WORKS}: " in publish.PAGE.read_text()
 
 
 def test_seconds_of_two_files_are_not_told_to_be_of_one_clock():
