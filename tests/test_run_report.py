@@ -385,6 +385,15 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
     assert read.versions == {"torch": "2.9"}
 
 
+def test_the_tokens_of_phases_that_lopd_0_2_wrote_are_those_that_it_counted(tmp_path):
+    path = tmp_path / "metrics.json"
+    names = ("student rollouts", "teacher scores", "Lightning OPD", "evaluate after OPD")
+    rows = [{"name": name, "wall_s": 1.0, "tokens": 7} for name in names] + [{"name": "mine", "wall_s": 1.0, "tokens": 7, "history": []}]
+    path.write_text(json.dumps({"history": [], "phases": [*rows, {"name": "now", "wall_s": 1.0, "tokens": 7, "response_tokens": 3}]}))
+    found = [(phase.read_tokens, phase.response_tokens) for phase in RunHistory.read(path).phases]
+    assert found == [(0, 7), (0, 7), (7, 0), (0, 7), (7, 0), (0, 3)]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

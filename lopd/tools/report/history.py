@@ -13,6 +13,9 @@ from lopd.records.checks import check_at_least, check_number
 from lopd.records.paths import local_path, read_regular
 from lopd.records.steps import StepMetrics
 
+#: What lopd 0.2 called its phases of training.
+_TRAININGS = ("SFT", "OPD", "Lightning OPD", "online OPD")
+
 
 @frozen
 class Phase:
@@ -132,6 +135,9 @@ def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[Step
 
 
 def _phase(row: Mapping[str, Any]) -> Phase:
+    # lopd 0.2 wrote one number: what a training read, and elsewhere the tokens of responses
+    if "tokens" in row and not {"read_tokens", "response_tokens"} & set(row):
+        row = {**row, "read_tokens" if "history" in row or row["name"] in _TRAININGS else "response_tokens": row["tokens"]}
     seconds = row["wall_s"] if "wall_s" in row else row["seconds"]
     kl, ci95, attempts = row.get("held_out_reverse_kl"), row.get("ci95"), row.get("attempts", 1)
     measured = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
