@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,10 @@ TRAINING = {
     ),
     "swapped": (lambda s, o, steps: opd_steps(o, steps, LOSS, s), f"Student: it is an AdamW, which has no `named_parameters`; {WRAP}"),
     "no optimizer": (lambda s, o, steps: opd_steps(s, steps, LOSS, 1e-3), "Optimizer: it is a float"),
+    "a loss of other arguments": (
+        lambda s, o, steps: opd_steps(s, steps, lambda logits, batch: 0, o),
+        r"Loss: `__call__`: it is a function of \(logits, batch\), expected a function of \(hidden_ND, head, batch\)",
+    ),
     "no loss": (lambda s, o, steps: opd_steps(s, steps, "opd", o), "Loss: it is a str"),
     "a class": (
         lambda s, o, steps: opd_steps(s, steps, ReferenceOPDLoss, o),
@@ -108,6 +113,16 @@ def test_training_and_keeping_check_what_they_were_given_before_anything_is_done
     with pytest.raises(ArgumentError, match=message):
         call(*small, batches(scored, teacher=None))
     assert not list(tmp_path.iterdir())
+
+
+class OldBar:
+    """A progress as lopd 0.2 asked for."""
+
+    def begin(self, what, total, done, tokens, /): ...
+
+    def advance(self, rollouts, tokens, refused, /): ...
+
+    def end(self): ...
 
 
 DATA = {
@@ -182,6 +197,17 @@ DATA = {
         "Progress: it is a str",
     ),
     "of verifying": (lambda source, scorer, store, prompts: next(check_store(store, progress=True)), "Progress: it is a bool"),
+    "an old bar for collecting": (
+        lambda source, scorer, store, prompts: collect_rollouts(source, prompts, store, progress=OldBar()),
+        r"Progress: `begin`: it is a function of \(what, .*tokens, /\), expected a function of \(what, total, done, tokens, counted\)",
+    ),
+    "for verifying": (lambda source, scorer, store, prompts: next(check_store(store, progress=OldBar())), "Progress: `begin`: it is"),
+    "a source of one prompt at a time": (
+        lambda source, scorer, store, prompts: collect_rollouts(
+            SimpleNamespace(manifest=0, sample=lambda prompt, seed: []), prompts, store
+        ),
+        r"Source: `sample`: .*expected a function of \(prompts\)",
+    ),
     "source swapped": (lambda source, scorer, store, prompts: HFSource(source.tokenizer, source.model, PARAMS), "Tokenizer: it is a Llama"),
 }
 

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from inspect import getmembers, isfunction, signature
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError, ScorerError, SourceError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, RolloutSource, Student, TeacherScorer
-from lopd.records.checks import a_kind, check_kind, check_list
+from lopd.records.checks import a_kind, check_call, check_kind, check_list
 from lopd.records.ranks import inner
 from lopd.records.rollouts import Prompt, Rollout, Scores
 
@@ -49,16 +50,20 @@ _ANSWERS: dict[type, tuple[type[LopdError], str, str, str, str]] = {
 
 
 def check_noun(value: object, noun: type) -> None:
-    """Refuse what is not of this noun, by the names that it lacks; a student may be inside a DistributedDataParallel.
+    """Refuse what is not of this noun, by names that it lacks, or the arguments of its methods; a student may be inside a DistributedDataParallel.
 
     Raises:
-        ArgumentError: it is something else, such as an objective in place of a loss, or a class in place of an object.
+        ArgumentError: it is something else, such as an objective in place of a loss, a class in place of an object, or a noun of an older lopd.
     """
-    name, remedy = _NOUNS[noun]
-    check_kind(name, inner(value), _Optimizer if noun is Optimizer else noun, remedy)
+    (name, remedy), kind, thing = _NOUNS[noun], _Optimizer if noun is Optimizer else noun, inner(value)
+    check_kind(name, thing, kind, remedy)
     # it can be called, and would end in the first step
     if noun is OPDLoss and hasattr(value, "ids") and hasattr(value, "wants_entropy"):
         raise ArgumentError(f"{name}: it is {a_kind(value)}, which is an objective; pass a loss on it: `FusedLoss(...)`.")
+    for method, call in getmembers(kind, isfunction):
+        if method == "__call__" or not method.startswith("_"):
+            _, *needed = (p.name for p in signature(call).parameters.values() if p.default is p.empty)
+            check_call(f"{name}: `{method}`", thing if method == "__call__" else getattr(thing, method), ", ".join(needed))
 
 
 def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> None:

@@ -217,7 +217,7 @@ def check_call(owner: str, value: object, arguments: str) -> None:
     try:
         if callable(value):
             takes = f"a function of {signature(value)}"
-            signature(value).bind(*arguments.split(","))
+            signature(value).bind(*filter(None, arguments.split(",")))
             return
     except ValueError:
         return
