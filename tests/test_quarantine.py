@@ -13,7 +13,7 @@ from lopd.engines.hf import HFScorer
 from lopd.errors import EngineError, InvalidRecordError, MissingScoresError, QuarantineWarning, ScorerError
 from lopd.records import Lineage, Prompt, Rollout
 from lopd.verbs import ScoringReport
-from lopd.verbs.asking import ask
+from lopd.verbs.asking import bounded, isolate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -122,7 +122,7 @@ def test_what_is_refused_is_not_tried_in_halves_after_the_call_was_left():
         assert left.wait(30)
         raise InvalidRecordError("Prompt: it is odd.")
 
-    loop = ask("Source", Rollout, sample, [["a"], ["b", "c"]], at_once=2, most=9)
+    loop = bounded("Source", lambda batch: isolate("Source", Rollout, sample, batch, 9), [["a"], ["b", "c"]], at_once=2, most=9)
     next(loop)
     loop.close()
     (thread,) = (thread for thread in threading.enumerate() if thread.name == "lopd-overlap")

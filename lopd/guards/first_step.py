@@ -1,14 +1,13 @@
 """What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from attrs import frozen
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -197,33 +196,27 @@ def at_full_rate(optimizer: Optimizer) -> bool:
     return all(rate > 0 and rate >= initial / 2 for rate, initial in rates)
 
 
-@frozen(eq=False)
-class Movement:
-    """Some of the weights that have a gradient, as they were before a step; made by `before`."""
+def watch_movement(optimizer: Optimizer, grad_norm: float) -> Callable[[], None]:
+    """Return what to call after the step: it warns if too few weights changed, because updates are smaller than their rounding.
 
-    parts: list[tuple[Tensor, Tensor, Tensor, int]]
+    It keeps up to 4,096 weights of each parameter with a gradient, evenly spaced; none where the gradient is rounding alone.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if grad_norm > _LEAST_NORM else []
+    parts = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            sizes = _sample(parameter.grad).abs().float()
+            chosen = sizes > 0.1 * sizes.mean()
+            parts.append((parameter, chosen, _sample(parameter)[chosen].clone(), parameter.numel()))
 
-    @classmethod
-    def before(cls, optimizer: Optimizer, grad_norm: float) -> "Movement":
-        """Return up to 4,096 weights of each parameter, evenly spaced; none where the gradient is rounding alone."""
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if grad_norm > _LEAST_NORM else []
-        parts = []
-        for parameter in parameters:
-            if parameter.grad is not None:
-                sizes = _sample(parameter.grad).abs().float()
-                chosen = sizes > 0.1 * sizes.mean()
-                parts.append((parameter, chosen, _sample(parameter)[chosen].clone(), parameter.numel()))
-        return cls(parts)
-
-    def judge(self, optimizer: Optimizer) -> None:
-        """Warn if the step changed too few of them: its updates are smaller than the rounding of the weights."""
+    def judge() -> None:
         sizes, moved = 0, 0.0
-        for parameter, chosen, before, size in self.parts:
+        for parameter, chosen, before, size in parts:
             if before.numel():
                 sizes += size
                 moved += size * float((_sample(parameter)[chosen] != before).float().mean())
         if sizes and moved / sizes < MIN_MOVED:
-            dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter, *_ in self.parts})
+            dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter, *_ in parts})
             rate = max(float(group.get("lr", 1.0)) for group in optimizer.param_groups)
             narrow = not {"float32", "float64"} & set(dtypes)
             remedy = "keep the weights in float32 (`autocast=` computes in less)" if narrow else "raise the learning rate"
@@ -233,6 +226,8 @@ class Movement:
                 f"Student: {moved / sizes:.0%} of its weights with a gradient moved in a step at rate {rate:g} in {', '.join(dtypes)}, "
                 f"expected at least {MIN_MOVED:.0%}; the others are rounded away: {remedy}, unless the optimizer keeps a copy of them.",
             )
+
+    return judge
 
 
 def _sample(tensor: Any) -> Tensor:

@@ -44,9 +44,7 @@ def assert_same_top_k(left: TopK, right: TopK) -> None:
     """Check that every field is equal, and of the same type."""
     assert left.drawn == right.drawn
     for name in ("ids", "logprobs", "tail"):
-        mine, theirs = getattr(left, name), getattr(right, name)
-        assert mine.dtype == theirs.dtype, name
-        np.testing.assert_array_equal(mine, theirs, err_msg=name)
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name, strict=True)
 
 
 def _logprobs(length: int) -> st.SearchStrategy[list[float]]:
@@ -96,8 +94,4 @@ def assert_same_rollout(left: Rollout, right: Rollout) -> None:
     for name in ("rollout_id", "finish_reason", "generation", "content_hash"):
         assert getattr(left, name) == getattr(right, name), name
     for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "sampler_logprobs"):
-        mine, theirs = getattr(left, name), getattr(right, name)
-        assert (mine is None) == (theirs is None), name
-        if mine is not None:
-            assert mine.dtype == theirs.dtype, name
-            np.testing.assert_array_equal(mine, theirs, err_msg=name)
+        np.testing.assert_array_equal(getattr(left, name), getattr(right, name), err_msg=name, strict=True)

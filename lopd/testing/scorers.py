@@ -248,14 +248,6 @@ class ScorerConformance:
     def test_a_store_is_scored_once(self) -> None:
         scorer = self.make()
         rollouts = [evolve(rollout, rollout_id=f"r{i}", generation=0) for i, rollout in enumerate(self._given(scorer))]
-        store = self._stored(rollouts)
-        assert score_rollouts(store, scorer).rollouts == len(rollouts)
-        records = store.read(range(len(rollouts)), columns=("teacher",))
-        self._assert_near(self.make().score(rollouts), [record.scores["teacher"] for record in records], "from what was stored")
-        assert score_rollouts(store, self.make()).rollouts == 0
-
-    def _stored(self, rollouts: Sequence[Rollout]) -> MemoryStore:
-        """Return a store of the rollouts, and a column of the policy with their candidates."""
         tokenizer, policy = self.tokenizer(), ModelId("policy", "made up", "float32")
         store = MemoryStore(Manifest(tokenizer, policy, SamplingParams()))
         store.append(rollouts)
@@ -264,7 +256,10 @@ class ScorerConformance:
             provenance = Provenance(policy, tokenizer.vocab_hash, "made up", top_k=support.ids.shape[1], drawn=support.drawn)
             scores = [Scores.of(r, np.zeros(r.response_ids.size), top_k=r.candidates) for r in rollouts]
             store.append_scores(policy_column(0), provenance, scores)
-        return store
+        assert score_rollouts(store, scorer).rollouts == len(rollouts)
+        records = store.read(range(len(rollouts)), columns=("teacher",))
+        self._assert_near(self.make().score(rollouts), [record.scores["teacher"] for record in records], "from what was stored")
+        assert score_rollouts(store, self.make()).rollouts == 0
 
 
 def _support(score: Scores) -> TopK:

@@ -18,22 +18,6 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def ask(
-    owner: str,
-    kind: type[Answer],
-    call: Callable[[Sequence[_Item]], Sequence[Answer]],
-    batches: Iterable[Sequence[_Item]],
-    *,
-    at_once: int,
-    most: int,
-) -> Generator[tuple[Sequence[_Item], list[Answer], list[tuple[_Item, str]]], None, None]:
-    """Yield each batch in order with what `call` gives for its items, and with the items that it refuses and why.
-
-    See `isolate` and `overlapped`; `most` counts the refused items of all batches.
-    """
-    return bounded(owner, lambda batch: isolate(owner, kind, call, batch, most), batches, at_once=at_once, most=most)
-
-
 def bounded(
     owner: str,
     call: Callable[[Sequence[_Item]], tuple[list[_Result], list[tuple[_Item, str]]]],
@@ -42,7 +26,7 @@ def bounded(
     at_once: int,
     most: int,
 ) -> Generator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]], None, None]:
-    """Yield the same of a call that gives the items that it refuses, and why, beside the results of the others.
+    """Yield each batch in order with what `call` gives for its items, and with those that it refuses and why; see `isolate` and `overlapped`.
 
     Raises:
         EngineError: more than `most` are refused in all batches together.

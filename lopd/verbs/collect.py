@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 from attrs import evolve, field, frozen
@@ -15,7 +16,7 @@ from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
 from lopd.records.warn import warn_user
-from lopd.verbs.asking import ask, check_rollouts, shown
+from lopd.verbs.asking import bounded, check_rollouts, isolate, shown
 from lopd.verbs.filling import commit_scores
 
 # Of prompts that are there; a read of each would fetch nearly all of a store, responses and log-probs too.
@@ -119,7 +120,9 @@ def collect_rollouts(
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
-    asked = ask(f"Source {manifest.policy}", Rollout, source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
+    owner = f"Source {manifest.policy}"
+    sample = partial(isolate, owner, Rollout, source.sample, most=max_refused)
+    asked = bounded(owner, sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
     whole = len(prompts) * len(samples)
     with closing(asked), shown(progress, "sampling", whole, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:

@@ -113,18 +113,19 @@ def choose(
             TrainingWarning,
         )
     parts = _parts(store, teacher, wanted)
-    usable = []
-    for column, part in parts.items():
+    place, usable = np.full(len(store), -1, np.int64), list[NDArray[np.int64]]()
+    for i, (column, part) in enumerate(parts.items()):
+        place[part] = i
         usable.append(_usable(store, part, [name for name in (column, ref, label) if name is not None], ref))
     if top_k and teacher is None:
         raise MissingScoresError(f"{named(store)}: top_k=True needs a teacher; pass `teacher=`.")
-    place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
+    shares, names = place if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     if top_k:
         _check_alike(store, names)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
     labels, means = (None, None) if label is None else labels_and_means(store, label, wanted)
-    return Columns(names, ref, top_k, place, drawn, label, labels, means), np.sort(np.concatenate(usable))
+    return Columns(names, ref, top_k, shares, drawn, label, labels, means), np.sort(np.concatenate(usable))
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:
@@ -145,13 +146,6 @@ def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) ->
         what = f"row {twice[0]} has two teachers" if twice.size else "there are 0 teachers"
         raise InvalidRecordError(f"{named(store)}: {what}; give each prompt to one column.")
     return parts
-
-
-def _places(store: LogprobReader, parts: Mapping[str | None, NDArray[np.int64]]) -> NDArray[np.int64]:
-    place = np.full(len(store), -1, np.int64)
-    for i, rows in enumerate(parts.values()):
-        place[rows] = i
-    return place
 
 
 def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str], ref: str | None) -> NDArray[np.int64]:

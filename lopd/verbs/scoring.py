@@ -1,5 +1,7 @@
 """VERB `score_rollouts`: a store's rollouts -> one model's column of log-probs.  Run it again to resume."""
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,7 +10,7 @@ from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, to_score
 from lopd.records.rollouts import Scores
-from lopd.verbs.asking import ask
+from lopd.verbs.asking import bounded, isolate
 from lopd.verbs.filling import Filling, ScoringReport
 from lopd.verbs.preflight import Preflight
 
@@ -77,5 +79,7 @@ def score_rollouts(
     work = filling.left(wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(work.rows) else preflight.check(store, scorer, column, wanted)
     batches = (to_score(store, part, provenance) for part in filling.batches(work, max(provenance.top_k, 1)))
-    asked = ask(f"Scorer {provenance.model}", Scores, scorer.score, batches, at_once=filling.batches_at_once, most=filling.max_refused)
+    owner = f"Scorer {provenance.model}"
+    score = partial(isolate, owner, Scores, scorer.score, most=filling.max_refused)
+    asked = bounded(owner, score, batches, at_once=filling.batches_at_once, most=filling.max_refused)
     return filling.fill(f"scoring {column}", provenance, work, asked)

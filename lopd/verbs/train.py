@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
 from lopd.guards.first_step import (
-    Movement,
     at_full_rate,
     judge_baseline,
     judge_distance,
@@ -23,6 +22,7 @@ from lopd.guards.first_step import (
     judge_labels,
     judge_optimizer,
     judge_policy,
+    watch_movement,
 )
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
@@ -97,7 +97,11 @@ def opd_steps(
     check_number("Training", "max_grad_norm", max_grad_norm, most > 0, "more than 0")
     check_summed(student, ranks)
     trained = _trained_parameters(student)
-    _check_optimizer(optimizer, list(trained.values()))
+    if not _updated(optimizer, trained.values()):
+        raise InvalidRecordError(
+            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
+            "`student.parameters()` of this student, after wrapping or loading it."
+        )
     judge_optimizer(optimizer, trained)
     return _train(student, steps, loss, optimizer, most)
 
@@ -154,11 +158,11 @@ def _train(
             )
         if place_of_step == 0:
             judge_gradients(optimizer, student, trained)
-        movement = None if judged or not at_full_rate(optimizer) else Movement.before(optimizer, grad_norm)
+        movement = None if judged or not at_full_rate(optimizer) else watch_movement(optimizer, grad_norm)
         optimizer.step()
         if movement is not None:
             judged = True
-            movement.judge(optimizer)
+            movement()
         drift = measure_step(ranks.gather(known))
         # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
         if place_of_step == 1 and drift is not None:
@@ -222,15 +226,6 @@ def _updated(optimizer: Optimizer, trained: Iterable[Tensor]) -> list[Tensor]:
     """Return those of the trained parameters that the optimizer has: the others would have a share in the norm that it clips."""
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     return [parameter for parameter in trained if id(parameter) in theirs]
-
-
-def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
-    """Refuse an optimizer that would train nothing."""
-    if not _updated(optimizer, trained):
-        raise InvalidRecordError(
-            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
-            "`student.parameters()` of this student, after wrapping or loading it."
-        )
 
 
 def _policy_of(batch: Batch) -> Tensor | None:
