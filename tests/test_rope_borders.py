@@ -11,7 +11,7 @@ from conftest import TOKENIZER_ID
 from odd_models import LONGROPE, odd_model
 
 from lopd import collate
-from lopd.engines.causal_lm import packed_hidden_states, rope_borders
+from lopd.engines.causal_lm import packed_hidden_states, rope_borders, text_config
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.hf.scorer import exact_reverse_kl
 from lopd.engines.student import CausalLMStudent
@@ -41,7 +41,7 @@ every_model = pytest.mark.parametrize("name", ["Phi3", "Llama"])
 @every_model
 def test_scores_do_not_depend_on_a_longer_rollout_of_the_batch(name, tokenizer, long_and_short, full_logprobs):
     model = model_of(name)
-    assert rope_borders(model) == [BORDER]
+    assert rope_borders(text_config(model)) == [BORDER]
     for batch in (long_and_short, long_and_short[::-1], long_and_short[:3]):
         for rollout, score in zip(batch, HFScorer(model, tokenizer).score(batch), strict=True):
             np.testing.assert_allclose(score.logprobs, full_logprobs(model, rollout), atol=1e-5)

@@ -14,7 +14,7 @@ def stated_borders(model: Any) -> list[int]:
     budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
     longest = min(_LONGEST, context_length(model), int(budget / (2 * weights))) - 2
     windows = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
-    return sorted({size for value in [*windows, rope_borders(model)] for size in _numbers(value) if 0 < size <= longest})
+    return sorted({size for value in [*windows, rope_borders(text_config(model))] for size in _numbers(value) if 0 < size <= longest})
 
 
 def goes_by_place(model: Any, *, packed: bool) -> bool:

@@ -211,7 +211,7 @@ def _rollouts(position_ids_N: Tensor) -> Tensor:
 
 def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """Return what `compute` gives for rollouts on one side of each rope border, then on the next, in the order given."""
-    borders = rope_borders(model)
+    borders = rope_borders(text_config(model))
     sides = [bisect_left(borders, length) for length in lengths]
     found: dict[int, Tensor] = {}
     for side in sorted(set(sides)):
@@ -224,17 +224,12 @@ def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, po
     return torch.cat([found[place] for place in range(len(lengths))])
 
 
-def rope_borders(model: Any) -> list[int]:
-    """Return lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order.
+def rope_borders(config: Any) -> list[int]:
+    """Return lengths beyond which a model of this text configuration turns all positions by other angles (LongRoPE), in ascending order.
 
     The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.  What counts is the
     tokens that are read: all of a rollout in scoring, all but the last in training.
     """
-    return stated_rope_borders(text_config(model))
-
-
-def stated_rope_borders(config: Any) -> list[int]:
-    """Return the same of a configuration about text, whose model need not be loaded."""
     stated = [getattr(config, field, None) or {} for field in ("rope_parameters", "rope_scaling")]
     # one table for all layers, or one for each type of them
     tables = [*stated, *(table for tables in stated for table in tables.values() if isinstance(table, dict))]

@@ -74,11 +74,6 @@ def described(name: str | Path) -> Any:
         return transformers.AutoConfig.from_pretrained(str(found), trust_remote_code=False)
 
 
-def described_text(folder: Path) -> Any:
-    """Return that of its text part; see `described`."""
-    return described(folder).get_text_config()
-
-
 def configured_eos(folder: Path) -> list[int]:
     """Return the EOS ids of the model in a folder, as transformers and vLLM have them.
 

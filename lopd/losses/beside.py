@@ -14,21 +14,6 @@ from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.checks import check_kind, check_number, own_numbers
 
 
-def is_uncorrected(part: object) -> bool:
-    """Return whether a loss or an objective states that it does not correct for rollouts of another policy."""
-    return isinstance(part, StatesCorrection) and part.uncorrected
-
-
-def is_baselined(part: object) -> bool:
-    """Return whether a loss or an objective states that it adds a baseline to advantages."""
-    return isinstance(part, StatesBaseline) and part.baselined
-
-
-def ignores_labels(part: object) -> bool:
-    """Return whether a loss or an objective states that it reads no labels."""
-    return isinstance(part, StatesLabels) and part.ignores_labels
-
-
 def check_objective(owner: object, _: Any, objective: Any) -> None:
     """Refuse what is not an objective, such as a loss or a divergence.
 
@@ -48,17 +33,17 @@ class OfObjective:
     @property
     def uncorrected(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
+        return isinstance(self.objective, StatesCorrection) and self.objective.uncorrected
 
     @property
     def baselined(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
+        return isinstance(self.objective, StatesBaseline) and self.objective.baselined
 
     @property
     def ignores_labels(self) -> bool:
         """Whether its objective does (`lopd.protocols.StatesLabels`)."""
-        return ignores_labels(self.objective)
+        return isinstance(self.objective, StatesLabels) and self.objective.ignores_labels
 
     def _losses(self, logprobs_MK: Tensor, tokens: Tokens) -> TokenLosses:
         """Return what its objective gives, checked: one value a token of each."""

@@ -11,10 +11,10 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import ArgumentError, InvalidRecordError
-from lopd.losses.beside import OfObjective, check_objective, ignores_labels, is_baselined, is_uncorrected
+from lopd.losses.beside import OfObjective, check_objective
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, check_ids, counted_rows
-from lopd.protocols import OPDLoss
+from lopd.protocols import OPDLoss, StatesBaseline, StatesCorrection, StatesLabels
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import to_finite
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -111,17 +111,17 @@ class WeightedLoss:
     @property
     def uncorrected(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
-        return any(is_uncorrected(loss) for _, loss in self.terms)
+        return any(isinstance(loss, StatesCorrection) and loss.uncorrected for _, loss in self.terms)
 
     @property
     def baselined(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesBaseline`)."""
-        return any(is_baselined(loss) for _, loss in self.terms)
+        return any(isinstance(loss, StatesBaseline) and loss.baselined for _, loss in self.terms)
 
     @property
     def ignores_labels(self) -> bool:
         """Whether all of its terms do (`lopd.protocols.StatesLabels`)."""
-        return all(ignores_labels(loss) for _, loss in self.terms)
+        return all(isinstance(loss, StatesLabels) and loss.ignores_labels for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens."""

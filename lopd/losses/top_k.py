@@ -4,7 +4,7 @@ Shape suffixes: M counted tokens, K of the support each, D drawn ones each, E = 
 """
 
 import math
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from attrs import field, frozen
@@ -21,20 +21,6 @@ from lopd.records.checks import check_call, check_number, name_of, own_numbers
 def _check_bound(owner: Any, attribute: Any, bound: float | None) -> None:
     own_numbers(owner, "TopKObjective")
     check_number("TopKObjective", attribute.name, bound, bound is None or 0 < bound < math.inf, "None, or finite and more than 0")
-
-
-def _check_divergence(_: Any, __: Any, divergence: Any) -> None:
-    check_call("TopKObjective: divergence", divergence, "student,teacher,tail")
-
-
-class _Draws(NamedTuple):
-    """(M, E) each: ids, the student's, the teacher's and the sampler's log-probs, and the share of each draw in their mean."""
-
-    ids: Tensor
-    student: Tensor
-    teacher: Tensor
-    sampler: Tensor
-    share: Tensor
 
 
 @final
@@ -72,7 +58,7 @@ class TopKObjective:
     Source: exact terms on a support plus a score-function term for the rest, as in NeMo-RL's pull request 3608; the control variate b is lopd's.
     """
 
-    divergence: Divergence = field(validator=_check_divergence)
+    divergence: Divergence
     residual: bool = False
     clip: float | None = field(default=None, validator=_check_bound)
     ratio_cap: float | None = field(default=None, validator=_check_bound)
@@ -82,6 +68,7 @@ class TopKObjective:
     ignores_labels = True
 
     def __attrs_post_init__(self) -> None:
+        check_call("TopKObjective: divergence", self.divergence, "student,teacher,tail")
         if self.residual:
             tail_advantages(self.divergence, torch.zeros(0, 0), torch.zeros(0))
         elif (self.clip, self.ratio_cap) != (None, None):
@@ -110,20 +97,12 @@ class TopKObjective:
         loss_M, clipped_M = self.divergence(student_MK, teacher_MK, tail_M), torch.zeros_like(sampled_M)
         check_per_token(f"Divergence {name_of(self.divergence)}: its result", loss_M, tokens)
         if self.residual:
-            residual_M, clipped_M = self._residual(self._draws(logprobs_MK, tokens), tail_advantages(self.divergence, student_MK, tail_M))
+            residual_M, clipped_M = self._residual(logprobs_MK, tokens, tail_advantages(self.divergence, student_MK, tail_M))
             loss_M = loss_M + residual_M
         return TokenLosses(tokens.weight * loss_M, tokens.weight * tokens.reverse_kl(sampled_M), tokens.weight * clipped_M, sampled_M)
 
-    def _residual(self, draws: _Draws, tail_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (M,) the mean over draws, and which share of them was clipped."""
-        advantages_ME = draws.teacher - draws.student.detach() - tail_M[:, None]
-        clipped_ME = functional.clip_advantages(advantages_ME, self.clip)
-        losses_ME = functional.lightning_with_ratio(draws.student, clipped_ME, draws.sampler, self.ratio_cap)
-        beyond_ME = advantages_ME.abs() > (math.inf if self.clip is None else self.clip)
-        return (draws.share * losses_ME).sum(-1), (draws.share * beyond_ME).sum(-1)
-
-    def _draws(self, logprobs_MK: Tensor, tokens: Tokens) -> _Draws:
-        """Return all draws; those inside the support have a share of 0."""
+    def _residual(self, logprobs_MK: Tensor, tokens: Tokens, tail_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (M,) the mean over draws, and which share of them was clipped; draws inside the support have a share of 0."""
         columns = [column_M[:, None] for column_M in (tokens.targets, logprobs_MK[:, 0], tokens.teacher(), tokens.sampler())]
         share_ME = torch.ones_like(columns[1])
         if self._uses_drawn(tokens):
@@ -136,4 +115,9 @@ class TopKObjective:
             columns = [torch.cat([one, others], -1) for one, others in zip(columns, more, strict=True)]
         ids_ME, student_ME, teacher_ME, sampler_ME = columns
         outside_ME = (ids_ME[:, :, None] != tokens.top_k().ids[:, None]).all(-1)
-        return _Draws(ids_ME, student_ME, teacher_ME, sampler_ME, share_ME * outside_ME)
+        share_ME = share_ME * outside_ME
+        advantages_ME = teacher_ME - student_ME.detach() - tail_M[:, None]
+        clipped_ME = functional.clip_advantages(advantages_ME, self.clip)
+        losses_ME = functional.lightning_with_ratio(student_ME, clipped_ME, sampler_ME, self.ratio_cap)
+        beyond_ME = advantages_ME.abs() > (math.inf if self.clip is None else self.clip)
+        return (share_ME * losses_ME).sum(-1), (share_ME * beyond_ME).sum(-1)

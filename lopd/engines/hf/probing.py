@@ -126,7 +126,7 @@ def _lengths(model: Any, steps: int) -> list[int]:
     # each small one, and of the large ones that with the longest forward
     around = {n for size in borders if size <= _SMALL or size == borders[-1] for n in (size - steps // 2, size + 2)}
     fitting = {n for n in {1, 2, 3, 5, 7} | around if 0 < n <= context_length(model) - steps}
-    return sorted(n for n in fitting if not any(n <= border < n + steps for border in rope_borders(model)))
+    return sorted(n for n in fitting if not any(n <= border < n + steps for border in rope_borders(text_config(model))))
 
 
 def _text(model: Any, length: int, steps: int, place: int, vocab_size: int) -> Tensor:

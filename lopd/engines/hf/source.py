@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from attrs import field, frozen
 
-from lopd.engines.causal_lm import context_length, cut_to_head, evaluating, rope_borders, stated_ends
+from lopd.engines.causal_lm import context_length, cut_to_head, evaluating, rope_borders, stated_ends, text_config
 from lopd.engines.finding import local_folder
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
@@ -109,7 +109,7 @@ class HFSource:
             ContextOverflowError: a prompt leaves no room for a response, or its rollout could cross a LongRoPE border; nothing is sampled.
             InvalidRecordError: a prompt has an id outside the vocabulary, or the model gives logits that are not finite.
         """
-        check_prompts(prompts, self._known, context_length(self.model), rope_borders(self.model), self.sampling.max_new_tokens)
+        check_prompts(prompts, self._known, context_length(self.model), rope_borders(text_config(self.model)), self.sampling.max_new_tokens)
         check_unchanged("HFSource", self.model, self._identified)
         way = check_sampling(self.model, self._known.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import Enum
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +17,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from lopd.engines.causal_lm import decoder_of, rope_borders, row_hidden_states, unwrap
+from lopd.engines.causal_lm import decoder_of, rope_borders, row_hidden_states, text_config, unwrap
 from lopd.errors import ModelError
 
 Ids = NDArray[np.int32]
 #: What families call the cache that they return and take.  The first that is there is it: transformers 5.24 has `cache` under the older names too.
 _CACHES = ("cache", "past_key_values", "cache_params", "state")
-
-
-class Texts(Protocol):
-    """Rows of text that a model continues."""
-
-    def last_hidden(self) -> Tensor:
-        """Compute the (B, D) hidden states of the last token of each row."""
-        ...
-
-    def extend(self, ids_B: Tensor, going: Sequence[int]) -> None:
-        """Append one token to each row, and keep only the rows `going`."""
-        ...
 
 
 class Way(Enum):
@@ -44,13 +32,13 @@ class Way(Enum):
     EQUAL = "with a cache (prompts of one length)"
     WHOLE = "without a cache"
 
-    def begin(self, model: Any, prompts: Sequence[Ids]) -> Texts:
+    def begin(self, model: Any, prompts: Sequence[Ids]) -> "Texts":
         """Put prompts of one batch before the model; nothing is computed yet."""
         return _WholeTexts(model, prompts) if self is Way.WHOLE else _CachedTexts(model, prompts, self is Way.PADDED)
 
     def batches(self, model: Any, lengths: Sequence[int], rows: int) -> list[list[int]]:
         """Cut prompts of these lengths into batches of at most `rows` indices, shortest first; prompts that must not meet never do."""
-        borders = rope_borders(model)
+        borders = rope_borders(text_config(model))
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         parts = [list(part) for _, part in groupby(order, lambda i: lengths[i] if self is Way.EQUAL else bisect_left(borders, lengths[i]))]
         return [part[first : first + rows] for part in parts for first in range(0, len(part), rows)]
@@ -70,6 +58,7 @@ class _CachedTexts:
         self._cache: dict[str, Any] = {}
 
     def last_hidden(self) -> Tensor:
+        """Compute the (B, D) hidden states of the last token of each row."""
         output = self._decoder(input_ids=self._ids_BS, use_cache=True, **self._padding, **self._cache)
         self._cache = next(({name: cache} for name in _CACHES if (cache := getattr(output, name, None)) is not None), {})
         if not self._cache:
@@ -78,6 +67,7 @@ class _CachedTexts:
         return hidden_BD
 
     def extend(self, ids_B: Tensor, going: Sequence[int]) -> None:
+        """Append one token to each row, and keep only the rows `going`."""
         keep = torch.tensor(going, dtype=torch.long, device=ids_B.device)
         if len(going) < len(ids_B):
             self._cache = select_rows(self._cache, keep, len(ids_B))
@@ -103,6 +93,9 @@ class _WholeTexts:
 
     def extend(self, ids_B: Tensor, going: Sequence[int]) -> None:
         self._rows = [torch.cat([self._rows[i], ids_B[i, None]]) for i in going]
+
+
+Texts = _CachedTexts | _WholeTexts
 
 
 def select_rows(state: Any, keep: Tensor, rows: int, dim: int = 0) -> Any:

@@ -12,8 +12,8 @@ from typing import Any, final
 from attrs import define, field
 
 from lopd.engines.asked import FIRST, IDS
-from lopd.engines.causal_lm import stated_rope_borders
-from lopd.engines.finding import described, described_text
+from lopd.engines.causal_lm import rope_borders
+from lopd.engines.finding import described
 from lopd.engines.identity import folder_dtype, folder_version
 from lopd.engines.vllm.liveness import ran_out_of_memory, told_of_death, was_refused, words_of
 from lopd.engines.vllm.settings import VLLMSettings
@@ -94,12 +94,12 @@ class VLLMEngine:
             EngineError: its configuration cannot be read.
             ModelError: neither the settings nor the model's configuration state it, or vLLM would compute another function with it (LongRoPE).
         """
-        config = described_text(self.folder)
+        config = described(self.folder).get_text_config()
         length = self.settings.max_model_len or getattr(config, "max_position_embeddings", None)
         if length is None:
             raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings; pass `max_model_len`.")
         # vLLM chooses the factors by its context, once, and transformers by the length of what it reads
-        for border in stated_rope_borders(config)[:1]:
+        for border in rope_borders(config)[:1]:
             if length > border:
                 raise ModelError(
                     f"Model {self.folder}: in a context of {length} vLLM turns all positions by the long factors of LongRoPE, and transformers by "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.engines.causal_lm import cut_to_rows
-from lopd.engines.finding import check_described, check_whole, described_text, load_tokenizer, local_folder, looking_for
+from lopd.engines.finding import check_described, check_whole, described, load_tokenizer, local_folder, looking_for
 from lopd.engines.identity import Identified, folder_model_id, folder_version
 from lopd.engines.stored import plain_config
 from lopd.engines.vllm.engine import VLLMEngine
@@ -34,7 +34,7 @@ def open_folder(
         _check_plain(beside, settings)
     path = local_folder(folder)
     tokenizer = load_tokenizer(path)
-    known = cut_to_rows(tokenizer, getattr(described_text(path), "vocab_size", None))
+    known = cut_to_rows(tokenizer, getattr(described(path).get_text_config(), "vocab_size", None))
     return VLLMEngine(path, known.vocab_size, settings, scoring=scoring, top_k=top_k), tokenizer
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import lopd
-from lopd.engines.causal_lm import stated_context, stated_rope_borders
-from lopd.engines.finding import described_text, local_folder
+from lopd.engines.causal_lm import rope_borders, stated_context
+from lopd.engines.finding import described, local_folder
 from lopd.engines.inputs import check_prompts
 from lopd.engines.supports import provenance_of
 from lopd.errors import (
@@ -117,7 +117,7 @@ def _unfit(s: RunSettings, prompts: list[Prompt], ours: TokenizerId) -> dict[str
     for model in (s.student, s.teacher):
         config = _described(model)
         # vLLM has one side of a border; an evaluation runs on transformers
-        borders = stated_rope_borders(config) if model is s.student and (s.evaluation or model.engine == "hf") else ()
+        borders = rope_borders(config) if model is s.student and (s.evaluation or model.engine == "hf") else ()
         for prompt in prompts:
             try:
                 check_prompts([prompt], ours, model.context or stated_context(config), borders, s.sampling.max_new_tokens)
@@ -155,7 +155,7 @@ def _check_batches(s: RunSettings, sizes: list[int]) -> None:
 def _described(model: Model) -> Any:
     """Return the configuration of a model about text; None of adapters, and where there is a tokenizer alone, as a server has the rest."""
     with suppress(EngineError):
-        return described_text(local_folder(model.model, weights=False))
+        return described(local_folder(model.model, weights=False)).get_text_config()
     return None
 
 
