@@ -48,7 +48,14 @@ def _plain_leaf(value: Any, owner: str) -> Any:
     if value is None or isinstance(value, int) or callable(value):
         return value
     if isinstance(value, str):
-        return _encodable(value, owner)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"{owner}: its text has the lone surrogate {value[error.start]!r} at character {error.start}, which is half of a character; "
+                "decode the file again, or drop it."
+            ) from error
+        return value
     # pandas has a null of its own for each kind of column: NaN, NaT and NA
     if type(value).__name__ == "NAType" or (isinstance(value, float | Decimal | datetime.date) and value != value):  # noqa: PLR0124
         return None
@@ -57,17 +64,6 @@ def _plain_leaf(value: Any, owner: str) -> Any:
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     raise PromptError(f"{owner}: it holds {a_kind(value)} ({value!r:.40}); convert it to text.")
-
-
-def _encodable(text: str, owner: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"{owner}: its text has the lone surrogate {text[error.start]!r} at character {error.start}, which is half of a character; "
-            "decode the file again, or drop it."
-        ) from error
-    return text
 
 
 def from_json(value: Any, owner: str, key: str) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.errors import InvalidRecordError, PromptError
-from lopd.records.arrays import BoolArray, to_floats, to_ids, to_mask
+from lopd.records.arrays import to_floats, to_ids, to_mask
 from lopd.records.plain import plain
 from lopd.records.rollouts import FinishReason, floor_logprobs
 from lopd.records.turns import Turn, split
@@ -120,16 +120,11 @@ def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
     return value
 
 
-def _mask(call: Mapping[str, Any], key: str) -> BoolArray:
-    """Return a mask, empty where there is none."""
-    return to_mask([] if call.get(key) is None else call[key])
-
-
 def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
     """Return the turns of a prompt and what follows it."""
     try:
         prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
-        drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))
+        drawn, kept, before = (to_mask([] if call.get(key) is None else call[key]) for key in (keys.drawn, "attention_mask", "prompt_mask"))
         drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
         kept = kept if kept.size else np.ones(prompt.size + response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]

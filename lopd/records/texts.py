@@ -80,7 +80,12 @@ def make_texts(
         prompt, response, used = _split(record, where, fields)
         unread.update({key: None for key, value in record.items() if value is not None and key not in {*used, *_KEYS}})
         given = {key: plain(record.get(key), where) for key in _KEYS}
-        prompt_ids, ids, reason = _tokenise(rendering, where, prompt, response, given)
+        reason: FinishReason = given["finish_reason"] or "stop"
+        if reason not in ("stop", "length"):
+            raise PromptError(f"{where}: its finish_reason is {reason!r:.40}, expected 'stop' or 'length'; drop the record.")
+        own = {"tools": given["tools"], "variables": given["chat_template_kwargs"]}
+        prompt_ids = rendering.tokenise(where, prompt, **own)
+        ids = rendering.respond(where, prompt_ids, prompt, response, **own, ended=reason == "stop")
         made.append(_Text(where, given["id"], to_ids(prompt_ids), to_ids(ids), reason))
     if not made:
         raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
@@ -148,18 +153,6 @@ def _text(response: Any, where: str) -> str:
     if not isinstance(message, str) or not message:
         raise PromptError(f"{where}: its response is {message!r:.80}, expected text, or one message of the assistant; drop the record.")
     return message
-
-
-def _tokenise(
-    rendering: Rendering, where: str, prompt: str | Messages, response: str, given: Mapping[str, Any]
-) -> tuple[list[int], list[int], FinishReason]:
-    reason: FinishReason = given["finish_reason"] or "stop"
-    tools, variables = given["tools"], given["chat_template_kwargs"]
-    if reason not in ("stop", "length"):
-        raise PromptError(f"{where}: its finish_reason is {reason!r:.40}, expected 'stop' or 'length'; drop the record.")
-    prompt_ids = rendering.tokenise(where, prompt, tools, variables)
-    ids = rendering.respond(where, prompt_ids, prompt, response, tools=tools, variables=variables, ended=reason == "stop")
-    return prompt_ids, ids, reason
 
 
 def _within(owner: str, rendering: Rendering, made: Sequence[_Text], most: int | None, too_long: TooLong) -> Sequence[_Text]:
