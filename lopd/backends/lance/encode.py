@@ -114,10 +114,10 @@ def encode_rollouts(
         "data_checksum": [checksum(r.finish_reason.encode(), *some) for r, some in zip(rollouts, parts, strict=True)],
     }
     texts: dict[str, Sequence[bytes | str]] = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
-    optional: dict[str, Sequence[Any]] = {"loss_mask": masks, "behavior_logprobs": behaviors}
+    lists: dict[str, Sequence[Any]] = {"token_ids": tokens, "loss_mask": masks, "behavior_logprobs": behaviors}
     if any(values is not None for values in drawn):
-        optional["sampler_logprobs"] = drawn
-    return _table(ROLLOUT_LINE, columns, texts, {"token_ids": tokens}, optional, logprob_dtype=logprob_dtype, seed=seed)
+        lists["sampler_logprobs"] = drawn
+    return _table(ROLLOUT_LINE, columns, texts, lists, logprob_dtype=logprob_dtype, seed=seed)
 
 
 def encode_scores(
@@ -144,7 +144,7 @@ def encode_scores(
         "data_checksum": [checksum(values) for values in logprobs],
         "top_k_checksum": [checksum(*three) for three in zip(*(lists[name] for name in TOP_K_DATA), strict=True)] if supports else 0,
     }
-    return _table(SCORE_LINE, columns, {}, lists, {}, logprob_dtype=logprob_dtype, seed=seed)
+    return _table(SCORE_LINE, columns, {}, lists, logprob_dtype=logprob_dtype, seed=seed)
 
 
 def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int) -> Any:
@@ -160,7 +160,6 @@ def _table(
     cells: Mapping[str, Any],
     texts: dict[str, Sequence[bytes | str]],
     lists: dict[str, Sequence[Any]],
-    optional_lists: dict[str, Sequence[Any]],
     *,
     logprob_dtype: str,
     seed: int,
@@ -170,7 +169,7 @@ def _table(
     lines = np.zeros(len(cells["row"]), line)
     for name, values in cells.items():
         lines[name] = values
-    empty = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype, "sampler_logprobs": logprob_dtype}
+    optional = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype, "sampler_logprobs": logprob_dtype}
     columns: list[tuple[Any, Any]] = []
     for name in line.names or ():
         if name == "id_hash":
@@ -183,12 +182,9 @@ def _table(
         array = pa.array(texts_of, pa.binary() if name == ID else pa.string())
         columns.append((pa.field(name, array.type, nullable=False), array))
     for name, some in lists.items():
-        array = _list_column(some, some[0].dtype)
-        columns.append((pa.field(name, array.type, nullable=False), array))
-    for name, some in optional_lists.items():
-        array = _list_column(some, np.dtype(empty[name]))
-        columns.append((pa.field(name, array.type), array))
-    if "sampler_logprobs" in optional_lists:
+        array = _list_column(some, np.dtype(optional[name]) if name in optional else some[0].dtype)
+        columns.append((pa.field(name, array.type, nullable=name in optional), array))
+    if "sampler_logprobs" in lists:
         columns.append((pa.field(HAS_SAMPLER, pa.bool_()), pa.array(lines["has_behavior"] > 1)))
     return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
 

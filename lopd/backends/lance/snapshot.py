@@ -130,19 +130,10 @@ class Snapshot:
             self._indexed += new.size
         return self._index.find(rollout_ids)
 
-    def scored(self, column: str) -> NDArray[np.bool_]:
-        """Return (rows,): which rollouts have scores in this column."""
-        if column in VIRTUAL_COLUMNS:
-            return (self._lines()["has_behavior"] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
-        mask = np.zeros(self.rows, np.bool_)
-        if column in self.columns:
-            mask[self.columns[column].lines()["row"]] = True
-        return mask
-
     def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return (n,): which of these rows have scores in this column; looks at no others."""
         if column in VIRTUAL_COLUMNS:
-            return self.scored(column)[rows]
+            return (self._lines()["has_behavior"][rows] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
         return self.columns[column].find(rows) >= 0 if column in self.columns else np.zeros(rows.size, np.bool_)
 
     def quarantined(self, column: str) -> dict[int, str]:

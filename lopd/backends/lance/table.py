@@ -5,7 +5,7 @@ a number, which Lance decides: of two writers that add commit 7 at once, one add
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, final
 
@@ -268,10 +268,10 @@ class LanceTable:
         self._table.checkout_latest()
         return self._database.view(self.name, self._handle.version)
 
-    def commit(self, view: Any, operation: Callable[[Any], Any], retries: int) -> None:
+    def commit(self, view: Any, operation: str, *parts: Any, retries: int) -> None:
         """Commit one of Lance's operations behind a version."""
         lance = need("lance", self._database.owner, "lance")
-        lance.LanceDataset.commit(view, operation(lance.LanceOperation), read_version=view.version, max_retries=retries)
+        lance.LanceDataset.commit(view, getattr(lance.LanceOperation, operation)(*parts), read_version=view.version, max_retries=retries)
 
     def seen(self) -> Any:
         """Return Lance's own view of this version."""

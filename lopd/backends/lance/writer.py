@@ -196,7 +196,7 @@ class Writer:
         with suppress(LopdError):
             self._snapshot.refresh()
             rows = self._snapshot.find(rollout_ids)
-            there = bool((rows >= 0).all() and (column is None or self._snapshot.scored(column)[rows].all()))
+            there = bool((rows >= 0).all() and (column is None or self._snapshot.scored_rows(column, rows).all()))
         doubt = "it is not known whether it was committed, but repeating it is safe" if there else "nothing of this call was committed"
         return StoreWriteError(
             f"{self._owner}: the write failed with {first_line(error)!r}; {doubt}, so free space or fix permissions and repeat it."

@@ -81,7 +81,7 @@ def take_back(table: LanceTable, count: int) -> bool:
             break
         try:
             # Without retries it is the next version or nothing, and inserts that began before it fail.
-            table.commit(view, partial(_overwrite, view.lance_schema, kept), retries=0)
+            table.commit(view, "Overwrite", view.lance_schema, kept, retries=0)
         except Exception as error:
             if not is_conflict(error):
                 raise
@@ -90,10 +90,6 @@ def take_back(table: LanceTable, count: int) -> bool:
         table.refresh()
         return True
     return False
-
-
-def _overwrite(schema: Any, kept: Any, operations: Any) -> Any:
-    return operations.Overwrite(schema, kept)
 
 
 def _leaves_rows(operation: Any) -> bool:
@@ -109,7 +105,7 @@ def hold_rows(table: LanceTable) -> None:
         CorruptStoreError: some were.
     """
     try:
-        table.commit(table.seen(), lambda operations: operations.Append([]), retries=20)
+        table.commit(table.seen(), "Append", [], retries=20)
     except Exception as error:
         if not is_conflict(error):
             raise

@@ -123,10 +123,6 @@ class Snapshot:
         begin = first - segments[0].meta.first_row
         return hashes[begin : begin + self.rows - first].view(ID_HASH).reshape(-1)
 
-    def scored(self, column: str) -> NDArray[np.bool_]:
-        """Return (rows,): which have scores in this column."""
-        return self.scored_rows(column, np.arange(self.rows))
-
     def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return (n,): which of these rows have scores in this column."""
         if column in VIRTUAL_COLUMNS:
