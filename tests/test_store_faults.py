@@ -361,7 +361,7 @@ def test_options_may_be_named_as_in_the_environment(kind: Any, proxy: FaultProxy
 
 
 def test_a_panic_of_the_package_below_is_an_error_of_ours(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cloud, "_CLIENT_OPTION", re.compile("none"))
+    monkeypatch.setattr(cloud, "_CLIENT_OPTION", re.compile("(none)"))
     with pytest.raises(StorePathError, match=r"cannot be opened \(PanicException\), expected storage options"):
         ObstoreFiles("s3://bucket/run", {"pool_idle_timeout": "10s"})
     # Rust's panics are printed where they happen.

@@ -23,19 +23,16 @@ def to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtyp
     stored: list[NDArray[Any] | None] = []
     largest = 0.0
     for owner, full in zip(owners, values, strict=True):
-        half = None if full is None else _to_float16(owner, full)
+        if full is None:
+            stored.append(None)
+            continue
+        with np.errstate(over="ignore"):
+            half = full.astype(np.float16)
+        if np.isinf(half).any():
+            raise InvalidRecordError(
+                f"Rollout {owner!r}: a value is {full[np.isinf(half)][0]}, expected at least -65504 and at most 65504 in a store of float16; "
+                "store float32, or floor it with `lopd.floor_logprobs`."
+            )
         stored.append(half)
-        if full is not None and half is not None:
-            largest = max(largest, float(np.abs(half.astype(np.float32) - full).max(initial=0.0)))
+        largest = max(largest, float(np.abs(half.astype(np.float32) - full).max(initial=0.0)))
     return stored, largest
-
-
-def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        half = logprobs.astype(np.float16)
-    if np.isinf(half).any():
-        raise InvalidRecordError(
-            f"Rollout {owner!r}: a value is {logprobs[np.isinf(half)][0]}, expected at least -65504 and at most 65504 in a store of float16; "
-            "store float32, or floor it with `lopd.floor_logprobs`."
-        )
-    return half

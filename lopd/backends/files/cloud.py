@@ -29,9 +29,9 @@ from lopd.records.waiting import waiting
 
 # What obstore takes apart from other options, with the prefix that it may have: all that LanceDB takes too.
 _CLIENT_OPTION = re.compile(
-    r"(?:aws_|azure_|google_)?(allow_(?:http|invalid_certificates)|(?:connect_|read_)?timeout|default_content_type|http[12]_only"
+    r"\A(?:aws_|azure_|google_)?(allow_(?:http|invalid_certificates)|(?:connect_|read_)?timeout|default_content_type|http[12]_only"
     r"|http2_(?:keep_alive_(?:interval|timeout|while_idle)|max_frame_size)|pool_(?:idle_timeout|max_idle_per_host)"
-    r"|proxy_(?:url|ca_certificate|excludes)|randomize_addresses|user_agent)"
+    r"|proxy_(?:url|ca_certificate|excludes)|randomize_addresses|user_agent)\Z"
 )
 # LanceDB, whose own defaults are lower, gets them as well.
 _RETRIES = {"client_max_retries": 10, "client_retry_timeout": 180}
@@ -49,13 +49,6 @@ _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
-
-
-def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
-    if len(calls) < 2:
-        return [call() for call in calls]
-    with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
-        return list(pool.map(lambda call: call(), calls))
 
 
 def _check_http(url: str, shown: str, options: StorageOptions) -> None:
@@ -79,11 +72,6 @@ def _number(shown: str, options: StorageOptions, name: str) -> float:
         if 0 <= (number := float(options[name])) <= _LONGEST_S:
             return number
     raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
-
-
-def _name(option: str) -> str:
-    found = _CLIENT_OPTION.fullmatch(option.lower())
-    return found[1] if found else option.lower()
 
 
 def _prefix(url: str) -> str:
@@ -118,7 +106,7 @@ class ObstoreFiles:
         if re.search("[^:/]//", self._given):
             raise StorePathError(f"Store {self.url}: its path has `//`, expected a name between two slashes; leave one out.")
         # one form of each name: obstore ends in a panic where a client option has another, and LanceDB reads some in lower case alone
-        self.options = _RETRIES | {_name(name): value for name, value in options.items()}
+        self.options = _RETRIES | {_CLIENT_OPTION.sub(r"\1", name.lower()): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
         self._max_retries = int(_number(self.url, self.options, "client_max_retries"))
@@ -197,7 +185,7 @@ class ObstoreFiles:
         """Return parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
 
         def read(firsts: list[int], lasts: list[int]) -> list[bytes]:
-            return _side_by_side([partial(self._read_span, path, first, last) for first, last in zip(firsts, lasts, strict=True)])
+            return self.run([partial(self._read_span, path, first, last) for first, last in zip(firsts, lasts, strict=True)])
 
         return read_spans(read, starts, ends, _GAP)
 
@@ -214,11 +202,14 @@ class ObstoreFiles:
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """Return what each call gives, some at a time."""
-        return _side_by_side(calls)
+        if len(calls) < 2:
+            return [call() for call in calls]
+        with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
+            return list(pool.map(lambda call: call(), calls))
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """Write new objects, some at a time."""
-        _side_by_side([partial(self._put, path, data) for path, data in files.items()])
+        self.run([partial(self._put, path, data) for path, data in files.items()])
 
     def _put(self, path: str, data: Bytes) -> None:
         self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))

@@ -171,21 +171,6 @@ def names_in(files: Files) -> list[str]:
             return [files.url]
 
 
-def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
-    """Return whether a put that failed has made the file all the same, with these bytes: an answer may be lost after the work is done.
-
-    Raises:
-        OSError: `error`, as the file is not there.
-        StoreWriteError: the storage does not answer.
-    """
-    try:
-        return files.read(path) == data
-    except FileNotFoundError:
-        raise error from error.__cause__
-    except OSError:
-        raise in_doubt(files.url, path, error) from error
-
-
 def in_doubt(url: str, path: str, error: OSError) -> StoreWriteError:
     """Make the error for a put that may have been done: what belongs to it must stay."""
     return StoreWriteError(

@@ -99,10 +99,6 @@ class CommitLog:
             f"{self._owner}: its {ROOT.name} is gone or another store's; restore it from a backup, or open the store that is there."
         )
 
-    def settle(self) -> None:
-        """Make records durable that other processes may have put and not flushed yet."""
-        self._files.settle(COMMITS)
-
     def checksum(self, number: int) -> str:
         """Return the hash by which the next record names this one; "" where it is not there."""
         data = self._read(number)

@@ -43,31 +43,25 @@ class _Pieces:
     """Where some rows of a call have their values.
 
     Args:
-        segment: where they are.
+        group: the rows.
         names: arrays; the checksum goes over one after the other.
-        places: (n,), places of the rows in the call.
-        starts, ends: (n,), along the first dimension of each array.
+        starts, lengths: (n,), along the first dimension of each array.
         expected: (n,), checksums.
     """
 
-    segment: Segment
+    group: Group
     names: tuple[str, ...]
-    places: _Int64
     starts: _Int64
-    ends: _Int64
+    lengths: _Int64
     expected: _Int64
-
-    @classmethod
-    def at(cls, group: Group, names: tuple[str, ...], starts: _Int64, lengths: _Int64, expected: _Int64) -> "_Pieces":
-        return cls(group.segment, names, group.places, starts, starts + lengths, expected)
 
     def read(self) -> list[Sequence[Piece]]:
         """Return, for each array, the bytes of each row."""
-        found = [self.segment.pieces(name, self.starts, self.ends) for name in self.names]
+        found = [self.group.segment.pieces(name, self.starts, self.starts + self.lengths) for name in self.names]
         bad = np.flatnonzero(checksums(*found) != self.expected)
         if bad.size:
             what = f"what belongs to line {bad[0]} of those that were asked for does not match its checksum"
-            raise self.segment.damaged(self.names[0], what)
+            raise self.group.segment.damaged(self.names[0], what)
         return found
 
 
@@ -88,7 +82,7 @@ def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k
     prompts, responses = lines[:, LENGTHS].T
     wanted = {
         "token_ids": [
-            _Pieces.at(group, ("token_ids",), part[:, R["token_start"]], part[:, LENGTHS].sum(axis=1), part[:, R["token_checksum"]])
+            _Pieces(group, ("token_ids",), part[:, R["token_start"]], part[:, LENGTHS].sum(axis=1), part[:, R["token_checksum"]])
             for group, part in own
         ],
         "loss_mask": _some(own, ("loss_mask",), "masked", "mask_checksum"),
@@ -137,7 +131,7 @@ def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str
         having = np.flatnonzero(part[:, R[flag]] == value)
         if having.size:
             some, lines = Group(group.segment, group.places[having], group.indices[having]), part[having]
-            found.append(_Pieces.at(some, names, *lines[:, [R["response_start"], R["response_length"], R[checksum]]].T))
+            found.append(_Pieces(some, names, *lines[:, [R["response_start"], R["response_length"], R[checksum]]].T))
     return found
 
 
@@ -146,7 +140,7 @@ def _only(name: str, found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]]) -> 
 
 
 def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], checksum: str) -> list[_Pieces]:
-    return [_Pieces.at(group, names, *part[:, [S["start"], S["length"], S[checksum]]].T) for group, part in column]
+    return [_Pieces(group, names, *part[:, [S["start"], S["length"], S[checksum]]].T) for group, part in column]
 
 
 def joined_scores(column: Sequence[tuple[Group, _Int64]], lengths: _Int64, run: Run) -> dict[str, NDArray[Any]]:
@@ -189,12 +183,12 @@ def _joined(found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]], lengths_B: _
     """Put the values of all rows end to end, in the order of the call, an array for each name; rows without values get the filler."""
     arrays = []
     for k, name in enumerate(found[0][0].names):
-        meta = found[0][0].segment.meta.arrays[name]
+        meta = found[0][0].group.segment.meta.arrays[name]
         if len(found) == 1 and len(found[0][1][k]) == len(lengths_B) and isinstance(first := found[0][1][k][0], memoryview):
             # all rows from one read, in this order: what they are views of is what is wanted
             arrays.append(meta.values(cast("bytes", first.obj)))
             continue
-        rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
+        rows = _scattered(len(lengths_B), [(pieces.group.places, read[k]) for pieces, read in found])
         if None in rows:
             rows = [
                 np.full(n, filler, meta.dtype).tobytes() if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)

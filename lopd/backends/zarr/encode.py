@@ -77,7 +77,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "id_length": id_lengths,
         "finish_reason": [REASONS.index(r.finish_reason) for r in rollouts],
         "generation": [r.generation for r in rollouts],
-        "has_behavior": _bits(reported),
+        "has_behavior": sum(np.array([part is not None for part in values], np.int64) << bit for bit, values in enumerate(reported)),
         "masked": [mask is not None for mask in masks],
         "id_hash_0": id_hashes[:, 0],
         "id_hash_1": id_hashes[:, 1],
@@ -98,13 +98,6 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     last_row = first_row + len(rollouts) - 1
     arrays |= found_by(lines, first_row, last_row)
     return SegmentData(ROLLOUT_ATTRIBUTES, lines, arrays, int(lengths.sum()), first_row, last_row, rounding)
-
-
-def _bits(reported: Sequence[Sequence[NDArray[Any] | None]]) -> NDArray[np.int64]:
-    """Return (n,): `has_behavior` of each row."""
-    there = np.array([[part is not None for part in values] for values in reported], np.int64)
-    bits: NDArray[np.int64] = (there << np.arange(len(reported))[:, None]).sum(axis=0)
-    return bits
 
 
 def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], filler: float, dtype: str) -> NDArray[Any]:

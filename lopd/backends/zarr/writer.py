@@ -20,7 +20,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root
 from lopd.backends.sealing import dump
 from lopd.backends.zarr import compaction
-from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
+from lopd.backends.zarr.commit_log import COMMITS, COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
 from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
@@ -98,7 +98,7 @@ class Writer:
     def settle(self, column: str | None, /) -> None:  # noqa: ARG002 (all columns are in one log)
         """Make durable what another process may have committed a moment ago, and not have flushed yet."""
         with self._writing([]):
-            self._log.settle()
+            self._files.settle(COMMITS)
 
     def end(self) -> None:
         """Remove what was written for a call that is over: nothing keeps a sweep from it."""
