@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from attrs import evolve
 from hypothesis import settings
@@ -206,6 +207,20 @@ def test_a_column_of_another_tool_that_may_not_be_empty_is_named(filled: LanceSt
     filled.append(many(10, 1))
     assert rows_of(reopened(filled))[-1] == "r10"
     assert list(filled.verify()) == []
+
+
+@pytest.mark.parametrize("kind", [pa.struct([("a", pa.int64())]), pa.map_(pa.string(), pa.int64())])
+def test_a_column_of_another_tool_that_lance_cannot_leave_empty_is_named(kind: Any, filled: LanceStore) -> None:
+    for i in range(4):
+        filled.append(many(10 + i, 1))
+    table_of(filled, "rollouts").add_columns(pa.schema([pa.field("note", kind)]))
+    for write in (filled.compact, lambda: filled.append(many(20, 1))):
+        with pytest.raises(StoreWriteError, match=r"failed with .*note.*, so drop that column of another tool \(`drop_columns`\)"):
+            write()
+    table_of(filled, "rollouts").drop_columns(["note"])
+    filled.append(many(20, 1))
+    filled.compact()
+    assert rows_of(reopened(filled))[-1] == "r20"
 
 
 def test_an_empty_store_has_no_table_and_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from lopd.errors import CorruptStoreError, LopdError, StoreReadError
 _CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
 # Lance's messages on files that a clean-up has removed since they were looked at.
 _GONE = ("not found", "no such file", "no longer exists")
+# Its messages on a column whose type its 2.0 files do not take, or not without a value: lopd makes no such columns.
+_UNSTORABLE = re.compile("does not encode struct validity|has no field encoding")
 # The words of a storage or a system that refuses: a list that ends.  Those of Lance on damaged bytes do not, so all else is damage.
 _REFUSALS = (errno.EPERM, errno.EACCES, errno.EIO, errno.ENOMEM, errno.ENFILE, errno.EMFILE, errno.ESTALE)
 _REFUSED = re.compile(
@@ -40,6 +42,12 @@ def reading(what: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     """Return the gist of Lance's message; the rest is a stack of Rust."""
     return str(error).split("\n", 1)[0].split(", /", 1)[0][:300]
+
+
+def remedy(error: BaseException) -> str:
+    """Return what to do about a write that failed."""
+    another = _UNSTORABLE.search(str(error))
+    return "drop that column of another tool (`drop_columns`)" if another else "free space or fix permissions"
 
 
 def is_lance_error(error: BaseException) -> bool:

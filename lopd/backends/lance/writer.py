@@ -16,7 +16,7 @@ from lopd.backends.files.local import remove_unfinished
 from lopd.backends.lance import tiers
 from lopd.backends.lance.catalog import LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
-from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
+from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error, remedy
 from lopd.backends.lance.part import Part
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import table_seed
@@ -198,9 +198,7 @@ class Writer:
             rows = self._snapshot.find(rollout_ids)
             there = bool((rows >= 0).all() and (column is None or self._snapshot.scored_rows(column, rows).all()))
         doubt = "it is not known whether it was committed, but repeating it is safe" if there else "nothing of this call was committed"
-        return StoreWriteError(
-            f"{self._owner}: the write failed with {first_line(error)!r}; {doubt}, so free space or fix permissions and repeat it."
-        )
+        return StoreWriteError(f"{self._owner}: the write failed with {first_line(error)!r}; {doubt}, so {remedy(error)} and repeat it.")
 
     def compact(self, older_than: float) -> None:
         """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
@@ -220,7 +218,7 @@ class Writer:
                 if not is_conflict(error) and not part.table.is_behind():
                     raise StoreWriteError(
                         f"{self._owner}: compacting table {part.table.name!r} failed with {first_line(error)!r}; "
-                        "nothing of it was lost, so free space or fix permissions and repeat it."
+                        f"nothing of it was lost, so {remedy(error)} and repeat it."
                     ) from error
                 # Another compaction was quicker.
                 merged = False
