@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -280,10 +281,29 @@ def test_like_a_store_of_as_many_prompts_is_its_size(capsys, tmp_path):
     assert main(like) == 0
     shown = capsys.readouterr().out
     assert "float16; 2 score columns, behavior" in shown
-    assert "Training is guessed for 8.2 billion parameters; pass --student-billions, or --training-rate." in " ".join(shown.split())
-    for given in ("--student-billions", "--student-active", "--training-rate"):
-        assert main([*like, given, "2"]) == 0
-        assert "Training is guessed" not in capsys.readouterr().out
+    guess = "Training is guessed for 8.2 billion parameters on an H100; pass --student-billions, or --training-rate."
+    assert guess in " ".join(shown.split())
+    assert main([*like, "--training-rate", "2"]) == 0
+    assert "Training is guessed" not in capsys.readouterr().out
+
+
+def test_a_rate_that_is_guessed_is_marked_where_others_are_measured_also_with_the_sizes_of_the_models(capsys, tmp_path):
+    """Measured rates of one GPU and a guessed one of another make the ratio of both bills a guess."""
+    fill(ZarrStore.create(tmp_path / "store", tiny_manifest()))
+    like = ("--prompts", "9", "--like", str(tmp_path / "store"))
+
+    def shown(*given: str) -> str:
+        assert main([*like, *given]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    for given in ("--student-billions", "--student-active"):
+        said = shown(given, "2", "--teacher-billions", "4", "--tflops", "312")
+        assert "Training is guessed for 2 billion parameters on a GPU of 312 TFLOPS; pass --training-rate." in said
+        assert "Scoring is guessed for 4 billion parameters on a GPU of 312 TFLOPS; pass --scoring-rate." in said
+        assert re.search(r"response tokens sampled, [\d,]+ read tokens scored \(guessed\), [\d,]+ trained \(guessed\)\.", said)
+    assert "guessed" not in shown("--scoring-rate", "2", "--training-rate", "2")
+    assert main(["--prompts", "9"]) == 0
+    assert capsys.readouterr().out.count("(guessed)") == 3  # a plan like no store
 
 
 def test_scoring_that_a_store_does_not_show_the_pace_of_is_said_to_be_guessed(capsys, tmp_path):
@@ -291,10 +311,9 @@ def test_scoring_that_a_store_does_not_show_the_pace_of_is_said_to_be_guessed(ca
     like = ("--prompts", "9", "--like", str(tmp_path / "store"), "--student-billions", "2")
     assert main(like) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Scoring is guessed for 32.8 billion parameters; pass --teacher-billions, or --scoring-rate." in shown
-    for given in ("--teacher-billions", "--teacher-active", "--scoring-rate"):
-        assert main([*like, given, "2"]) == 0
-        assert "is guessed" not in capsys.readouterr().out
+    assert "Scoring is guessed for 32.8 billion parameters on an H100; pass --teacher-billions, or --scoring-rate." in shown
+    assert main([*like, "--scoring-rate", "2"]) == 0
+    assert "Scoring is guessed" not in capsys.readouterr().out
 
 
 def test_json_marks_each_figure_that_stands_on_a_guess(capsys, tmp_path):

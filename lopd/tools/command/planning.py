@@ -231,13 +231,15 @@ def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace, known
     )
     columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
     yield title, columns, list(_rows(bills, options.gpu_price))
-    yield from _sentences(rates, bills)
+    yield from _sentences(rates, bills, known)
     if (shorter := guessed_for(work)) and any(rate not in known for rate, _ in _RATES.values()):
         yield f"Rates are guessed for responses of {shorter:,} tokens.  In longer ones attention and the cache make each token dearer: measure them."
+    card = "an H100" if options.tflops * _TERA == H100_FLOPS else f"a GPU of {options.tflops:g} TFLOPS"
     for rate, role in _RATES.values():
-        if options.like and rate not in known and not (getattr(options, f"{role}_billions") or getattr(options, f"{role}_active")):
-            guessed = f"{rate.capitalize()} is guessed for {getattr(work, f'{role}_billions'):g} billion parameters"
-            yield f"{guessed}; pass --{role}-billions, or --{rate}-rate."
+        if options.like and rate not in known:
+            active, size = (getattr(options, f"{role}_{of}") for of in ("active", "billions"))
+            guessed = f"{rate.capitalize()} is guessed for {active or getattr(work, f'{role}_billions'):g} billion parameters on {card}"
+            yield f"{guessed}; pass {'' if active or size else f'--{role}-billions, or '}--{rate}-rate."
     yield f"{_store_sentence(work, work.stored)}\n"
 
 
@@ -257,15 +259,16 @@ def _rows(bills: _Bills, price: float | None) -> Iterator[tuple[str, ...]]:
         yield row(name, "", bill.gpu_hours, bill.wall_hours)
 
 
-def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
+def _sentences(rates: GpuRates, bills: _Bills, known: Container[str]) -> Iterator[str]:
     offline, at_least, lockstep = bills
     slow = offline.bottleneck
-    share = slow.wall_hours / offline.wall_hours
-    yield f"Longest: {slow.name}, {share:.0%} of the wall time.  It is limited by {slow.limit}."
+    yield f"Longest: {slow.name}, {slow.wall_hours / offline.wall_hours:.0%} of the wall time.  It is limited by {slow.limit}."
     low, high = at_least.gpu_hours / offline.gpu_hours, lockstep.gpu_hours / offline.gpu_hours
     yield f"Online OPD takes {low:.1f} to {high:.1f} times the GPU-hours."
     yield f"Memory of weights, gradients and moments at the same time: {offline.memory_gb:,.0f} GB, online {lockstep.memory_gb:,.0f} GB."
-    yield f"A second of a GPU: {rates.sampling:,.0f} response tokens sampled, {rates.scoring:,.0f} read tokens scored, {rates.training:,.0f} trained."
+    units = {"sampling": "response tokens sampled", "scoring": "read tokens scored", "training": "trained"}
+    paces = (f"{getattr(rates, name):,.0f} {unit}{' (guessed)' * (name not in known)}" for name, unit in units.items())
+    yield f"A second of a GPU: {', '.join(paces)}."
 
 
 def _store_sentence(work: Work, size: StoreSize) -> str:
@@ -286,9 +289,7 @@ def _store_sentence(work: Work, size: StoreSize) -> str:
 def _hours(hours: float) -> str:
     if hours < 1:
         return f"{hours * 60:.1f} min"
-    if hours < 100:
-        return f"{hours:.1f} h"
-    return f"{hours / 24:,.0f} d"
+    return f"{hours:.1f} h" if hours < 100 else f"{hours / 24:,.0f} d"
 
 
 def _size(size: float) -> str:
