@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import forked
@@ -125,6 +125,23 @@ def test_adapters_that_were_merged_as_the_page_does_are_the_same_model_and_end_w
         evolve(block, code=block.code.replace("\nstudent.export(", "\nstudent.stop_at(9)\nstudent.export(")).run(names)
     assert folder_model_id("merged").revision == folder_model_id("adapters").revision != folder_model_id("sft-student").revision
     assert 9 in configured_eos(Path("merged"))
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
+def test_the_best_student_stays_the_best_when_its_run_is_resumed(trained: None) -> None:
+    """The first half evaluates better than the second: the loop of the page that is run again must know that."""
+    first, best, *_ = blocks_of(DOCS / "howto" / "checkpoints.md")
+    begun = evolve(first, code=first.code[: first.code.index("for metrics in")])
+    exported = list[str]()
+    for stop, distance in ((2, 1.0), (4, 2.0)):
+        names: dict[str, Any] = {}
+        begun.run(names)
+        names["evaluate_reverse_kl"] = lambda *_, mean=distance: SimpleNamespace(mean=mean)
+        evolve(best, code=best.code.replace("steps[start:]", f"steps[start:{stop}]")).run(names)
+        assert names["metrics"].step + 1 == stop
+        exported.append(folder_model_id("best").revision)
+    assert names["start"] == 2
+    assert exported[0] == exported[1] != folder_model_id("sft-student").revision
 
 
 def _pytest(arguments: list[str]) -> None:
