@@ -386,6 +386,14 @@ def test_the_store_that_going_offline_plans_by_is_made_on_its_page() -> None:
     assert any(f'ZarrStore.open_or_create("{store}", ' in block.code for block in blocks_of(page))
 
 
+def test_pages_teach_the_recommended_support_with_what_it_needs() -> None:
+    """Decision 8: reverse KL on the teacher's top-k, each token weighed alike; forward KL is not recommended."""
+    for name in ("choose.md", "howto/command.md"):
+        text = (DOCS / name).read_text()
+        assert re.search(r"`loss: \{kind: reverse_kl, top_k: 64\}`,? (with|and) `weighting: token` under `opd`", text), name
+    assert not [page for page in (DOCS / "howto").glob("*.md") if "forward_kl" in page.read_text()]
+
+
 @pytest.mark.parametrize("words", ["tutorial", "wandb", "LoRA", "learning rate", "out of memory", "checkpoint", "S3", "warm-up"])
 def test_what_newcomers_search_for_is_on_a_page_that_explains(words: str) -> None:
     assert [page for page in PAGES if page.parent in {DOCS, DOCS / "howto"} and words.lower() in page.read_text().lower()]
