@@ -265,6 +265,20 @@ def test_whole_rounds_of_an_earlier_run_are_trained_on_with_a_warning(refresh, o
     assert all(f"student ({other.source(0).manifest.policy.name}@" in text for text in said)
 
 
+def test_a_run_that_resumes_within_an_older_round_is_right_and_the_warning_leaves_it_open(new_run):
+    whole = new_run()
+    steps = refresh_every(2, whole.make_round, stop=6)
+    next(steps)
+    weights, moments = copy.deepcopy(whole.student.state_dict()), copy.deepcopy(whole.optimizer.state_dict())
+    expected = plain(islice(steps, 2))  # it is killed in round 1
+    resumed = new_run(store=lambda manifest: whole.store)
+    resumed.student.load_state_dict(weights)
+    resumed.optimizer.load_state_dict(moments)
+    with pytest.warns(TrainingWarning, match=r"if this run goes on from a checkpoint of before round 1, this is right; if it is another") as caught:
+        assert plain(refresh_every(2, resumed.make_round, start=1, stop=3)) == expected
+    assert len(caught) == 1
+
+
 def test_a_run_that_resumes_without_its_round_is_told_which_it_begins_with():
     rounds = []
 

@@ -161,7 +161,7 @@ def sample_round(
 
     Warns:
         TrainingWarning: another policy sampled a part of the round, and was stopped or refused the rest; or it sampled the round, and a later one
-            is there, so this run is not where it was stopped.
+            is there: right for a run that resumes from a checkpoint of before that one, and for no other.
 
     Raises:
         ConflictError: none of these rollouts was committed by it, with its candidates where the source keeps them.
@@ -186,8 +186,8 @@ def sample_round(
     if sampled_by != manifest.policy and manifest.generation < (latest := max(store.generations)):
         warn_user(
             f"{named(store)}: {sampled_by} sampled round {manifest.generation}, and round {latest} is there too, so the student "
-            f"({manifest.policy}) trains on what an earlier run sampled; resume with the round that was stopped, or give another run a store of its "
-            "own.",
+            f"({manifest.policy}) trains on what an earlier run sampled; if this run goes on from a checkpoint of before round {latest}, this is "
+            "right; if it is another run, give it a store of its own.",
             TrainingWarning,
         )
     score_rollouts(store, scorer, column=column, preflight=preflight, rows=rows, rollouts_per_batch=prompts_per_batch)
