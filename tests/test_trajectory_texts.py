@@ -135,3 +135,22 @@ def test_a_completion_of_text_is_compared_with_what_was_drawn_or_all_that_follow
     for text in ("I ask.[5] is it", "[5] is not it", "[5]!", "[6]"):
         with pytest.raises(PromptError, match=OTHER):
             imported([{**record, "completion": text}], TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "other"),
+    [
+        ('[{"content": "a\\nb"}]', '[{"content": "a\\nc"}]'),
+        ('[{"name": "add", "arguments": {}}]', '[{"name": "sub", "arguments": {}}]'),
+        ('[{"role": "assistant", "content": "a \\"b\\""}]', '[{"role": "assistant", "content": "so long"}]'),
+        ("[1]", "[]"),
+    ],
+)
+def test_an_answer_that_is_json_itself_is_compared_as_the_text_that_it_is(drawn, other):
+    for before in ([], CALLED + TOLD):
+        answer = ids(f"{drawn}<|im_end|>")
+        mask = [1] * len(CALLED) * bool(before) + [0] * len(TOLD) * bool(before) + [1] * len(answer)
+        record = {"prompt_ids": ASKED, "completion_ids": before + answer, "completion_mask": mask}
+        assert len(imported([{**record, "completion": drawn}], TOKENIZER)) == 1
+        with pytest.raises(PromptError, match=OTHER):
+            imported([{**record, "completion": other}], TOKENIZER)

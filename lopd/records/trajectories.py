@@ -159,18 +159,21 @@ def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn]
     first, pad = turns[0].prompt_ids, getattr(tokenizer, "pad_token_id", None)
     if first[:2].tolist() == [pad, pad]:
         raise PromptError(f"{where}: its prompt begins with padding tokens; leave them out, or give its `attention_mask`.")
-    text, followed, completion = record.get("output"), _whole(turns[-1])[first.size :], _listed(record.get("completion"))
+    text, followed, completion = record.get("output"), _whole(turns[-1])[first.size :], record.get("completion")
     if isinstance(text, str) and not _begins(tokenizer, followed, folded(text)):
         raise _other_text(where, tokenizer, followed, text)
     drawn = np.concatenate([call.response_ids for call in calls])
-    spoken = (drawn, followed) if isinstance(completion, str) else (drawn,)
     if isinstance(completion, str):
-        # a plain text goes on where the ids were cut, or it lacks what a framework leaves out, as thoughts are
-        completion = [] if _begins(tokenizer, followed, folded(completion)) else [{"content": completion}]
+        # a plain text goes on where the ids were cut, or it lacks what a framework leaves out, as thoughts are; an answer may look like messages
+        there, listed = partial(_in_order, [folded(completion)]), _listed(completion)
+        if _begins(tokenizer, followed, folded(completion)) or any(_reads(tokenizer, ids, there) for ids in (drawn, followed)):
+            completion = []
+        else:
+            completion = [{"content": completion}] if isinstance(listed, str) else listed
     raw = [message for step in record.get("triplets") or () for message in _messages(step["response"].get("raw_content"))]
     # messages may begin with answers that were only read, and have whole answers where later turns read them rewritten
     read = (_whole(calls[-1]), np.concatenate([first, drawn]))
-    for either, messages in ((read, record.get("messages")), (spoken, completion), ((drawn,), raw)):
+    for either, messages in ((read, record.get("messages")), ((drawn,), completion), ((drawn,), raw)):
         answers = [message for message in _messages(messages) if message.get("role", "assistant") == "assistant"]
         texts = [folded(_text(message)) for message in answers]
         there = partial(_in_order, texts[: len(texts) - _cut(tokenizer, calls, answers)])
@@ -197,11 +200,11 @@ def _cut(tokenizer: Any, calls: Sequence[Turn], answers: Sequence[Mapping[str, A
 
 
 def _listed(value: Any) -> Any:
-    """Return arrays, and JSON text of lists of messages, as the lists that they stand for; anything else as it is."""
+    """Return arrays, and JSON text of messages with their roles, as the lists that they stand for; anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):  # a text may begin so too
             found = json.loads(value)
-            return found if all(isinstance(message, Mapping) for message in found) else value
+            return found if found and all(isinstance(message, Mapping) and "role" in message for message in found) else value
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
