@@ -282,6 +282,20 @@ def test_labels_of_one_domain_are_completed_by_a_constant_for_the_others():
     assert (columns.labels - columns.means).tolist() == [-0.5, 0.5, 0.0, 0.0]
 
 
+def test_the_rest_of_a_store_is_read_once_for_all_teachers(monkeypatch):
+    store, read, looked = MemoryStore(tiny_manifest()), MemoryStore.read, []
+    rollouts = [tiny_rollout(f"p{i}/s{s}/g0") for i in range(6) for s in (0, 2)]
+    store.append(rollouts)
+    teacher = {f"t{i}": [Prompt(f"p{i}", [4])] for i in range(6)}
+    for i, column in enumerate(teacher):
+        store.append_scores(column, tiny_provenance(column), [tiny_scores(rollout) for rollout in rollouts[2 * i : 2 * i + 2]])
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    columns, rows = choose(store, teacher, None, None, label=None, top_k=False)
+    assert columns.place.tolist() == [i for i in range(6) for _ in range(2)]
+    assert rows.tolist() == [*range(12)]
+    assert sum(looked) <= 24
+
+
 def test_what_cannot_be_chosen_is_refused(store, prompts):
     with pytest.raises(NoSuchRowError, match=f"row {len(store)} was chosen"):
         batches(store, teacher="near", rows=np.array([0, len(store)]))

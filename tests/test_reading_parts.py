@@ -6,6 +6,7 @@ from attrs import evolve
 from test_doctor import rollout
 
 from lopd.backends.memory_store import MemoryStore
+from lopd.protocols import reading
 from lopd.protocols.reading import evenly, parts, rows_of
 from lopd.records import ModelId, Prompt, SamplingParams, Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
@@ -61,7 +62,7 @@ def numbered(*rounds: list[str], samples: int = 1) -> MemoryStore:
         ("", None, []),
     ],
 )
-def test_samples_that_are_numbered_with_gaps_are_rows_of_their_prompts_whichever_others_are_asked_for(asked, rounds, expected) -> None:
+def test_samples_that_are_numbered_with_gaps_are_rows_of_their_prompts_where_all_rows_are_looked_at(asked, rounds, expected) -> None:
     store = numbered(ROUND_0, ROUND_1)
     assert rows_of(store, [Prompt(name, [1]) for name in asked], rounds).tolist() == expected
     assert rows_of(store, [Prompt("mine", [1])]).tolist() == [6], "an id of another form is its own prompt"
@@ -77,3 +78,31 @@ def test_of_a_collected_store_a_few_rows_are_read_to_find_some(samples: int, mon
     looked.clear()
     assert rows_of(store, [Prompt(f"p{i}", [1]) for i in range(3000)]).tolist() == [*range(3000 * samples)]
     assert not looked, "all were found"
+
+
+def test_a_rare_gap_in_a_store_of_many_rows_is_seen_or_not_with_what_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = numbered([*(f"p{i}/s0/g0" for i in range(8)), "q/s0/g0", "q/s2/g0", *(f"r{i}/s0/g0" for i in range(8))])
+    monkeypatch.setattr(reading, "_LOOKED_AT", 4)
+    rows = {
+        others: rows_of(store, [Prompt(name, [1]) for name in ("q", *(f"{others}{i}" for i in range(8 * bool(others))))])
+        for others in ("", "p")
+    }
+    assert rows[""].tolist() == [8], "the first, the last and two between are looked at"
+    assert rows["p"].tolist() == [*range(10)], "the gap is the first of the rest"
+    frequent = numbered([f"p{i}/s{s}/g0" for i in range(8) for s in (0, 2)])
+    assert rows_of(frequent, [Prompt("p3", [1])]).tolist() == [6, 7], "one of four has a number beyond"
+
+
+def test_rows_that_are_looked_at_are_read_in_parts_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read, looked = numbered([f"p{i}/s{s}/g0" for i in range(9) for s in (0, 2)]), MemoryStore.read, list[int]()
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    monkeypatch.setattr(reading.in_batches, "__defaults__", (64, None, 4 * 4 * int(store.lengths()[0].sum())))
+    assert rows_of(store, [Prompt("p3", [1])]).tolist() == [6, 7]
+    assert max(looked) == 4
+
+
+def test_rows_that_are_appended_while_samples_are_looked_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, find = numbered(["a/s0/g0"]), MemoryStore.find
+    monkeypatch.setattr(MemoryStore, "find", lambda self, ids: (self.append([tiny_rollout("b/s0/g0")]), find(self, ids))[1])
+    assert rows_of(store, [Prompt(name, [1]) for name in "ab"]).tolist() == [0]
+    assert len(store) == 2

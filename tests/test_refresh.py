@@ -274,7 +274,9 @@ def test_a_run_that_resumes_within_an_older_round_is_right_and_the_warning_leave
     resumed = new_run(store=lambda manifest: whole.store)
     resumed.student.load_state_dict(weights)
     resumed.optimizer.load_state_dict(moments)
-    with pytest.warns(TrainingWarning, match=r"if this run goes on from a checkpoint of before round 1, this is right; if it is another") as caught:
+    with pytest.warns(
+        TrainingWarning, match=r"if this run goes on from a checkpoint of before round 1, this is right; if it is another"
+    ) as caught:
         assert plain(refresh_every(2, resumed.make_round, start=1, stop=3)) == expected
     assert len(caught) == 1
 
@@ -310,6 +312,16 @@ def test_a_round_that_was_killed_before_its_first_rollouts_is_sampled_whole_by_a
     rows = sample_round(resumed, run.teacher, run.prompts, run.store)
     assert rows.tolist() == list(range(3 * len(run.prompts)))
     assert run.store.generations[1] == resumed.manifest.policy
+
+
+def test_a_round_reads_no_rows_of_other_rounds(new_run, monkeypatch):
+    run, read, looked = new_run(), MemoryStore.read, set()
+    before = sample_round(run.source(0), run.teacher, run.prompts, run.store)
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.update(rows) or read(self, rows, **options))
+    collect = run.source(1)
+    rows = sample_round(evolve(collect, identity=evolve(collect.manifest.policy, revision="step-1")), run.teacher, run.prompts, run.store)
+    assert looked <= {*rows.tolist()}
+    assert not {*before.tolist()} & {*rows.tolist()}
 
 
 def test_a_round_scores_no_more_than_its_own_rollouts(new_run):

@@ -107,7 +107,7 @@ def _read(store: LogprobReader, column: str, rows: NDArray[np.int64] | None = No
     take(every if rows is None else rows)
     if rows is not None and len(rows) < len(every):
         rounds = {generation for _, _, generation in numbers}
-        rest = every if rounds == {*store.generations} else samples_of(store, [*{prompt for prompt, _, _ in numbers}], rounds)
+        rest = every if rounds == {*store.generations} else samples_of(store, [[prompt for prompt, _, _ in numbers]], rounds)[0]
         if not np.isin(rows[left[rows]], rest).all():  # ids of another form, of which more may be missed
             rest = every
         take(rest[groups[rest] < 0])

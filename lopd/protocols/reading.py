@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,8 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
     Samples are found by their ids, as lopd numbers them: those of the manifest's `samples_per_prompt`, and what follows without a gap.  Of the other
     rows of the store at most 1,024, evenly spaced, are read.  Where one has a sample beyond that number, or an id of another form, as imported
-    rollouts and those of your own may have, all other rows are read, and each belongs to the prompt in its id.
+    rollouts and those of your own may have, all other rows are read, and each belongs to the prompt in its id.  So samples behind a gap are all
+    found in a store of few other rows, or many gaps; a rare gap in a larger one may be overlooked, and what else is asked for decides.
 
     Args:
         reader: the store.
@@ -177,41 +178,59 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         ArgumentError: the store, the prompts or the rounds are something else.
     """
     check_noun(reader, LogprobReader)
+    if generations is not None and not isinstance(generations, Iterable):
+        raise ArgumentError(
+            f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
+        )
+    return samples_of(reader, [ids_of(prompts)], reader.generations if generations is None else generations)[0]
+
+
+def ids_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the ids of prompts.
+
+    Raises:
+        ArgumentError: they are something else.
+    """
     check_list("Prompts", prompts)
     if wrong := [prompt for prompt in prompts if not isinstance(prompt, Prompt)]:
         raise ArgumentError(
             f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
         )
-    if generations is not None and not isinstance(generations, Iterable):
-        raise ArgumentError(
-            f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
-        )
-    return samples_of(reader, [prompt.prompt_id for prompt in prompts], reader.generations if generations is None else generations)
+    return [prompt.prompt_id for prompt in prompts]
 
 
-def samples_of(reader: LogprobReader, prompt_ids: Sequence[str], generations: Iterable[int]) -> NDArray[np.int64]:
-    """Return rows of all samples of the prompts with these ids in these rounds, in ascending order; see `rows_of`."""
-    asked, rounds, usual, other = {*prompt_ids}, {*generations}, reader.manifest.sampling.samples_per_prompt, False
-    there = np.zeros(len(reader), np.bool_)
+def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generations: Iterable[int]) -> list[NDArray[np.int64]]:
+    """Return rows of all samples in these rounds, ascending, for each group of ids of prompts; see `rows_of`."""
+    numbers = {prompt_id: i for i, prompt_id in enumerate({*chain(*groups)})}
+    rounds, usual, other = {*generations}, reader.manifest.sampling.samples_per_prompt, False
+    whose = np.full(len(reader), -1)
     for generation in rounds:
-        left = [*asked]
+        left = [*numbers]
         for sample in count():
             rows = reader.find([rollout_id(prompt_id, sample, generation) for prompt_id in left])
-            there[rows[rows >= 0]] = True
+            # another process may append meanwhile
+            known = (rows >= 0) & (rows < len(whose))
+            whose[rows[known]] = np.array([numbers[prompt_id] for prompt_id in left], np.int64)[known]
             if sample + 1 >= usual:
-                left = [prompt_id for prompt_id, row in zip(left, rows.tolist(), strict=True) if row >= 0]
+                left = [prompt_id for prompt_id, is_known in zip(left, known.tolist(), strict=True) if is_known]
                 other |= sample >= usual and bool(left)
-                if not left or there.all():
+                if not left or (whose >= 0).all():
                     break
-    rest = np.flatnonzero(~there)
-    seen = reader.read(evenly(rest, _LOOKED_AT).tolist()).rollout_ids if asked and rest.size and not other else ()
+    rest = np.flatnonzero(whose < 0) if numbers else np.zeros(0, np.int64)
+    seen = () if other else chain(*(read.rollout_ids for _, read in _in_parts(reader, evenly(rest, _LOOKED_AT))))
     # imported rollouts, and a user's own, may be numbered with gaps: only their ids show whose they are
     if other or any(_is_other(name, usual) for name in seen):
-        for part in in_batches(rest, _LOOKED_AT):
-            read = reader.read(part)
+        for part, read in _in_parts(reader, rest):
             pairs = zip(map(prompt_id_of, read.rollout_ids), read.generations.tolist(), strict=True)
-            there[part] = [prompt_id in asked and generation in rounds for prompt_id, generation in pairs]
-    return np.flatnonzero(there)
+            whose[part] = [numbers.get(prompt_id, -1) if generation in rounds else -1 for prompt_id, generation in pairs]
+    return [np.flatnonzero(np.isin(whose, [numbers[prompt_id] for prompt_id in {*group}])) for group in groups]
+
+
+def _in_parts(reader: LogprobReader, rows: NDArray[np.int64]) -> Iterator[tuple[Sequence[int], Rows]]:
+    """Yield these rows, each part with what was read of it: many at a time where they are short."""
+    values = 4 * reader.lengths()[rows].sum(axis=1)
+    for part in in_batches(rows, _LOOKED_AT, values):
+        yield part, reader.read(part)
 
 
 def _is_other(name: str, usual: int) -> bool:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning, TrainingWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
-from lopd.protocols.reading import chosen, elsewhere, named, rows_of, way_to
+from lopd.protocols.reading import chosen, elsewhere, ids_of, named, samples_of, way_to
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
@@ -133,8 +133,8 @@ def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) ->
     if not isinstance(teacher, Mapping):
         return {teacher: wanted}
     parts: dict[str | None, NDArray[np.int64]] = {}
-    for column, prompts in teacher.items():
-        mine = np.intersect1d(rows_of(store, prompts), wanted)
+    for column, rows in zip(teacher, samples_of(store, [*map(ids_of, teacher.values())], store.generations), strict=True):
+        mine = np.intersect1d(rows, wanted)
         if not mine.size:
             raise InvalidRecordError(
                 f"{named(store)}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out."

@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, InvalidRecordError, TrainingWarning
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import named, rows_of
+from lopd.protocols.reading import ids_of, named
 from lopd.records.checks import check_at_least, check_call
-from lopd.records.rollouts import Prompt, policy_column
+from lopd.records.rollouts import Prompt, policy_column, rollout_id
 from lopd.records.steps import StepMetrics
 from lopd.records.warn import warn_user
 from lopd.verbs.collect import collect_rollouts
@@ -168,15 +168,16 @@ def sample_round(
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
-    manifest = source.manifest
+    manifest, samples = source.manifest, source.manifest.sampling.samples_per_prompt
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by == manifest.policy:
         collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
-    rows, whole = rows_of(store, prompts, [manifest.generation]), ""
+    there, whole = store.find([rollout_id(name, s, manifest.generation) for name in ids_of(prompts) for s in range(samples)]), ""
+    rows = np.unique(there[there >= 0])
     if sampled_by != manifest.policy and manifest.sampling.candidates + manifest.sampling.drawn:
         # a kill between the two appends of a batch left it without, and only the policy that sampled could fill them in
         rows, whole = rows[store.scored(policy_column(manifest.generation))[rows]], " with their candidates"
-    asked = len(prompts) * manifest.sampling.samples_per_prompt
+    asked = len(prompts) * samples
     if len(rows) < asked and sampled_by != manifest.policy:
         found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts{whole}, expected {asked}"
         found = f"{found}; {sampled_by} was stopped, or refused the rest"
