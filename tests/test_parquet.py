@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import datasets
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -49,6 +50,21 @@ def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
 @pytest.mark.parametrize(("group", "commit"), [(1024, 1024), (7, 4), (1, 100)])
 def test_a_store_comes_back_equal_from_parquet(memory: MemoryStore, tmp_path: Path, group: int, commit: int) -> None:
     assert_equal_stores(round_trip(memory, tmp_path / "run.parquet", group=group, commit=commit), memory)
+
+
+def test_a_row_is_weighed_once_however_many_are_in_a_group(memory: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed = list[int]()
+
+    class Counted(np.ndarray):
+        def __getitem__(self, key: Any) -> Any:
+            weighed.extend(key if isinstance(key, list) else [])
+            return super().__getitem__(key)
+
+    lengths = MemoryStore.lengths
+    monkeypatch.setattr(MemoryStore, "lengths", lambda self: lengths(self).view(Counted))
+    monkeypatch.setattr(arrow_table, "parts", lambda reader, rows, values: reading.parts(reader, 2, values))
+    export_parquet(memory, tmp_path / "run.parquet", rows_per_group=2 * len(memory))
+    assert sorted(weighed) == list(range(len(memory)))
 
 
 def test_any_rollouts_and_scores_come_back_equal_from_parquet(tmp_path: Path) -> None:

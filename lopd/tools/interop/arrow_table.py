@@ -51,14 +51,14 @@ _Wanted = list[tuple[Mapping[str, Any], int]]  # rows of an import, each with it
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
     """Yield the whole store in tables of about so many rows, or fewer where their values are very many."""
-    schema, waiting = description.schema(), dict[int, ScoredRollout]()
+    schema, waiting, first, total = description.schema(), dict[int, ScoredRollout](), 0, 0
     values = reader.lengths().sum(axis=1) * (4 + sum(1 + 2 * provenance.top_k for provenance in description.columns.values()))
     for part in parts(reader, min(64, rows_per_table), values):
+        total += (size := int(values[[*part.rows]].sum()))
         # parts of the same rows follow one another: where one begins behind all that wait, none of these is still to come
-        behind = bool(waiting) and part.rows[0] == min(waiting) + len(waiting)
-        if behind and (len(waiting) >= rows_per_table or values[[*waiting, *part.rows]].sum() > VALUES_AT_ONCE):
+        if waiting and part.rows[0] == first + len(waiting) and (len(waiting) >= rows_per_table or total > VALUES_AT_ONCE):
             yield _table([waiting[row] for row in sorted(waiting)], schema)
-            waiting = {}
+            waiting, first, total = {}, part.rows[0], size
         waiting.update(zip(part.rows, part.read(reader), strict=True))
     if waiting:
         yield _table([waiting[row] for row in sorted(waiting)], schema)
