@@ -261,13 +261,13 @@ def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[
     return next((token for token, times in ends.most_common(1) if 2 * times > count), None)
 
 
-def way_to(reader: LogprobReader, column: str) -> str:
-    """Return what gives rollouts a value in a column, for messages; `score_rollouts` refuses what the policy itself reports."""
+def way_to(reader: LogprobReader, column: str, more: str = "") -> str:
+    """Return what gives rollouts a value in a column, and `more` about it, for messages; `score_rollouts` refuses what the policy itself reports."""
     if column in VIRTUAL_COLUMNS:
         return "sample with an engine that reports its log-probs, or score the policy into another column and pass `ref=`"
     known = reader.columns.get(column)
     kind = "label" if known is not None and known.label else "score"
-    return f"run `{kind}_rollouts(..., column={column!r})`{elsewhere(reader)}"
+    return f"run `{kind}_rollouts(..., column={column!r})`{more}{elsewhere(reader)}"
 
 
 def elsewhere(reader: LogprobReader) -> str:

@@ -85,8 +85,8 @@ def choose(
         ArgumentError: `teacher` is neither a name nor a mapping of names, `ref` or `label` is not a name, or `top_k` not a bool.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are no rows, a rollout has two teachers, teachers keep supports of another K, or labels are given for log-probs or
-            the other way round.
+        InvalidRecordError: there are no rows, a rollout has two teachers, teachers keep supports that are unlike, or labels are given for log-probs
+            or the other way round.
     """
     if isinstance(teacher, Mapping) and (others := [column for column in teacher if not isinstance(column, str)]):
         raise ArgumentError(
@@ -166,7 +166,7 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                     f"{elsewhere(store)}."
                 )
             labels = column in store.columns and store.columns[column].label
-            remedy = f"{way_to(store, column)}{' also for the others, with a constant where nothing can judge them' * labels}"
+            remedy = way_to(store, column, " also for the others, with a constant where nothing can judge them" * labels)
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row in quarantined[:1]:
             warn_user(
@@ -192,7 +192,7 @@ def _check_alike(store: LogprobReader, names: Sequence[str]) -> None:
         if widths[name] != widths[first]:
             raise InvalidRecordError(
                 f"{named(store)}: column {name!r} keeps {k} tokens, {drawn} of them drawn, expected {widths[first][0]} and {widths[first][1]} as in "
-                f"column {first!r}; score one of them again, into another column, with the K of the other."
+                f"column {first!r}; score one of them again, into another column, with a support like the other's."
             )
 
 
