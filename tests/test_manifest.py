@@ -86,19 +86,22 @@ def test_a_difference_of_manifests_names_the_innermost_field() -> None:
 
 def test_a_difference_that_another_processor_may_have_rounded_into_adapters_is_explained() -> None:
     here = ModelId("adapters", "weights:1/2", "float32")
-    manifest, note = evolve(tiny_manifest(), policy=here), "adapters that are not merged"
+    manifest, note = evolve(tiny_manifest(), policy=here), "another processor rounds otherwise"
     difference = manifest.difference(evolve(manifest, policy=evolve(here, revision="weights:3/2")))
     assert difference is not None
     assert difference.startswith(
-        "policy.revision is 'weights:1/2', expected 'weights:3/2' (adapters that are not merged are merged in this"
+        "policy.revision is 'weights:1/2', expected 'weights:3/2' (if both are the same adapters, not merged, another "
     )
+    assert "identity=" not in difference, "other weights may have one name too"
     for change in (
         {"revision": "weights:1/3"},
         {"revision": "weights:3"},
         {"revision": "step-1"},
         {"name": "other", "revision": "weights:3/2"},
     ):
-        assert note not in str(manifest.difference(evolve(manifest, policy=evolve(here, **change)))), change
+        found = str(manifest.difference(evolve(manifest, policy=evolve(here, **change))))
+        assert note not in found, change
+        assert ("if it is this very model, pass the recorded one as `identity=`" in found) == (change == {"revision": "weights:3"})
     assert note not in str(
         manifest.difference(evolve(manifest, policy=evolve(here, revision="weights:3/2"), sampling=SamplingParams(top_p=0.5)))
     )

@@ -99,13 +99,14 @@ def _fits(a: tuple[str, str, str], b: tuple[str, str, str]) -> bool:
 
 
 def rounding_note(one: ModelId, other: ModelId) -> str:
-    """Return, in brackets, why one model may have both hashes: they differ in the parameters alone, as adapters merged by two processors do."""
-    (_, a, mine), (_, b, theirs) = _key(one), _key(other)
-    if a == b or not mine or mine != theirs or one.name != other.name:
+    """Return, in brackets, why one model may have both hashes, as adapters that two processors merge, or lopd 0.2 hashed, do; else ""."""
+    (plain, a, mine), (other_plain, b, theirs) = _key(one), _key(other)
+    if a == b or plain or other_plain or one.name != other.name or len({mine, theirs} - {""}) != 1:
         return ""
+    if mine != theirs:
+        return " (lopd 0.2 recorded one of them, and hashed adapters otherwise: if it is this very model, pass the recorded one as `identity=`)"
     return (
-        " (adapters that are not merged are merged in this machine's arithmetic, which may round otherwise on another processor: then pass "
-        "`identity=` with the recorded one, or merge once and use that folder everywhere)"
+        " (if both are the same adapters, not merged, another processor rounds otherwise: merge them once and use that folder everywhere)"
     )
 
 
