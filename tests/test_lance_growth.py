@@ -210,6 +210,15 @@ def test_files_with_a_nan_of_another_tool_are_merged(nested: bool, filled: Lance
     assert list(reopened(filled).verify()) == []
 
 
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32()), pa.list_(pa.float32(), 2)])
+def test_a_merge_notices_a_changed_list_among_many_with_a_nan(kind: pa.DataType) -> None:
+    values = [[*range(30)], [*range(30)], [*range(15), 99, *range(16, 30)]]
+    columns = [pa.chunked_array([pa.array([[float("nan"), one] for one in each], kind)]) for each in values]
+    texts = list(map(tiers._text, columns))
+    assert columns[0] != columns[1]
+    assert texts[0] == texts[1] != texts[2]
+
+
 def test_a_merge_notices_a_changed_value_beside_a_nan() -> None:
     nan = float("nan")
     columns = [pa.chunked_array([[[nan, 0.5]], [None, [value] * 3000]]) for value in (1.0, 1.0, float(np.nextafter(1.0, 2.0)))]

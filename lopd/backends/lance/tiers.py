@@ -22,8 +22,6 @@ FAN = 16
 # Larger files are left to `compact`: a merge of them would be felt.
 _LARGEST = 1 << 30
 _BATCH = 1 << 24
-# More than there are values in a batch.
-_ALL = 1 << 30
 # What `compact` makes: files of at most so many rows and bytes, except where one was larger already.
 _ROWS, _BYTES = 1 << 20, 1 << 32
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
@@ -146,4 +144,4 @@ def _check(dataset: Any, fragments: Sequence[Any], path: str, step: int) -> None
 
 def _text(column: Any) -> str:
     """Return all values of a column: Arrow takes no NaN for equal to another, and columns of other tools may have some, in lists too."""
-    return str(column.combine_chunks().to_string(window=_ALL, container_window=_ALL, element_size_limit=_ALL, skip_new_lines=True))
+    return repr(column.to_pylist())
