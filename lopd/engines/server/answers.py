@@ -61,9 +61,13 @@ class NotANumberError(InvalidRecordError):
     """Something in the place of a log-prob: the model is at fault, or what it reads."""
 
 
-def received(url: str, response: httpx2.Response, within_s: float | None) -> httpx2.Response:
-    """Return a streamed response with its body, decompressed and of bounded size; in this time where there is one, as of what a server is."""
-    started, size, parts, most = monotonic(), 0, list[bytes](), _LARGEST if within_s is None else _LARGEST_FACT
+def received(url: str, response: httpx2.Response, started: float, within_s: float | None) -> httpx2.Response:
+    """Return a streamed response with its body, decompressed and of bounded size.
+
+    Where there is a time, as for what a server is, the body ends within it, counted from the start of the request; headers that drip are noticed
+    when they are there.  A body of log-probs has no such time: only its silences are bounded.
+    """
+    size, parts, most = 0, list[bytes](), _LARGEST if within_s is None else _LARGEST_FACT
     for part in response.iter_bytes():
         parts.append(part)
         size += len(part)

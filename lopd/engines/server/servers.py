@@ -265,13 +265,13 @@ class _Endpoint:
 
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
         """Return the answer, whatever its status."""
+        started = monotonic()
         try:
             with self._client.stream(method, url, json=json, timeout=timeout, extensions={"trace": self._remember}) as response:
-                return received(url, response, None if method == "POST" else self._check_s)
+                return received(url, response, started, None if method == "POST" else self._check_s)
         except httpx2.RequestError as error:
             check_cause(self.name, error)
-            # by its type alone: the text of the error may quote headers
-            raise Trouble(f"{url} fails with {type(error).__name__}") from None
+            raise Trouble(f"{url} fails with {type(error).__name__}") from None  # no more: the text of the error may quote headers
 
     def _remember(self, event: str, info: Mapping[str, Any]) -> None:
         """Keep the socket of a new connection, for to close a client does not wake those who read from it, and let it ask whether its peer lives."""
