@@ -269,6 +269,9 @@ def npy_of(header: bytes, data: bytes = b"") -> dict[str, str]:
         npy_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (-2, -2)}\n", bytes(16)),
         npy_of(b"{'descr': '|O', 'fortran_order': False, 'shape': (2,)}\n", bytes(16)),
         npy_of(b"{'descr': (\n"),
+        npy_of(b"-" * 9000 + b"1\n"),
+        npy_of(b"{'descr': '|S0', 'fortran_order': False, 'shape': (1099511627776, 1024)}\n"),
+        npy_of(b"{'descr': '<f4', 'fortran_order': False, 'shape': (0, %d)}\n" % 10**30),
         {"prompt_token_id_logprobs": base64.b64encode(b"PK\x03\x04" + bytes(60)).decode()},
         {"prompt_token_id_logprobs": base64.b64encode(b"PK\x05\x06" + bytes(18)).decode()},
     ],
@@ -299,6 +302,8 @@ def told():
                 self.send_response(200)
                 for name, value in headers.items():
                     self.send_header(name.replace("_", "-"), value)
+                    self.flush_headers()
+                    time.sleep(0.3)
                 self.end_headers()
                 with suppress(OSError):
                     while body is None:
@@ -323,6 +328,7 @@ def test_answers_that_are_nested_never_end_or_become_gigabytes_are_one_error(tol
     for url, said in (
         (told(b"[" * 100_000), "expected the JSON of a model server"),
         (told(None), "has not answered in full after 2 s"),
+        (told(b"{}", **{f"X_{i}": "a drip" for i in range(8)}), "has not answered in full after 2 s"),
         (told(bomb, Content_Encoding="gzip"), "answers with more than 16,777,216 bytes"),
     ):
         with pytest.raises(EngineError, match=said):

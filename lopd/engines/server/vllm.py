@@ -115,10 +115,11 @@ def _decoded(owner: str, answer: Mapping[str, Any]) -> Any:
         # `np.load` opens archives too, and makes room for whatever a header names
         read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
         shape, _, dtype = read(file)
-        if math.prod(shape) * dtype.itemsize == len(file.getbuffer()) - file.tell():
+        if dtype.itemsize and math.prod(shape) * dtype.itemsize == len(file.getbuffer()) - file.tell():
             file.seek(0)
             return npy.read_array(file, allow_pickle=False)
-    except (TypeError, ValueError, EOFError, OSError, SyntaxError, TokenError):
+    # a header of many signs or brackets ends in the last two but one, and an empty array with a long side in the last
+    except (TypeError, ValueError, EOFError, OSError, SyntaxError, TokenError, MemoryError, RecursionError, OverflowError):
         pass
     raise EngineError(
         f"{owner}: prompt_token_id_logprobs of the server's answer is {str(written)[:40]!r}, expected a .npy in base64; serve with vLLM 0.32 or "
