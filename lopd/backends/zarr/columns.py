@@ -55,8 +55,8 @@ BOUND_BY = tuple(
 LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
 ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
-# The leading columns of a line are counts or codes; sums of counts below this fit 64 bits.
-_MOST = 1 << 50
+# The leading columns of a line are counts, codes or bits; sums of counts below 2^50 fit 64 bits.
+_COUNT = (1 << 50) - 1
 
 
 @frozen(eq=False)
@@ -64,17 +64,15 @@ class Limits:
     """What the lines of one segment can be.
 
     Args:
-        below: (c,) uint64: each of the leading columns is below its number.
+        never: (c,), the bits that each of the leading columns has never set; that of the sign is one of them.
         sums: (c, k), which columns add up to a place in an array.
         most: (k,), the size of that array.
-        bits: those of `has_behavior` whose array is there; None in lines of scores.
         fields: number of columns.
     """
 
-    below: NDArray[np.uint64]
+    never: NDArray[np.int64]
     sums: NDArray[np.int64]
     most: NDArray[np.int64]
-    bits: int | None
     fields: int
 
     @classmethod
@@ -82,31 +80,29 @@ class Limits:
         """Return those of a segment of rollouts, or of scores; `sizes` has how many values each of its arrays has along its first dimension."""
         parts: dict[tuple[str, ...], tuple[str, ...]]
         if "token_ids" not in sizes:
-            parts, bits = {("start", "length"): ("logprobs", *TOP_K_ARRAYS)}, None
-            below, columns = [_MOST] * 4, S
+            parts = {("start", "length"): ("logprobs", *TOP_K_ARRAYS)}
+            known, columns = [_COUNT] * 4, S
         else:
             bits = sum(1 << i for i, name in enumerate(REPORTED) if name in sizes)
-            below, columns = [*[_MOST] * 6, len(REASONS), _MOST, bits + 1, 2 if "loss_mask" in sizes else 1], R
+            # the codes of two reasons are one bit
+            known, columns = [*[_COUNT] * 6, len(REASONS) - 1, _COUNT, bits, int("loss_mask" in sizes)], R
             parts = {
                 ("token_start", "prompt_length", "response_length"): ("token_ids",),
                 ("id_start", "id_length"): ("rollout_ids",),
                 ("response_start", "response_length"): ("loss_mask", *REPORTED),
             }
-        sums = np.zeros((len(below), len(parts)), np.int64)
+        sums = np.zeros((len(known), len(parts)), np.int64)
         for i, names in enumerate(parts):
             sums[[columns[name] for name in names], i] = 1
-        most = [min((sizes[name] for name in arrays if name in sizes), default=4 * _MOST) for arrays in parts.values()]
-        return cls(np.array(below, np.uint64), sums, np.array(most), bits, len(columns))
+        most = [min((sizes[name] for name in arrays if name in sizes), default=4 * _COUNT) for arrays in parts.values()]
+        return cls(~np.array(known, np.int64), sums, np.array(most), len(columns))
 
     def misfit(self, lines: NDArray[np.int64]) -> int | None:
         """Return the place of the first line that no writer makes: one that has a negative or unknown value, or points beyond an array."""
         if lines.shape[1] != self.fields:
             return 0 if len(lines) else None
-        head = lines[:, : self.below.size]
-        # a negative number is a large one without a sign
-        bad = head.view(np.uint64) >= self.below
-        beyond = head @ self.sums > self.most
-        if not (bad.any() or beyond.any() or (self.bits == 2 and (head[:, R["has_behavior"]] & 1).any())):
+        head = lines[:, : self.never.size]
+        unknown, beyond = head & self.never, head @ self.sums > self.most
+        if not (unknown.any() or beyond.any()):
             return None
-        wrong = bad.any(axis=1) | beyond.any(axis=1)
-        return int(np.argmax(wrong if self.bits != 2 else wrong | (head[:, R["has_behavior"]] & 1 != 0)))
+        return int(np.argmax(unknown.any(axis=1) | beyond.any(axis=1)))
