@@ -138,9 +138,11 @@ def test_a_scalar_that_yaml_cannot_make_is_one_sentence(scalar, tmp_path):
         read_settings(written(tmp_path, f"out: {scalar}\n"))
 
 
-@pytest.mark.parametrize("twice", ["{{<<: [*a{0}, *a{0}]}}", "{{k: [*a{0}, *a{0}]}}"])
-def test_anchors_that_double_with_each_line_are_refused_at_once(twice, tmp_path):
-    lines = [f"a{i}: &a{i} {twice.format(i - 1)}" for i in range(1, 200)]
+@pytest.mark.parametrize(
+    ("twice", "count"), [("{{<<: [*a{0}, *a{0}]}}", 200), ("{{k: [*a{0}, *a{0}]}}", 200), (f"[{', '.join(['*a{0}'] * 10)}]", 4400)]
+)
+def test_anchors_that_double_with_each_line_are_refused_at_once(twice, count, tmp_path):
+    lines = [f"a{i}: &a{i} {twice.format(i - 1)}" for i in range(1, count)]
     with pytest.raises(
         InvalidRecordError, match=r"it cannot be read \(its anchors make [\d,]+ values of [\d,]+ that are written in line 1\)"
     ):

@@ -21,6 +21,8 @@ from lopd.tools.command.models import Model
 _PASSING = ("seeds", "out", "device", "served_as", "key_variable", "wait", "rows")
 #: Values that anchors of YAML may make of each that is written: merged again and again, they double with each line.
 _LARGEST_GROWTH = 100
+# They are counted up to this: a number of thousands of digits cannot be shown.
+_MANY = 1 << 60
 
 
 @frozen
@@ -239,5 +241,5 @@ def _size(node: Any, seen: dict[int, int]) -> int:
         seen[id(node)] = 1  # one that holds itself
         parts = node.value if isinstance(node.value, list) else ()
         each = (one for part in parts for one in (part if isinstance(part, tuple) else (part,)))
-        seen[id(node)] += sum(_size(one, seen) for one in each)
+        seen[id(node)] = min(1 + sum(_size(one, seen) for one in each), _MANY)
     return seen[id(node)]
