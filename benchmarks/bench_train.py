@@ -1,7 +1,7 @@
 """Tokens a second of a training step: rollouts in rows of like length, packed, plainly padded, and TRL's trainer on the same rollouts.
 
     python benchmarks/bench_train.py           # writes benchmarks/results/bench_train.json; twelve minutes
-    python benchmarks/bench_train.py --report  # its summary and goals again, from its steps
+    python benchmarks/bench_train.py --report  # its summary and goals again, from steps with both of TRL's ways
 
 All train the same Llama model on the same steps of a Zarr store on disk, on one thread, and take turns.  TRL's DistillationTrainer is given
 the stored responses in place of those that it would sample, so its step is the teacher's forward pass, its own two and the optimizer; of the

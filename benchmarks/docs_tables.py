@@ -351,7 +351,7 @@ def savings() -> list[str]:
     small = {arm.name: ratios(Runs.of(rows), WORKS, ONLINE.name, arm.name)["equal steps"] for arm in (PLAIN, RATIO)}
     cells = {name: found.cell(name) for name in ("ratio", found.best)}
     real = {name: Ratio.of([cost(live[seed]) / cost(cell[seed]) for seed in cell]) for name, cell in cells.items()}
-    sizes = passed(rows, WORKS, PLAIN.name), (size["opd_prompts"], live[0]["steps"] * size["batch"])
+    sizes = passed(rows, WORKS, PLAIN.name), (size["opd_prompts"], next(iter(live.values()))["steps"] * size["batch"])
 
     def line(where: str, stored: int, trained: int, times: dict[str, Ratio]) -> str:
         said = " and ".join(f"{more.show('.2f')} times as much as *{name}*" for name, more in times.items())
