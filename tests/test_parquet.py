@@ -309,6 +309,18 @@ def test_a_row_that_comes_twice_in_a_file_is_taken_once_where_it_is_the_same_and
         import_parquet(tmp_path / "other.parquet", MemoryStore(tiny_manifest()))
 
 
+@pytest.mark.parametrize("kept", [lambda table: table, lambda table: table.drop_columns(["checksum"])])
+@pytest.mark.filterwarnings("ignore::lopd.errors.UncheckedDataWarning")
+def test_rows_that_come_twice_do_not_stand_for_those_that_are_missing(kept: Any, memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    table, store = pq.read_table(tmp_path / "run.parquet"), MemoryStore(tiny_manifest())
+    half = kept(table).slice(0, 15)
+    pq.write_table(pa.concat_tables([half, half]), tmp_path / "run.parquet")
+    for _ in range(2):  # as much when it is resumed
+        with pytest.raises(CorruptStoreError, match="it has 15 different rollouts in 30 rows, expected the 30 that were exported"):
+            import_parquet(tmp_path / "run.parquet", store, rows_per_commit=10)
+
+
 def test_a_store_of_another_manifest_is_refused(memory: MemoryStore, tmp_path: Path) -> None:
     export_parquet(memory, tmp_path / "run.parquet")
     other = MemoryStore(tiny_manifest(301))

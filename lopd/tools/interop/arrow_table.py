@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_128
 
 from lopd.backends import admission
+from lopd.backends.id_index import ID_HASH, encode_ids, hash_ids
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
@@ -191,32 +192,31 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     names = needed if first is None else first.column_names
     if unknown := [name for name in names if name not in needed and name.startswith(_SCORES)]:
         raise CorruptStoreError(
-            f"{owner}: its description does not say whose scores the columns {unknown} are; drop them, and add such scores to the store with "
-            "`Scores.of` and `store.append_scores`."
+            f"{owner}: its description lacks whose scores the columns {unknown} are; drop them, and add these with `store.append_scores`."
         )
     if {*needed} - {*names} == {CHECKSUM}:
         # Somebody has taken it out, to edit values.
         description = evolve(description, rows=None)
     if description.rows is None:
-        warnings.warn(
-            f"{owner}: it has no checksums, so damage to it cannot be noticed; export it again with this version of lopd.",
-            UncheckedDataWarning,
-            stacklevel=3,
-        )
+        unchecked = f"{owner}: it has no checksums, so damage to it cannot be noticed; export it again with this version of lopd."
+        warnings.warn(unchecked, UncheckedDataWarning, stacklevel=3)
     if rows is not None:
         _check_rows(owner, rows, expected)
     for number, policy in description.generations.items():
         store.begin_generation(number, policy)
-    schema, seen = description.schema(), 0
+    schema, seen, hashes = description.schema(), 0, [np.zeros(0, ID_HASH)]
     for table in chain(() if first is None else (first,), incoming):
         pairs = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
         seen += len(pairs)
+        hashes.append(hash_ids(encode_ids([rollout.rollout_id for _, rollout in pairs])))
         refuse_other(store, [row for row, _ in pairs], description.columns)
         store.append([rollout for _, rollout in pairs])
         for name, provenance in description.columns.items():
             scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in pairs if row[f"logprobs/{name}"] is not None]
             store.append_scores(name, provenance, scores)
     _check_rows(owner, seen, rows)
+    if rows is not None:
+        _check_rows(owner, np.unique(np.concatenate(hashes)).size, expected, f"different rollouts in {seen} rows")
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
@@ -224,11 +224,11 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         store.quarantine(name, description.columns[name], kept)
 
 
-def _check_rows(owner: str, rows: int, expected: int | None) -> None:
-    if expected not in (None, rows):
+def _check_rows(owner: str, count: int, expected: int | None, of: str = "rows") -> None:
+    if expected not in (None, count):
         raise CorruptStoreError(
-            f"{owner}: it has {rows} rows, expected the {expected} that were exported; restore it from a backup, or where it was filtered import the "
-            "whole of it and choose rows with `batches(rows=...)`."
+            f"{owner}: it has {count} {of}, expected the {expected} that were exported; restore it from a backup, or where it was filtered import "
+            "the whole of it and choose rows with `batches(rows=...)`."
         )
 
 
