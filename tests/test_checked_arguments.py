@@ -8,6 +8,7 @@ import pytest
 import torch
 from attrs import evolve
 from chat_tokenizers import byte_tokenizer
+from hub_stub import hub  # noqa: F401
 from small_runs import adamw, make_store, scored, small, teacher_model  # noqa: F401
 
 from lopd import (
@@ -39,6 +40,7 @@ from lopd.errors import (
 )
 from lopd.records import Lineage, Scores, StoreId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.tools.share import pull_store
 
 TEACHER = ModelId("teacher", "1", "float32")
 
@@ -222,3 +224,10 @@ def test_a_turn_without_a_content_is_refused_unless_an_assistant_calls_a_tool(tm
     path.write_text('{"prompt": "a", "answer": ' + "[" * 900 + "]" * 900 + "}\n")
     with pytest.raises(PromptError, match=r"line 1: it holds values that are nested too deep|is not JSON"):
         read_prompts(path, byte_tokenizer())
+
+
+def test_a_store_in_the_place_of_what_makes_one_is_refused_before_a_download(hub):
+    for store in (MemoryStore(tiny_manifest()), "run.zarr"):
+        with pytest.raises(ArgumentError, match=r"Repository me/rollouts .*: store is a .*; pass `lambda manifest: ZarrStore"):
+            pull_store("me/rollouts", store=store)
+    assert hub.requests == []

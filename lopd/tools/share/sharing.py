@@ -1,7 +1,7 @@
 """Push an exported student, push a store, and pull a store: each to or from a repository that the call names."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,9 +13,9 @@ from lopd.engines.export import exported_files
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.lineage import LINEAGE_FILE, Lineage
-from lopd.records.manifest import Manifest
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
+from lopd.tools.interop.filling import StoreMaker, check_maker
 from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
 from lopd.tools.share.hub import Repository
@@ -106,7 +106,7 @@ def pull_store(
     repository: str,
     *,
     revision: str | None = None,
-    store: Callable[[Manifest], LogprobStore] = MemoryStore,
+    store: StoreMaker = MemoryStore,
     endpoint: str | None = None,
 ) -> LogprobStore:
     """Download what `push_store` pushed, verify it, and return it as a store; run it again to resume.
@@ -121,9 +121,13 @@ def pull_store(
         HubError: there is no such dataset, it was not pushed by lopd, the token may not read it, or the hub cannot be reached.
         CorruptStoreError: the file is damaged, or no export of lopd.
         ManifestMismatchError, ConflictError: the store has other contents.
+        InvalidRecordError: the repository's name does not fit.
+        ArgumentError: `store` is a store or a path, and not what makes one.
         MissingDependencyError: huggingface_hub or pyarrow is not installed.
     """
-    file = Repository(repository, "dataset", endpoint).fetch(ROLLOUTS, revision)
+    source = Repository(repository, "dataset", endpoint)
+    check_maker(source.owner, store)
+    file = source.fetch(ROLLOUTS, revision)
     made = store(parquet_manifest(file))
     import_parquet(file, made)
     return made
