@@ -56,14 +56,25 @@ def _plain_leaf(value: Any, owner: str) -> Any:
                 "decode the file again, or drop it."
             ) from error
         return value
-    # pandas has a null of its own for each kind of column: NaN, NaT and NA
-    if type(value).__name__ == "NAType" or (isinstance(value, float | Decimal | datetime.date) and value != value):  # noqa: PLR0124
+    if is_null(value):
         return None
     if isinstance(value, float | Decimal):
         return int(value) if abs(float(value)) < _EXACT and value == int(value) else value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     raise PromptError(f"{owner}: it holds {a_kind(value)} ({value!r:.40}); convert it to text.")
+
+
+def is_null(value: Any) -> bool:
+    """Return whether a value is None or a null of pandas, which has one for each kind of column: NaN, NaT and NA."""
+    value = value.item() if isinstance(value, np.generic) else value
+    unequal = isinstance(value, float | Decimal | datetime.date) and value != value  # noqa: PLR0124
+    return value is None or type(value).__name__ == "NAType" or unequal
+
+
+def present(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without the keys whose value is null, each other value as it is."""
+    return {key: value for key, value in record.items() if not is_null(value)}
 
 
 def from_json(value: Any, owner: str, key: str) -> Any:

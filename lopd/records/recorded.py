@@ -14,7 +14,7 @@ from attrs import frozen
 
 from lopd.errors import InvalidRecordError, PromptError
 from lopd.records.arrays import to_floats, to_ids, to_mask
-from lopd.records.plain import plain
+from lopd.records.plain import plain, present
 from lopd.records.rollouts import FinishReason, floor_logprobs
 from lopd.records.turns import Turn, split
 
@@ -58,7 +58,7 @@ def reason_of(record: Mapping[str, Any], where: str) -> FinishReason | None:
 
 
 def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
-    """Return the turns of one record that has token ids; None if its keys are of no form that is known.
+    """Return the turns of one record that has token ids, and nothing null; None if its keys are of no form that is known.
 
     What a call has behind its last turn follows as one that was not drawn, and so does a call that drew nothing.
 
@@ -66,18 +66,17 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
         PromptError: parts of it do not fit together or are missing, or its policy drew nothing.
         InvalidRecordError: something is not token ids, a mask or log-probs.
     """
-    there = {key for key, value in record.items() if value is not None}
-    steps = next((key for key in STEPS if key in there), None)
+    steps = next((key for key in STEPS if key in record), None)
     if steps is not None:
         keys: _Keys | None = _CALL if steps == "trajectory" else _TRIPLET
         calls = list(_calls(where, steps, record[steps]))
         # how the last call ended may stand in the record alone
         calls[-1:] = [(at, {**call, **{key: record.get(key) for key in _ENDINGS if call.get(key) is None}}) for at, call in calls[-1:]]
     else:
-        keys = next((k for k in _SEQUENCES if there >= {k.prompt, k.response, k.drawn} - {""}), None)
+        keys = next((k for k in _SEQUENCES if record.keys() >= {k.prompt, k.response, k.drawn} - {""}), None)
         calls = [(where, record)]
     if keys is None:
-        _refuse_ids(record, where, there)
+        _refuse_ids(record, where)
         return None
     turns = [turn for at, call in calls for turn in _sequence(at, call, keys)]
     if not any(turn.drawn for turn in turns):
@@ -85,12 +84,12 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
     return turns
 
 
-def _refuse_ids(record: Mapping[str, Any], where: str, there: set[str]) -> None:
+def _refuse_ids(record: Mapping[str, Any], where: str) -> None:
     """Refuse token ids without the keys that belong to them: messages beside them would be tokenised in their place."""
     for keys in _SEQUENCES:
         with suppress(InvalidRecordError):  # texts may stand under such a key
-            if keys.response in there and to_ids(record[keys.response]).size:
-                lacks = " and ".join(repr(key) for key in (keys.prompt, keys.drawn) if key and key not in there)
+            if keys.response in record and to_ids(record[keys.response]).size:
+                lacks = " and ".join(repr(key) for key in (keys.prompt, keys.drawn) if key and key not in record)
                 raise PromptError(
                     f"{where}: it has recorded ids under {keys.response!r}, but not {lacks}; add what is missing, or leave the ids out to import "
                     "the messages."
@@ -117,7 +116,7 @@ def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
     value = step.get(key) if isinstance(step, Mapping) else None
     if not isinstance(value, Mapping):
         raise PromptError(f"{where}: its {key!r} is {value!r:.40}, expected a mapping with token ids; have the framework record them.")
-    return value
+    return present(value)
 
 
 def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:

@@ -15,7 +15,7 @@ from lopd.records.chat_template import folded
 from lopd.records.checks import a_kind, to_whole
 from lopd.records.contents import Names, check_message, check_roles, checked
 from lopd.records.manifest import SamplingParams
-from lopd.records.plain import from_json, plain
+from lopd.records.plain import from_json, plain, present
 from lopd.records.recorded import FORMS, STEPS, reason_of, turns_in
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Rollout
@@ -125,7 +125,7 @@ def _record(content: Any, where: str) -> Mapping[str, Any]:
         # pandas gives lists as arrays of objects, and tables may have steps as JSON text
         lists = {key: value.tolist() for key, value in content.items() if isinstance(value, np.ndarray) and value.dtype == object}
         steps = {key: from_json(content[key], where, key) for key in STEPS if isinstance(content.get(key), str)}
-        return {**content, **lists, **steps}
+        return present({**content, **lists, **steps})
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
         return {"messages" if "role" in content[0] else "triplets": list(content)}
     raise PromptError(f"{where}: it is {a_kind(content)}, expected a mapping, messages or triplets; write one of these.")
