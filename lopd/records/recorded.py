@@ -5,7 +5,7 @@
 Shape suffixes: S tokens of a whole trajectory.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.errors import InvalidRecordError, PromptError
-from lopd.records.arrays import to_floats, to_ids, to_mask
+from lopd.records.arrays import BoolArray, to_floats, to_ids, to_mask
 from lopd.records.plain import plain, present
 from lopd.records.rollouts import FinishReason, floor_logprobs
 from lopd.records.turns import Turn, split
@@ -37,6 +37,9 @@ _SEQUENCES = (
     _CALL,
     _Keys("", "token_ids", "mask", "logprobs"),
 )
+#: Keys of log-probs and of masks in all forms and in TRL, each of which is read in one form alone, or in none.
+_LOGPROBS = dict.fromkeys([*(k.logprobs for k in _SEQUENCES), "sampling_per_token_logps"])
+_MASKS = dict.fromkeys([*(k.drawn for k in _SEQUENCES), "tool_mask", "env_mask"])
 #: Keys of the steps of a record.
 STEPS = ("trajectory", "triplets")
 _ENDINGS = ("is_truncated", "finish_reason")
@@ -119,6 +122,29 @@ def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
     return present(value)
 
 
+def _others(call: Mapping[str, Any], keys: Mapping[str, None], own: str) -> Iterator[str]:
+    """Yield which of these keys have entries, beside the form's own; what is empty, a text or a flag has none."""
+    for key in keys:
+        value = call.get(key) if key != own else None
+        if isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "ndim", None) != 0 and len(value):
+            yield key
+
+
+def _refuse_others(where: str, call: Mapping[str, Any], keys: _Keys, drawn: BoolArray) -> None:
+    """Refuse log-probs under the key of another form, which would be lost, and a second mask, whose tokens of tools would be learnt."""
+    for key in () if keys.logprobs in call else _others(call, _LOGPROBS, keys.logprobs):
+        raise PromptError(
+            f"{where}: it has log-probs under {key!r}, which the form of {keys.response!r} does not read; rename it to {keys.logprobs!r}, or "
+            "leave it out."
+        )
+    for key in _others(call, _MASKS, keys.drawn):
+        if (second := to_mask(call[key])).shape != drawn.shape or (drawn & ~second).any():
+            raise PromptError(
+                f"{where}: it has a second mask under {key!r}, which is not read and lacks tokens of {keys.drawn!r}; multiply it into that, or leave "
+                "it out."
+            )
+
+
 def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
     """Return the turns of a prompt and what follows it."""
     try:
@@ -127,6 +153,7 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
         drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
         kept = kept if kept.size else np.ones(prompt.size + response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
+        _refuse_others(where, call, keys, drawn)
     except InvalidRecordError as error:
         raise InvalidRecordError(f"{where}: {error}") from error
     size, whole = response.size, prompt.size + response.size
@@ -135,7 +162,10 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
         if values is not None and values.shape != (wants,):
             raise PromptError(f"{where}: {key!r} has {values.size} entries, expected {wants}, one for each token; record it again.")
     if before.any():
-        raise PromptError(f"{where}: its prompt_mask has a 1, expected 0 at tokens that were read; move what was drawn behind the prompt.")
+        raise PromptError(
+            f"{where}: its prompt_mask has a 1, expected 0 at tokens that were read; move what was drawn behind the prompt, or leave out a mask of "
+            "padding, and the padding."
+        )
     ids_S, drawn_S = np.concatenate([prompt, response])[kept], np.concatenate([np.zeros(prompt.size, np.bool_), drawn])[kept]
     logprobs_S = None if logprobs is None else np.concatenate([np.zeros(prompt.size, np.float32), logprobs])[kept]
     reason, stop = reason_of(call, where), max([int(kept[: prompt.size].sum()), *(np.flatnonzero(drawn_S)[-1:] + 1).tolist()])
