@@ -1,5 +1,6 @@
 """Adapters are exported for the base that is under them: one that was changed in memory is said before anything is trained, and refused."""
 
+import copy
 import re
 
 import peft
@@ -117,8 +118,8 @@ def test_a_base_that_other_adapters_were_merged_into_is_refused(snapshot, base, 
     first = adapted(model)
     check_base(first, before=False)
     merged = first.merge_and_unload()
-    assert_refused_at_its_export(adapted(merged), "model.layers.0.self_attn.q_proj.weight", tokenizer, tmp_path)
-    CausalLMStudent(merged, tokenizer).export(tmp_path / "merged", tokenizer, Lineage())
+    assert_refused_at_its_export(adapted(copy.deepcopy(merged)), "model.layers.0.self_attn.q_proj.weight", tokenizer, tmp_path)
+    CausalLMStudent(merged.requires_grad_(True), tokenizer).export(tmp_path / "merged", tokenizer, Lineage())
 
 
 def assert_refused_at_its_export(model, name, tokenizer, tmp_path):

@@ -115,18 +115,22 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         state: the weights, where the model's own are sharded.
 
     Raises:
-        ModelError: transformers refuses to save the model or the tokenizer, or several adapters are active.
+        ModelError: transformers refuses to save the model or the tokenizer, or saves other weights; or several adapters are active.
         StoreExistsError: the folder holds what no export wrote and this one would replace, or a student of other teachers; the export is in the
             folder that the message names.
         StoreWriteError: the disk refused.
     """
+    from lopd.engines.written import check_written, forget_quantiser  # a model that is saved brought transformers along
+
     owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
     fresh = folder.parent / f".{folder.name}.partial"
     with _saving(owner, "it"):
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
+            weights = dict(unwrap(model).named_parameters(remove_duplicate=False) if state is None else state)
             untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
+            forget_quantiser(unwrap(model))
             adapter = saved_adapter(model)
             chosen = {} if adapter is None else {"selected_adapters": [adapter]}
             model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
@@ -137,6 +141,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             tokenizer.save_pretrained(fresh)
             if is_there(fresh / "config.json"):
                 spell_out(fresh / "config.json", untied=untied)
+                check_written(owner, fresh, unwrap(model), weights)
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and is_there(fresh / "adapter_config.json"):
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
@@ -290,7 +295,5 @@ def _free(old: Path) -> None:
 
 def _exchange(first: Path, second: Path) -> bool:
     """Exchange two folders in one move, if the system can."""
-    if sys.platform != "linux":
-        return False
-    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     return move is not None and move(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0

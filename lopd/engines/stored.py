@@ -108,7 +108,7 @@ class StoredModel:
         Raises:
             ModelError: the files lack it, or have it in another shape.
         """
-        name = next((name for name in weight.names if name in self._sources), None)
+        name = self.found_name(weight)
         if name is None:
             raise ModelError(
                 f"Model {self.folder}: its files hold no {weight.names[0]!r}, expected every weight of the loaded model; {_REMEDY}."
@@ -121,6 +121,10 @@ class StoredModel:
             )
         return tensor
 
+    def found_name(self, weight: Weight) -> str | None:
+        """Return that of the names of a weight by which the files have it; None if they lack it."""
+        return next((name for name in weight.names if name in self._sources), None)
+
     def holds(self, name: str, held: Tensor, adapted: Tensor | None = None) -> bool:
         """Return whether a weight has the values of the files, whatever 16 bits it was in between; it looks at a few rows.
 
@@ -130,7 +134,7 @@ class StoredModel:
             adapted: what its adapters make of it: where they were merged and taken out again, it has the values up to rounding of what was added.
         """
         source = self._sources.get(name)
-        if source is None or source.converter is not None or not held.ndim:
+        if source is None or source.converter is not None or not held.ndim or not held.numel():
             return True
         with safe_open(self._places[source.stored[0][0]], "pt") as file:
             part = file.get_slice(source.stored[0][0])
@@ -145,7 +149,7 @@ class StoredModel:
             ours, theirs = rows(held), rows(part)
         casts = [theirs.to(dtype).to(ours.dtype) for dtype in (theirs.dtype, torch.bfloat16, torch.float16)]
         if adapted is None:
-            return any(torch.equal(ours, cast) for cast in casts)
+            return any(torch.allclose(ours, cast, rtol=0.0, atol=0.0, equal_nan=True) for cast in casts)
         # what was added may exceed a weight, and the sum is rounded by its own size; a share of the largest weight would let whole adapters pass
         room, added = 4 * torch.finfo(held.dtype).eps, (rows(adapted) - ours).abs().max()
         return any(bool(((ours - cast).abs() <= room * (cast.abs() + added)).all()) for cast in casts)

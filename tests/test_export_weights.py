@@ -1,0 +1,102 @@
+"""An export has the weights of its student, whatever form the files had that it was loaded from; where transformers writes others, it is refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from odd_models import odd_model
+from safetensors.torch import load_file, save_file
+
+from lopd import CausalLMStudent, ModelId
+from lopd.engines.hf import load_model
+from lopd.engines.identity import folder_model_id, model_id
+from lopd.errors import ModelError
+from lopd.records import Lineage
+
+LINEAGE = Lineage(ModelId("writer", "1", "float32"))
+IDS = torch.arange(4, 20)[None]
+SQUARE = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "head_dim": 32,
+    "moe_intermediate_size": 128,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
+
+
+def rewrite(folder, weights, method):
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+
+
+def blocks_of_fp8(name, folder):
+    """Write a tiny model as those with a scale for each block of 128 x 128 are published."""
+    odd_model(name, **SQUARE).to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for key in [key for key in weights if "proj.weight" in key]:
+        weights[f"{key}_scale_inv"] = torch.full((1, 1), 0.5)
+        weights[key] = (weights[key].float() * 2).to(torch.float8_e4m3fn)
+    rewrite(folder, weights, {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"})
+
+
+def mxfp4(name, folder):
+    """Write a tiny model as gpt-oss is published."""
+    odd_model(name, hidden_size=64, intermediate_size=64, num_local_experts=4, head_dim=16).to(torch.bfloat16).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for key in [key for key in weights if key.endswith(("experts.down_proj", "experts.gate_up_proj"))]:
+        experts, fan_in, fan_out = weights.pop(key).shape
+        weights[f"{key}_blocks"] = torch.randint(0, 255, (experts, fan_out, fan_in // 32, 16), dtype=torch.uint8)
+        weights[f"{key}_scales"] = torch.full((experts, fan_out, fan_in // 32), 124, dtype=torch.uint8)
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    rewrite(folder, weights, {"quant_method": "mxfp4", "modules_to_not_convert": kept})
+
+
+def assert_same(one, other):
+    with torch.no_grad():
+        torch.testing.assert_close(one(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(("quantise", "name"), [(blocks_of_fp8, "Qwen3"), (blocks_of_fp8, "Qwen3Moe"), (mxfp4, "GptOss")])
+def test_a_student_of_what_was_quantised_is_exported_as_it_is(quantise, name, tokenizer, tmp_path):
+    quantise(name, tmp_path / "quantised")
+    tokenizer.save_pretrained(tmp_path / "quantised")
+    model, _ = load_model(tmp_path / "quantised", torch.float32)
+    model.float()  # transformers makes experts of gpt-oss in bfloat16, whatever dtype is asked for
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    loaded, _ = load_model(tmp_path / "out")
+    assert_same(loaded, model)
+    assert folder_model_id(tmp_path / "out").revision == model_id(model).revision
+    if name == "Qwen3Moe":  # as transformers writes any model with experts
+        assert "model.layers.0.mlp.experts.3.down_proj.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+@pytest.mark.parametrize("lost", ["dropped", "changed"])
+def test_weights_that_transformers_writes_otherwise_are_refused_and_nothing_is_placed(lost, tokenizer, tmp_path, monkeypatch):
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def wrong(self, folder, **settings):
+        save(self, folder, **settings)
+        weights = load_file(folder / "model.safetensors")
+        weight = weights.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(
+            weights if lost == "dropped" else {**weights, "model.layers.1.mlp.up_proj.weight": 2 * weight}, folder / "model.safetensors"
+        )
+
+    student = CausalLMStudent(odd_model("Llama"), tokenizer)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", wrong)
+    with pytest.raises(ModelError, match=r"transformers wrote 'model\.layers\.1\.mlp\.up_proj\.weight' otherwise than the model has it"):
+        student.export(tmp_path / "out", tokenizer, LINEAGE)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_weights_that_are_no_numbers_are_exported_all_the_same(tokenizer, tmp_path):
+    student = CausalLMStudent(odd_model("Llama"), tokenizer)
+    torch.nn.init.constant_(student.model.lm_head.weight, torch.nan)
+    student.export(tmp_path / "out", tokenizer, LINEAGE)
+    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].isnan().all()
