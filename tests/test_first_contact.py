@@ -428,7 +428,7 @@ def test_what_a_quantiser_asks_for_is_one_sentence_and_memory_is_torchs_own_erro
         raise error
 
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     monkeypatch.setattr(finding.transformers.AutoModelForCausalLM, "from_pretrained", refuse)
     error: Exception = RuntimeError("GPU is required to quantize or run quantize model.")
     with pytest.raises(EngineError, match=r"cannot be loaded \(GPU is required .* model\), .*; see that what it asks for is there"):

@@ -26,7 +26,7 @@ from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.finding import check_described, local_folder, looking_for
-from lopd.engines.stored import StoredModel, plain_config, stored_places
+from lopd.engines.stored import StoredModel, load_whole, plain_config, stored_places
 from lopd.errors import EngineError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
@@ -143,7 +143,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
             plain_config(beside)
         folder = local_folder(folder)
         if adapters:
-            adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", trust_remote_code=False)
+            adapted, _ = load_whole(str(folder), dtype or "auto")
             keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
         else:

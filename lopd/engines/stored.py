@@ -11,6 +11,7 @@ import transformers
 from attrs import define, field, frozen
 from safetensors import safe_open
 from torch import Tensor
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lopd.engines.effective import Weight
 from lopd.errors import ModelError
@@ -177,10 +178,30 @@ def named_class(config: Any) -> Any:
     return next((getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None)
 
 
+def class_of(config: Any) -> Any:
+    """Return what makes a whole model of a configuration: the class that it names, where AutoModelForCausalLM has none, or one of its text part."""
+    auto = transformers.AutoModelForCausalLM
+    known, named, text = auto._model_mapping.get(type(config), None), named_class(config), config.sub_configs.get("text_config")
+    of_part = known is not None and text is not None and getattr(known, "config_class", None) is text
+    return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else auto
+
+
+def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
+    """Return (model, what its files lacked) from a folder or hub name, of `class_of`; with adapters on their base, or on its text part alone."""
+    described = folder
+    if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
+        described = parse(read_regular(Path(adapters)))["base_model_name_or_path"] or folder
+    config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
+    auto = transformers.AutoModelForCausalLM
+    loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    if adapters and loaded[1]["missing_keys"] and type(config) in auto._model_mapping:  # they were trained on the text part
+        loaded = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    return loaded
+
+
 def _build(config: Any, dtype: torch.dtype) -> Any:
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and (named := named_class(config)):
-        return named._from_config(config, dtype=dtype)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kind = class_of(config)
+    return (kind.from_config if kind is transformers.AutoModelForCausalLM else kind._from_config)(config, dtype=dtype)
 
 
 def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:

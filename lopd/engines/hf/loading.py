@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lopd.engines.adapters import keep_precision, take_generation_config
@@ -13,7 +12,7 @@ from lopd.engines.borders import stated_borders
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
 from lopd.engines.conditions import drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
-from lopd.engines.stored import named_class
+from lopd.engines.stored import load_whole
 from lopd.errors import EngineError, ModelError
 from lopd.records.devices import check_device, has_flash_3
 
@@ -36,8 +35,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Return (model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
-    A model that also reads images is loaded whole, and lopd uses its text part.  Freeze the rest before DistributedDataParallel wraps its student, as
-    the page "Several GPUs and machines" shows.
+    A model that also reads images is loaded whole, as the class that its configuration names, and lopd uses its text part.  Freeze the rest before
+    DistributedDataParallel wraps its student, as the page "Several GPUs and machines" shows.
 
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
@@ -171,18 +170,10 @@ def _check_device(folder: str | Path, device: str) -> None:
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
     """Return (model, what its files lacked)."""
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        return load_whole(folder, dtype)
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
         raise ModelError(
             f"Model {folder!r}: its weights have other shapes than its config.json states; restore the one that was saved."
         ) from error
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        # a model that also reads images or sound: its own class computes text alone too
-        named = named_class(transformers.AutoConfig.from_pretrained(folder))
-        if named is None:
-            raise
-        return named.from_pretrained(folder, dtype=dtype, output_loading_info=True)

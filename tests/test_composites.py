@@ -1,0 +1,87 @@
+"""Models that also read images are loaded, identified and exported whole; adapters on them are loaded again."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from odd_models import SHAPE
+from safetensors.torch import load_file
+
+from lopd import CausalLMStudent, ModelId
+from lopd.engines.hf import load_model
+from lopd.engines.identity import folder_model_id, model_id
+from lopd.records import Lineage
+
+LINEAGE = Lineage(ModelId("writer", "1", "float32"))
+IDS = torch.arange(4, 20)[None]
+VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+pytestmark = pytest.mark.filterwarnings("ignore:.*it also reads images")
+
+
+def qwen3_5():
+    """Return one whose configuration AutoModelForCausalLM takes for that of its text part."""
+    linear = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    text = {**SHAPE, **linear, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    return transformers.Qwen3_5ForConditionalGeneration, transformers.Qwen3_5Config(text_config=text, vision_config=VISION)
+
+
+def qwen_vl():
+    """Return one that AutoModelForCausalLM does not know."""
+    text = {**SHAPE, "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION, image_token_id=95, video_token_id=94)
+    return transformers.Qwen2_5_VLForConditionalGeneration, config
+
+
+@pytest.fixture(params=[qwen3_5, qwen_vl])
+def saved(request, tokenizer, tmp_path):
+    """Give a model and the folder that it was saved in, with a tokenizer."""
+    torch.manual_seed(0)
+    kind, config = request.param()
+    model = kind(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return model, tmp_path / "base"
+
+
+def adapted(model):
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=2, target_modules=r".*layers.*\.(q_proj|v_proj)", init_lora_weights=False, task_type="CAUSAL_LM")
+    return peft.get_peft_model(copy.deepcopy(model), config)
+
+
+def assert_same(one, other):
+    with torch.no_grad():
+        torch.testing.assert_close(one.eval()(input_ids=IDS).logits, other.eval()(input_ids=IDS).logits)
+
+
+def test_a_model_that_also_reads_images_is_one_model_loaded_and_exported(saved, tokenizer, tmp_path):
+    model, folder = saved
+    loaded, _ = load_model(folder)
+    assert type(loaded) is type(model)
+    assert model_id(loaded).revision == folder_model_id(folder).revision == model_id(model).revision
+    CausalLMStudent(loaded, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    assert folder_model_id(tmp_path / "out").revision == model_id(model).revision
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_on_a_model_that_also_reads_images_are_loaded_from_their_export(dtype, saved, tokenizer, tmp_path):
+    student = CausalLMStudent(adapted(load_model(saved[1], dtype)[0]), tokenizer, autocast=None if dtype is torch.float32 else dtype)
+    student.export(tmp_path / "out", tokenizer, LINEAGE)
+    loaded, _ = load_model(tmp_path / "out", dtype)
+    assert type(loaded) is type(saved[0])
+    assert_same(loaded, student.model)
+    assert folder_model_id(tmp_path / "out", dtype).revision == model_id(loaded).revision == model_id(student.model).revision
+
+
+def test_adapters_that_were_trained_on_the_text_part_are_loaded_on_it(saved, tokenizer, tmp_path):
+    if type(saved[0]) is not transformers.Qwen3_5ForConditionalGeneration:
+        pytest.skip("it has no class for its text part")
+    text = adapted(transformers.AutoModelForCausalLM.from_pretrained(saved[1]))
+    text.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out")
+    assert type(loaded) is transformers.Qwen3_5ForCausalLM
+    assert_same(loaded, text)
