@@ -112,15 +112,16 @@ def as_array(messages):
 def test_text_beside_ids_is_compared_in_whatever_form_it_stands(form):
     response = CALLED + TOLD + ANSWERED
     record = {"prompt_ids": ASKED, "response_ids": response, "response_mask": [1] * len(response)}
-    wrong = said("I add.", "5", "It was fünf.")
-    for key in ("messages", "completion"):
-        assert len(imported([{**record, key: form(SAID)}], TOKENIZER)) == 1
-        with pytest.raises(PromptError, match=OTHER):
-            imported([{**record, key: form(wrong)}], TOKENIZER)
-    for answer, right in ((said("I add."), True), (said("I ask."), False)):
-        parts = [{"role": "assistant", "content": form([{"text": answer[0]["content"]}])}] if form is as_array else answer
+    for right, wrong in ((SAID, said("I add.", "5", "It was fünf.")), ([{"content": "It is fünf."}], [{"content": "It was fünf."}])):
+        for key in ("messages", "completion"):
+            assert len(imported([{**record, key: form(right)}], TOKENIZER)) == 1
+            with pytest.raises(PromptError, match=OTHER):
+                imported([{**record, key: form(wrong)}], TOKENIZER)
+    unnamed = (([{"content": "I add."}], True), ([{"content": "I ask."}], False))
+    for answer, fits in ((said("I add."), True), (said("I ask."), False), *unnamed):
+        parts = [{**answer[0], "content": form([{"text": answer[0]["content"]}])}] if form is as_array else answer
         triplets = [{"prompt": {"token_ids": ASKED}, "response": {"token_ids": CALLED, "raw_content": form(parts)}}]
-        if right:
+        if fits:
             assert len(imported([triplets], TOKENIZER)) == 1
         else:
             with pytest.raises(PromptError, match=OTHER):

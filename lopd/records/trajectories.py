@@ -200,11 +200,12 @@ def _cut(tokenizer: Any, calls: Sequence[Turn], answers: Sequence[Mapping[str, A
 
 
 def _listed(value: Any) -> Any:
-    """Return arrays, and JSON text of messages with their roles, as the lists that they stand for; anything else as it is."""
+    """Return arrays, and JSON text of messages, as the lists that they stand for; anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):  # a text may begin so too
             found = json.loads(value)
-            return found if found and all(isinstance(message, Mapping) and "role" in message for message in found) else value
+            # one without a role is of the assistant
+            return found if found and all(isinstance(message, Mapping) and {"role", "content"} & {*message} for message in found) else value
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
