@@ -73,10 +73,14 @@ def test_of_a_collected_store_a_few_rows_are_read_to_find_some(samples: int, mon
     names = [f"p{i}/s{s}/g0" for i in range(3000) for s in range(samples)]
     store, read, looked = numbered(names, samples=samples), MemoryStore.read, list[int]()
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    monkeypatch.setattr(MemoryStore, "lengths", lambda _: pytest.fail("a store on a disk looks at all rows for these"))
     assert rows_of(store, [Prompt("p7", [1])]).tolist() == [7 * samples + s for s in range(samples)]
     assert sum(looked) <= 1024
+    assert max(looked) <= 64
     looked.clear()
     assert rows_of(store, [Prompt(f"p{i}", [1]) for i in range(3000)]).tolist() == [*range(3000 * samples)]
+    more = numbered(["p0/s0/g0", "p1/s0/g0", "p1/s1/g0"])
+    assert rows_of(more, [Prompt(name, [1]) for name in ("p0", "p1")]).tolist() == [0, 1, 2]
     assert not looked, "all were found"
 
 
@@ -98,7 +102,7 @@ def test_rows_that_are_looked_at_are_read_in_parts_where_they_are_long(monkeypat
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
     monkeypatch.setattr(reading.in_batches, "__defaults__", (64, None, 4 * 4 * int(store.lengths()[0].sum())))
     assert rows_of(store, [Prompt("p3", [1])]).tolist() == [6, 7]
-    assert max(looked) == 4
+    assert looked == [17, 4, 4, 4, 4, 1], "a look, and then all"
 
 
 def test_rows_that_are_appended_while_samples_are_looked_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

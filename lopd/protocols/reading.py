@@ -166,8 +166,9 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
     Samples are found by their ids, as lopd numbers them: those of the manifest's `samples_per_prompt`, and what follows without a gap.  Of the other
     rows of the store at most 1,024, evenly spaced, are read.  Where one has a sample beyond that number, or an id of another form, as imported
-    rollouts and those of your own may have, all other rows are read, and each belongs to the prompt in its id.  So samples behind a gap are all
-    found in a store of few other rows, or many gaps; a rare gap in a larger one may be overlooked, and what else is asked for decides.
+    rollouts and those of your own may have, lengths are asked for and all other rows are read, and each belongs to the prompt in its id.  So samples
+    behind a gap are all found in a store of few other rows, or many gaps; a rare gap in a larger one may be overlooked, and what else is asked for
+    decides.
 
     Args:
         reader: the store.
@@ -217,20 +218,14 @@ def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generatio
                 if not left or (whose >= 0).all():
                     break
     rest = np.flatnonzero(whose < 0) if numbers else np.zeros(0, np.int64)
-    seen = () if other else chain(*(read.rollout_ids for _, read in _in_parts(reader, evenly(rest, _LOOKED_AT))))
+    seen = (record.rollout.rollout_id for record in walk(reader, evenly(rest, _LOOKED_AT)))
     # imported rollouts, and a user's own, may be numbered with gaps: only their ids show whose they are
-    if other or any(_is_other(name, usual) for name in seen):
-        for part, read in _in_parts(reader, rest):
+    if rest.size and (other or any(_is_other(name, usual) for name in seen)):
+        for part in in_batches(rest, _LOOKED_AT, 4 * reader.lengths()[rest].sum(axis=1)):
+            read = reader.read(part)
             pairs = zip(map(prompt_id_of, read.rollout_ids), read.generations.tolist(), strict=True)
             whose[part] = [numbers.get(prompt_id, -1) if generation in rounds else -1 for prompt_id, generation in pairs]
     return [np.flatnonzero(np.isin(whose, [numbers[prompt_id] for prompt_id in {*group}])) for group in groups]
-
-
-def _in_parts(reader: LogprobReader, rows: NDArray[np.int64]) -> Iterator[tuple[Sequence[int], Rows]]:
-    """Yield these rows, each part with what was read of it: many at a time where they are short."""
-    values = 4 * reader.lengths()[rows].sum(axis=1)
-    for part in in_batches(rows, _LOOKED_AT, values):
-        yield part, reader.read(part)
 
 
 def _is_other(name: str, usual: int) -> bool:
