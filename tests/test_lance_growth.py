@@ -134,13 +134,17 @@ def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monk
         return real(self, offsets, columns)
 
     monkeypatch.setattr(LanceTable, "take", take)
-    monkeypatch.setattr(type(filled), "scored", lambda *_: pytest.fail("looks at all rows"))
+    snapshot, asked = type(filled._snapshot), list[int]()
+    scored = snapshot.scored_rows
+    monkeypatch.setattr(snapshot, "scored_rows", lambda self, column, rows: asked.append(rows.size) or scored(self, column, rows))
     for i in (11, 12):
         filled.append(many(i, 1))
         assert filled.find([f"r{i}"]).tolist() == [i - 6]
         filled.append_scores("teacher", tiny_provenance(top_k=2), [])
     assert sorted(taken) == sorted([5, 6] * (len(taken) // 2))
     assert len(taken) <= 4
+    filled.append_scores("other", tiny_provenance("other"), [*map(tiny_scores, many(11, 2))])
+    assert max(asked) == 2, "which have scores is asked of new rows alone"
 
 
 def test_a_merge_beside_a_writer_keeps_the_order_of_rows(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
