@@ -243,6 +243,20 @@ def test_a_part_of_a_round_that_another_policy_sampled_is_scored_and_said(new_ru
         sample_round(resumed, run.teacher, run.prompts[2:3], run.store)
 
 
+@pytest.mark.parametrize("form", ["{}/s0/g0", "{}/s7/g0", "{}"])
+def test_a_round_that_was_imported_is_found_however_its_rollouts_are_numbered(form, new_run):
+    sampled, run = new_run(), new_run()
+    collect_rollouts(sampled.source(0), sampled.prompts, sampled.store)
+    for row, prompt in zip((0, 3), run.prompts[:2], strict=True):
+        (record,) = sampled.store.read([row])
+        run.store.append([evolve(record.rollout, rollout_id=form.format(prompt.prompt_id))])
+    source = run.source(0)
+    other = evolve(source, identity=evolve(source.manifest.policy, revision="weights:recomputed/0"))
+    with pytest.warns(TrainingWarning, match="round 0 has 2 of these rollouts, expected 6; "):
+        assert sample_round(other, run.teacher, run.prompts[:2], run.store).tolist() == [0, 1]
+    assert run.store.scored("teacher").all()
+
+
 @pytest.mark.parametrize(
     ("refresh", "old"),
     [

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, InvalidRecordError, TrainingWarning
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import ids_of, named
+from lopd.protocols.reading import ids_of, named, rows_of
 from lopd.records.checks import check_at_least, check_call
 from lopd.records.rollouts import Prompt, policy_column, rollout_id
 from lopd.records.steps import StepMetrics
@@ -174,6 +174,8 @@ def sample_round(
         collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
     there, whole = store.find([rollout_id(name, s, manifest.generation) for name in ids_of(prompts) for s in range(samples)]), ""
     rows = np.unique(there[there >= 0])
+    if sampled_by != manifest.policy and len(rows) < len(prompts) * samples:
+        rows = rows_of(store, prompts, [manifest.generation])  # imported ones may be numbered with gaps
     if sampled_by != manifest.policy and manifest.sampling.candidates + manifest.sampling.drawn:
         # a kill between the two appends of a batch left it without, and only the policy that sampled could fill them in
         rows, whole = rows[store.scored(policy_column(manifest.generation))[rows]], " with their candidates"
