@@ -65,6 +65,9 @@ def test_a_teacher_whose_adapters_another_processor_may_have_rounded_is_told_how
     store = make_store(numbered_records(2), columns=("teacher",), provenance=lambda _: make_provenance(first))
     with pytest.raises(ConflictError, match=note):
         store.append_scores("teacher", make_provenance(second), [])
+    with pytest.raises(TeacherConsistencyError, match=r"lopd 0\.2 recorded one of them: .* in the concepts") as caught:
+        stream_with(evolve(first, revision="weights:1"), second)
+    assert "identity=" not in str(caught.value), "other weights under the same name are to be refused"
 
 
 def test_the_same_teacher_in_another_dtype_is_told_so() -> None:

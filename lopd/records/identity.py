@@ -104,7 +104,10 @@ def rounding_note(one: ModelId, other: ModelId) -> str:
     if a == b or plain or other_plain or one.name != other.name or len({mine, theirs} - {""}) != 1:
         return ""
     if mine != theirs:
-        return " (lopd 0.2 recorded one of them, and hashed adapters otherwise: if it is this very model, pass the recorded one as `identity=`)"
+        return (
+            " (lopd 0.2 recorded one of them: if it is a model with adapters, compiled, or in float64, 0.2 hashed it otherwise; see 'What makes two "
+            "models the same' in the concepts)"
+        )
     return (
         " (if both are the same adapters, not merged, another processor rounds otherwise: merge them once and use that folder everywhere)"
     )
