@@ -13,6 +13,7 @@ from torch import Tensor
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import EntropyBonus, WindowRatio
 from lopd.losses.chunked import selected_logprobs
+from lopd.losses.chunking import Chunking
 from lopd.losses.divergences import Divergence, jensen_shannon, reverse_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
@@ -79,7 +80,7 @@ def test_a_transform_of_another_shape_than_the_tokens_is_refused(path: Any, tran
 
 
 class Gap:
-    """An objective in which one of the parts has another shape."""
+    """An objective in which one of the parts, if it is named, has another shape."""
 
     wants_entropy = False
 
@@ -92,7 +93,7 @@ class Gap:
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         gap_M = tokens.weight * (logprobs_MK[:, 0] - tokens.teacher())
         right = TokenLosses(gap_M**2, gap_M.detach(), torch.zeros_like(gap_M.detach()), logprobs_MK[:, 0].detach())
-        return evolve(right, **{self.part: getattr(right, self.part)[:, None]})
+        return evolve(right, **{self.part: getattr(right, self.part)[:, None]}) if self.part else right
 
 
 @both_paths
@@ -247,3 +248,49 @@ def test_the_suite_rejects_a_loss_that_reads_what_is_stored_of_tokens_that_do_no
         return output if stored is None else evolve(output, clipped_sum=output.clipped_sum + 0 * stored.sum())
 
     assert broken_clauses(loss, cases=list) == ["test_tokens_that_do_not_count_may_hold_anything"]
+
+
+@pytest.mark.parametrize("where", ["divergence", "transform"])
+def test_a_parameter_in_an_objective_gets_the_same_gradient_from_both_paths(where: str) -> None:
+    scale = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    @per_token
+    def scaled(signal: Signal) -> Signal:
+        return evolve(signal, weight=signal.weight * scale.exp())
+
+    def learnt(student: Tensor, teacher: Tensor, tail: Tensor) -> Tensor:
+        return scale.exp() * reverse_kl(student, teacher, tail)
+
+    objective = TopKObjective(learnt) if where == "divergence" else OPDObjective(transforms=(scaled,))
+    case, found = loss_case("learnt", [20, 20]), list[list[Tensor]]()
+    for loss in (ReferenceLoss(objective), FusedLoss(objective, Chunking(1)), FusedLoss(objective)):
+        hidden_ND, head = case.leaves()
+        total = loss(hidden_ND, head, case.batch).loss_sum
+        found.append([total.detach(), *torch.autograd.grad(total, [scale, hidden_ND, head.weight])])
+    for mine in found[1:]:
+        torch.testing.assert_close(mine, found[0])
+    assert found[0][1] != 0
+
+
+def test_losses_that_are_a_parameter_themselves_keep_its_gradient() -> None:
+    case = loss_case("bare", counted=1.0)
+    own_M = torch.ones(15, dtype=torch.float64, requires_grad=True)
+
+    class Bare(Gap):
+        def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+            return evolve(super().__call__(logprobs_MK, tokens), loss=own_M)
+
+    loss = FusedLoss(Bare("", True))(*case.leaves(), case.batch).loss_sum
+    assert torch.autograd.grad(loss, own_M)[0].eq(1).all()
+
+
+@both_paths
+def test_an_objective_without_a_gradient_gives_a_sum_that_has_none(path: Any) -> None:
+    class Constant(Gap):
+        def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+            return super().__call__(logprobs_MK.detach(), tokens)
+
+    case = loss_case("constant", [20, 20])
+    assert not path(Constant("", True))(*case.leaves(), case.batch).loss_sum.requires_grad
+    both = WeightedLoss([(1.0, path(Constant("", True))), (0.5, FusedOPDLoss())])(*case.leaves(), case.batch)
+    assert both.loss_sum.requires_grad

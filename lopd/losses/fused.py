@@ -4,11 +4,13 @@ Shape suffixes: N tokens of a batch, M of them that count, C of a chunk, K selec
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
 from attrs import evolve, field, frozen
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from lopd.errors import GradientError
 from lopd.losses.beside import OfObjective, check_objective
@@ -39,6 +41,21 @@ class _WithGradients(torch.autograd.Function):
         return (*(None if total is None else total.mul_(upstream) for total in sums), None, None)
 
 
+def _ends_in(loss_C: Tensor, leaves: Sequence[Tensor]) -> bool:
+    """Return whether the loss has gradients, and by none but these leaves: a parameter in an objective would not get its own."""
+    if not loss_C.requires_grad:
+        return False
+    todo, seen = [get_gradient_edge(loss_C).node], {get_gradient_edge(leaf).node for leaf in leaves}
+    while todo:
+        if (node := todo.pop()) in seen:
+            continue
+        if not node.next_functions:
+            return False
+        seen.add(node)
+        todo += [before for before, _ in node.next_functions if before is not None]
+    return True
+
+
 def _check_epsilon(owner: object, _: Any, epsilon: Any) -> None:
     own_numbers(owner, type(owner).__name__)
     check_number(type(owner).__name__, "epsilon", epsilon, 0 <= epsilon < math.inf, "finite and at least 0")
@@ -50,7 +67,8 @@ class FusedLoss(OfObjective):
     r"""Any objective in the memory of one chunk of logits.
 
     Args:
-        objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.
+        objective: which loss.  One whose tokens depend on each other costs a fourth matrix product, as does one with parameters of its own that
+            require a gradient.
         chunking: memory and precision.
         epsilon: tokens with \(\lvert f'\rvert(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
             probability, skip two of the three products; with several stored ids their sum.  `LossOutput.neglected_sum` bounds what is left out.
@@ -78,13 +96,17 @@ class FusedLoss(OfObjective):
         tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
         ids_MK = self.objective.ids(tokens)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_MD, head.weight, head.bias)]
-        if not (any(wanted) and self.objective.per_token):
-            entropy = self.objective.wants_entropy
-            logprobs_MK, entropies_M = logprobs_and_entropies(
-                hidden_MD, head, ids_MK, self.chunking, entropy=entropy, skipping=self.epsilon > 0
-            )
-            losses = self._losses(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
-            return TokenLosses.joined([losses], hidden_MD.new_zeros(0, dtype=sum_dtype(hidden_MD, head.weight))).sums()
+        made = self._in_one_pass(hidden_MD, head, tokens, ids_MK, wanted) if any(wanted) and self.objective.per_token else None
+        if made is not None:
+            return made
+        logprobs_MK, entropies_M = logprobs_and_entropies(
+            hidden_MD, head, ids_MK, self.chunking, entropy=self.objective.wants_entropy, skipping=self.epsilon > 0
+        )
+        losses = self._losses(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
+        return TokenLosses.joined([losses], hidden_MD.new_zeros(0, dtype=sum_dtype(hidden_MD, head.weight))).sums()
+
+    def _in_one_pass(self, hidden_MD: Tensor, head: LMHead, tokens: Tokens, ids_MK: Tensor, wanted: Sequence[bool]) -> LossOutput | None:
+        """Return the sums with their gradients already made; None where a loss has others than those by log-probs and entropies, or none."""
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
         for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
             dtype = chunked.dtype_of(found)
@@ -92,6 +114,8 @@ class FusedLoss(OfObjective):
             leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
             known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
             losses = self._losses(leaves[0], known)
+            if not _ends_in(losses.loss, leaves):
+                return None
             gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))
             chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows] if self.epsilon > 0 else None)
