@@ -294,3 +294,33 @@ def test_an_objective_without_a_gradient_gives_a_sum_that_has_none(path: Any) ->
     assert not path(Constant("", True))(*case.leaves(), case.batch).loss_sum.requires_grad
     both = WeightedLoss([(1.0, path(Constant("", True))), (0.5, FusedOPDLoss())])(*case.leaves(), case.batch)
     assert both.loss_sum.requires_grad
+
+
+class Centred(Gap):
+    """Lightning with the mean advantage of each rollout taken off, wrongly marked `per_token`; it reads segments itself."""
+
+    def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+        gap_M = (logprobs_MK[:, 0] - tokens.teacher()).detach()
+        sums_S, counts_S = (gap_M.new_zeros(1 + max(tokens.segment_ids.tolist(), default=0)) for _ in range(2))
+        sums_S.index_add_(0, tokens.segment_ids, gap_M)
+        counts_S.index_add_(0, tokens.segment_ids, torch.ones_like(gap_M))
+        centred_M = gap_M - (sums_S / counts_S)[tokens.segment_ids]
+        return evolve(super().__call__(logprobs_MK, tokens), loss=tokens.weight * centred_M * logprobs_MK[:, 0])
+
+
+def test_the_suite_rejects_a_wrong_mark_also_in_chunks_of_the_default_size() -> None:
+    broken = broken_clauses(FusedLoss(Centred("", True)), ReferenceLoss(Centred("", True)))
+    assert "test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype" in broken
+    assert broken_clauses(FusedLoss(Centred("", False)), ReferenceLoss(Centred("", False))) == []
+
+
+def test_tokens_of_a_chunk_are_not_split_into_rollouts() -> None:
+    def centred(signal: Signal) -> Signal:
+        return evolve(signal, advantages=torch.cat([part - part.mean() for part in signal.tokens.split(signal.advantages)]))
+
+    case = loss_case("split", counted=1.0)
+    assert FusedOPDLoss(transforms=(centred,))(*case.leaves(), case.batch)
+    with pytest.raises(
+        InvalidRecordError, match=r"they are those of a chunk, .* expected whole rollouts to split; leave the mark `per_token` out"
+    ):
+        FusedOPDLoss(transforms=(per_token(centred),))(*case.leaves(), case.batch)

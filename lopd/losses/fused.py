@@ -89,7 +89,7 @@ class FusedLoss(OfObjective):
 
         Raises:
             InvalidRecordError: hidden states of another size than the head's; or the objective, or a function in it, gives another shape than
-                one value a token, or ids that are not a row for each.
+                one value a token, or ids that are not a row for each; or it is marked `per_token` and splits tokens into rollouts.
             ModelError: hidden states on a device without float64, such as an Apple GPU.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
@@ -112,7 +112,8 @@ class FusedLoss(OfObjective):
             dtype = chunked.dtype_of(found)
             # autograd on (C, K) values, so that each equation is written once, in its objective
             leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
-            known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
+            entropies_C = leaves[1] if self.objective.wants_entropy else None
+            known = evolve(tokens.where(rows).to(dtype), student_entropies=entropies_C, of_chunk=True)
             losses = self._losses(leaves[0], known)
             if not _ends_in(losses.loss, leaves):
                 return None

@@ -46,6 +46,7 @@ class Tokens:
         label_values, label_means: (M,), or None where the batch has none.
         counts: how many tokens each rollout has here, in their order; None where that is not known without asking a GPU.
         student_entropies: (M,) nats, of the student's distributions, differentiable; a loss brings them for an objective that `wants_entropy`.
+        of_chunk: whether they are those of a chunk, which begins and ends within rollouts.
     """
 
     targets: Tensor
@@ -64,11 +65,12 @@ class Tokens:
     label_means: Tensor | None = None
     counts: tuple[int, ...] | None = None
     student_entropies: Tensor | None = None
+    of_chunk: bool = False
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Return the tokens of the batch whose weight is more than 0."""
-        columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
+        columns = [getattr(batch, f.name) for f in fields(cls) if f.name not in ("student_entropies", "of_chunk")]
         return evolve(cls(*columns).where(batch.counted), counts=batch.counts)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
@@ -85,7 +87,14 @@ class Tokens:
         return evolve(self, **changed)
 
     def split(self, values_M: Tensor) -> tuple[Tensor, ...]:
-        """Return the (T,) values of each rollout that has tokens here."""
+        """Return the (T,) values of each rollout that has tokens here.
+
+        Raises:
+            InvalidRecordError: the tokens are those of a chunk, in which rollouts are cut off.
+        """
+        if self.of_chunk:
+            text = "Tokens: they are those of a chunk, which ends within a rollout, expected whole rollouts to split; leave the mark `per_token` out."
+            raise InvalidRecordError(text)
         counts = self.counts
         if counts is None:
             counts = tuple(self.segment_ids.unique_consecutive(return_counts=True)[1].tolist())

@@ -10,13 +10,15 @@ Shape suffixes: N tokens of a batch, D hidden size, V vocabulary.
 
 from collections.abc import Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from attrs import evolve
 from torch import Tensor
 
+from lopd.losses import chunking
 from lopd.protocols import OPDLoss
-from lopd.records.steps import LMHead, LossOutput
+from lopd.records.steps import Batch, LMHead, LossOutput
 from lopd.testing.loss_cases import DTYPES, ROUNDINGS, STORED, LossCase, loss_case, loss_cases, map_batch
 
 _NOTHING = 1e-13  # what float64 itself leaves of terms of order 1 that cancel
@@ -88,7 +90,7 @@ class LossConformance:
         return self.device.type == "cuda"
 
     def make(self) -> OPDLoss:
-        """Return the loss under test, with as little memory as it can do with, so that small cases take several chunks."""
+        """Return the loss under test.  Chunks of the default size are tried with 16 rows, so that small cases take several."""
         raise NotImplementedError
 
     def reference(self) -> OPDLoss:
@@ -99,6 +101,15 @@ class LossConformance:
         """Return what it is tried on: add your own, or return `separated_loss_cases` for a loss that ranks tokens."""
         return loss_cases()
 
+    def _made(self) -> OPDLoss:
+        made = self.make()
+
+        def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+            with patch.multiple(chunking, CHUNK_BYTES=1, GPU_ROWS=1):
+                return made(hidden_ND, head, batch)
+
+        return loss
+
     def _case(self, *arguments: Any, **options: Any) -> LossCase:
         return loss_case(*arguments, **options).to(self.device)
 
@@ -107,7 +118,7 @@ class LossConformance:
 
     def _judge(self, case: LossCase, dtype: torch.dtype, upstream: float = 1.0) -> None:
         rounded = case.rounded(dtype)
-        mine, mine_gradients = evaluate_case(self.make(), rounded, upstream)
+        mine, mine_gradients = evaluate_case(self._made(), rounded, upstream)
         plain, plain_gradients = evaluate_case(self.reference(), rounded, upstream)
         truth, true_gradients = evaluate_case(self.reference(), rounded.rounded(torch.float64), upstream)
         label = f"{case.name}, {dtype}"
@@ -155,7 +166,7 @@ class LossConformance:
 
     def test_a_student_that_has_no_choice_gets_no_gradient(self) -> None:
         case = self._case("one token in the vocabulary", vocab=1, dim=3, bias=True).rounded(torch.float32)
-        assert not any(gradient.any() for gradient in evaluate_case(self.make(), case)[1])
+        assert not any(gradient.any() for gradient in evaluate_case(self._made(), case)[1])
 
     def test_tokens_that_do_not_count_may_hold_anything(self) -> None:
         case = self._case("junk", [20, 20], counted=0.5, seed=13, heated=True, drawn=2).rounded(torch.float32)
@@ -165,18 +176,18 @@ class LossConformance:
         dirty = evolve(case, hidden=case.hidden.index_fill(0, off, torch.nan), batch=batch)
         for mine, clean in zip(self._flat(dirty), self._flat(case), strict=True):
             assert torch.equal(mine, clean)
-        assert not evaluate_case(self.make(), dirty)[1][0][off].any()
+        assert not evaluate_case(self._made(), dirty)[1][0][off].any()
 
     def _flat(self, case: LossCase) -> list[Tensor]:
-        output, gradients = evaluate_case(self.make(), case)
+        output, gradients = evaluate_case(self._made(), case)
         return [*(getattr(output, name) for name in _SUMS), *gradients]
 
     def test_frozen_hidden_states_or_a_frozen_head_get_no_gradient_and_the_other_gets_its_own(self) -> None:
         case = self._case("frozen", bias=True, seed=14).rounded(torch.float32)
-        _, (expected_ND, expected_VD, _) = evaluate_case(self.make(), case)
+        _, (expected_ND, expected_VD, _) = evaluate_case(self._made(), case)
         hidden_ND, head = case.leaves()
-        self.make()(hidden_ND, case.head, case.batch).loss_sum.backward()
-        self.make()(case.hidden, head, case.batch).loss_sum.backward()
+        self._made()(hidden_ND, case.head, case.batch).loss_sum.backward()
+        self._made()(case.hidden, head, case.batch).loss_sum.backward()
         assert case.head.weight.grad is None
         for mine, expected in ((hidden_ND.grad, expected_ND), (head.weight.grad, expected_VD)):
             assert mine is not None
@@ -185,10 +196,10 @@ class LossConformance:
     def test_a_head_that_is_part_of_a_padded_weight_gives_padding_no_gradient(self) -> None:
         case = self._case("padded", seed=16).rounded(torch.float32)
         padded_VD = torch.cat([case.head.weight, case.head.weight.new_full((3, case.head.weight.shape[1]), torch.nan)]).requires_grad_()
-        self.make()(case.hidden, LMHead(padded_VD[:-3]), case.batch).loss_sum.backward()
+        self._made()(case.hidden, LMHead(padded_VD[:-3]), case.batch).loss_sum.backward()
         assert padded_VD.grad is not None
         assert not padded_VD.grad[-3:].any()
-        torch.testing.assert_close(padded_VD.grad[:-3], evaluate_case(self.make(), case)[1][1], rtol=0, atol=0)
+        torch.testing.assert_close(padded_VD.grad[:-3], evaluate_case(self._made(), case)[1][1], rtol=0, atol=0)
 
     def test_tied_embeddings_get_the_gradients_of_both_uses(self) -> None:
         case = self._case("tied", seed=17).rounded(torch.float64)
@@ -198,30 +209,30 @@ class LossConformance:
             hidden_ND = torch.nn.functional.embedding(case.batch.inputs, weight_VD).sin()
             return torch.autograd.grad(loss(hidden_ND, LMHead(weight_VD), case.batch).loss_sum, weight_VD)[0]
 
-        torch.testing.assert_close(tied_gradient(self.make()), tied_gradient(self.reference()))
+        torch.testing.assert_close(tied_gradient(self._made()), tied_gradient(self.reference()))
 
     def test_without_gradients_it_says_the_same_and_asks_for_none(self) -> None:
         case = self._case("no gradient", [30, 9], bias=True, seed=18).rounded(torch.float64)
-        trained, _ = evaluate_case(self.make(), case)
+        trained, _ = evaluate_case(self._made(), case)
         for context in (torch.no_grad(), torch.inference_mode()):
             with context:
                 hidden_ND, head = case.leaves()
-                output = self.make()(hidden_ND, head, case.batch)
+                output = self._made()(hidden_ND, head, case.batch)
             assert not output.loss_sum.requires_grad
             for name in _SUMS:
                 torch.testing.assert_close(getattr(output, name), getattr(trained, name).detach())
 
     def test_the_sums_of_two_micro_batches_are_those_of_both_in_one(self) -> None:
         case = self._case("split", [20, 5, 30], seed=19).rounded(torch.float64)
-        parts = [evaluate_case(self.make(), case.part(rows)) for rows in (slice(0, 25), slice(25, None))]
-        whole, gradients = evaluate_case(self.make(), case)
+        parts = [evaluate_case(self._made(), case.part(rows)) for rows in (slice(0, 25), slice(25, None))]
+        whole, gradients = evaluate_case(self._made(), case)
         torch.testing.assert_close(parts[0][1][1] + parts[1][1][1], gradients[1])
         torch.testing.assert_close(torch.cat([parts[0][1][0], parts[1][1][0]]), gradients[0])
         for name in _SUMS:
             torch.testing.assert_close(sum(getattr(part, name) for part, _ in parts), getattr(whole, name))
 
     def test_what_is_reported_beside_the_loss_carries_no_gradient(self) -> None:
-        output, _ = evaluate_case(self.make(), self._case("reported").rounded(torch.float32))
+        output, _ = evaluate_case(self._made(), self._case("reported").rounded(torch.float32))
         assert output.loss_sum.requires_grad
         assert not any(getattr(output, name).requires_grad for name in _SUMS[1:])
         assert output.logprobs is None or not output.logprobs.requires_grad
