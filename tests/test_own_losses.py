@@ -324,3 +324,16 @@ def test_tokens_of_a_chunk_are_not_split_into_rollouts() -> None:
         InvalidRecordError, match=r"they are those of a chunk, .* expected whole rollouts to split; leave the mark `per_token` out"
     ):
         FusedOPDLoss(transforms=(per_token(centred),))(*case.leaves(), case.batch)
+
+
+@pytest.mark.parametrize(
+    "weigh", [torch.ones_like, torch.square, lambda weight_M: weight_M / weight_M.sum()], ids=["forgotten", "squared", "share"]
+)
+def test_the_suite_rejects_a_loss_that_is_not_linear_in_the_weights(weigh: Callable[[Tensor], Tensor]) -> None:
+    class Own(Gap):
+        def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+            loss_M = weigh(tokens.weight) * (logprobs_MK[:, 0] - tokens.teacher()) ** 2
+            return evolve(super().__call__(logprobs_MK, tokens), loss=loss_M)
+
+    loss = ReferenceLoss(Own("", False))
+    assert "test_twice_the_weights_of_one_rollout_give_twice_its_part_and_change_no_other" in broken_clauses(loss, loss)

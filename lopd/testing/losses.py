@@ -231,6 +231,19 @@ class LossConformance:
         for name in _SUMS:
             torch.testing.assert_close(sum(getattr(part, name) for part, _ in parts), getattr(whole, name))
 
+    def test_twice_the_weights_of_one_rollout_give_twice_its_part_and_change_no_other(self) -> None:
+        case = self._case("weights", [20, 5, 30], seed=21).rounded(torch.float64)
+        times_N = torch.where(case.batch.segment_ids == 2, 2.0, 1.0)
+        (more, more_gradients), (once, gradients), (part, _) = (
+            evaluate_case(self._made(), each)
+            for each in (evolve(case, batch=evolve(case.batch, weight=times_N * case.batch.weight)), case, case.part(slice(25, None)))
+        )
+        for name in _SUMS:
+            torch.testing.assert_close(
+                getattr(more, name), getattr(once, name) + getattr(part, name), msg=f"{name} is not linear in the weights"
+            )
+        torch.testing.assert_close(more_gradients[0], times_N[:, None] * gradients[0])
+
     def test_what_is_reported_beside_the_loss_carries_no_gradient(self) -> None:
         output, _ = evaluate_case(self._made(), self._case("reported").rounded(torch.float32))
         assert output.loss_sum.requires_grad
@@ -248,6 +261,7 @@ def _absolute_sum(loss: OPDLoss, case: LossCase) -> float:
     """Return the sum of absolute values over tokens: a weighted sum of losses is linear in the weights, so its derivatives are those losses."""
     weight_N = case.batch.weight.clone().requires_grad_()
     total = loss(case.hidden, case.head, evolve(case.batch, weight=weight_N)).loss_sum
-    (losses_N,) = torch.autograd.grad(total, weight_N, materialize_grads=True, allow_unused=True)
+    total = total + 0 * weight_N.sum()  # a loss may forget the weights
+    (losses_N,) = torch.autograd.grad(total, weight_N)
     scores_N = sum(column.abs() for column in (case.batch.teacher_logprobs, case.batch.ref_logprobs) if column is not None)
     return float((weight_N * (losses_N.abs() + scores_N + 1)).sum().detach())
