@@ -16,7 +16,20 @@ from lopd.losses.chunked import selected_logprobs
 from lopd.losses.chunking import Chunking
 from lopd.losses.divergences import Divergence, jensen_shannon, reverse_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
-from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens, Transform, per_token
+from lopd.losses.objective import (
+    Objective,
+    OPDObjective,
+    Signal,
+    TokenLosses,
+    Tokens,
+    Transform,
+    baselined,
+    per_token,
+    replacing,
+    uncorrected,
+    with_entropy,
+    with_ratio,
+)
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, WeightedLoss
 from lopd.losses.top_k import TopKObjective
 from lopd.losses.variants import add_labels, entropy_advantage, extrapolate, importance_ratio, log_compress, power, ppo_clip, window_ratio
@@ -337,3 +350,45 @@ def test_the_suite_rejects_a_loss_that_is_not_linear_in_the_weights(weigh: Calla
 
     loss = ReferenceLoss(Own("", False))
     assert "test_twice_the_weights_of_one_rollout_give_twice_its_part_and_change_no_other" in broken_clauses(loss, loss)
+
+
+def own_ratio(signal: Signal, cap: float = 2.0) -> Signal:
+    return evolve(signal, weight=signal.weight * (signal.student_logprobs - signal.tokens.sampler()).exp().clamp(max=cap))
+
+
+class Own:
+    """A transform that is a method, or an instance that takes no attributes."""
+
+    __slots__ = ()
+
+    def by_ratio(self, signal: Signal) -> Signal:
+        return own_ratio(signal)
+
+    __call__ = by_ratio
+
+
+@pytest.mark.parametrize("make", [lambda: partial(own_ratio, cap=3.0), Own, lambda: Own().by_ratio], ids=["partial", "instance", "method"])
+def test_whatever_is_a_transform_takes_marks(make: Callable[[], Transform]) -> None:
+    def marked(mark: Callable[[Transform], Transform]) -> OPDObjective:
+        return OPDObjective(transforms=(mark(make()),))
+
+    assert not marked(lambda transform: transform).per_token
+    assert marked(per_token).per_token
+    assert marked(with_entropy).wants_entropy
+    assert marked(baselined).baselined
+    assert marked(uncorrected).uncorrected
+    with pytest.raises(InvalidRecordError, match="the ratio would count twice"):
+        OPDObjective(ratio_to_ref=True, transforms=(with_ratio(make()),))
+    with pytest.raises(InvalidRecordError, match="the last replaces the advantage"):
+        OPDObjective(kl_baseline=True, transforms=(partial(replacing(make())),))
+
+
+def test_a_partial_has_the_marks_of_its_function_and_its_own() -> None:
+    @with_ratio
+    def corrected(signal: Signal, cap: float) -> Signal:
+        return own_ratio(signal, cap)
+
+    twice = partial(per_token(partial(corrected, cap=2.0)))
+    assert OPDObjective(transforms=(twice,)).per_token
+    with pytest.raises(InvalidRecordError, match="the ratio would count twice"):
+        OPDObjective(ratio_to_ref=True, transforms=(twice,))

@@ -7,7 +7,8 @@ Shape suffixes: M counted tokens of a batch, K selected ids each.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar, final
+from functools import partial
+from typing import Any, Protocol, TypeVar, cast, final
 
 import torch
 from attrs import field, fields, frozen
@@ -43,56 +44,56 @@ Transform = Callable[[Signal], Signal]
 _Function = TypeVar("_Function", bound=Callable[..., Signal])
 
 
+def _mark(transform: _Function, mark: str) -> _Function:
+    try:
+        setattr(transform, mark, True)
+    except AttributeError:  # a method, for example, takes none
+        return _mark(cast("_Function", partial(transform)), mark)
+    return transform
+
+
 def per_token(transform: _Function) -> _Function:
     """Mark a transform that looks at each token alone, so that a fused loss may apply it chunk by chunk.
 
     One without the mark is given all counted tokens of a batch at once, at the price of a fourth matrix product.  It may use
     whole rollouts (they are never split), but not the batch, or the way a step is split would change the gradient.
     """
-    transform.per_token = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "per_token")
 
 
 def with_entropy(transform: _Function) -> _Function:
     """Mark a transform that reads `signal.tokens.entropies()`; whole rollouts are then seen, at the price of a fourth matrix product."""
-    transform.with_entropy = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "with_entropy")
 
 
 def uncorrected(transform: _Function) -> _Function:
     """Mark a transform that is neither an importance ratio nor another answer to drift, so that guards warn as they do without it."""
-    transform.uncorrected = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "uncorrected")
 
 
 def baselined(transform: _Function) -> _Function:
     """Mark a transform that adds a baseline to advantages, so that guards warn where a weight depends on later tokens."""
-    transform.baselined = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "baselined")
 
 
 def with_labels(transform: _Function) -> _Function:
     """Mark a transform that reads `signal.tokens.labels()`; guards assume so of each that is not lopd's own."""
-    transform.with_labels = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "with_labels")
 
 
 def with_ratio(transform: _Function) -> _Function:
     """Mark a transform that multiplies weights by the token's own importance ratio, so that a loss which has one already is refused."""
-    transform.with_ratio = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "with_ratio")
 
 
 def replacing(transform: _Function) -> _Function:
     """Mark a transform that replaces the advantage so far, so that a loss is refused whose baseline, or whose transform before it, it would drop."""
-    transform.replacing = True  # type: ignore[attr-defined]
-    return changing(transform)
+    return changing(_mark(transform, "replacing"))
 
 
 def changing(transform: _Function) -> _Function:
     """Mark a transform that makes another advantage of the one so far, so that a loss is refused in which a later one replaces it."""
-    transform.changing = True  # type: ignore[attr-defined]
-    return transform
+    return _mark(transform, "changing")
 
 
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
@@ -104,8 +105,11 @@ def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return several
 
 
-def _is_marked(transform: Transform, mark: str) -> bool:
-    return bool(getattr(getattr(transform, "func", transform), mark, False))
+def _is_marked(transform: Any, mark: str) -> bool:
+    # the outermost that has the mark: a partial may have its own, or that of its function
+    while not hasattr(transform, mark) and hasattr(transform, "func"):
+        transform = transform.func
+    return bool(getattr(transform, mark, False))
 
 
 @frozen(eq=False)
@@ -114,8 +118,7 @@ class TokenLosses:
 
     Args:
         loss: (M,) carries the gradient.
-        reverse_kl: (M,) detached; see `LossOutput`.
-        clipped: (M,) detached.
+        reverse_kl, clipped: (M,) detached; see `LossOutput`.
         logprobs: (M,) detached, nats, not weighted: the student's, of the targets.
     """
 
@@ -176,10 +179,9 @@ class OPDSettings:
 
     Args:
         clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
-        ratio_to_ref: multiply by the per-token importance ratio to the policy that sampled (`functional.lightning_with_ratio`), with the
-            gradient through it: to what drew the tokens (`Batch.sampler_logprobs`), which is the `ref` column where temperature and top-p
-            are 1.  The paper's loss has none; start with it all the same: as good where the paper's works, and it holds where that one
-            fails (`benchmarks/RESULTS.md`).
+        ratio_to_ref: multiply by the per-token importance ratio (`functional.lightning_with_ratio`), with the gradient through it: to what drew
+            the tokens (`Batch.sampler_logprobs`), which is the `ref` column where temperature and top-p are 1.  The paper's loss has none; start
+            with it all the same: as good where the paper's works, and it holds where that one fails (`benchmarks/RESULTS.md`).
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
         kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms; needs
@@ -224,9 +226,8 @@ class OPDSettings:
     @property
     def uncorrected(self) -> bool:
         """Whether it has neither an importance ratio, nor a constant advantage but 0, nor a transform but those marked `uncorrected`."""
-        unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
         # with 0 transforms alone decide what is learnt, labels for example
-        return not self.ratio_to_ref and unchanged and not self.advantage
+        return not (self.ratio_to_ref or self.advantage) and all(_is_marked(transform, "uncorrected") for transform in self.transforms)
 
     @property
     def baselined(self) -> bool:
