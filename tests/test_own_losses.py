@@ -392,3 +392,21 @@ def test_a_partial_has_the_marks_of_its_function_and_its_own() -> None:
     assert OPDObjective(transforms=(twice,)).per_token
     with pytest.raises(InvalidRecordError, match="the ratio would count twice"):
         OPDObjective(ratio_to_ref=True, transforms=(twice,))
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ids: ids + 67, r"Loss: ids are from \d+ to \d+, expected from 0 to 66, the rows of the head's weight"),
+        (lambda ids: -1 - ids, r"Loss: ids are from -\d+ to -\d+, expected from 0 to 66"),
+        (lambda ids: ids.double(), r"Loss: ids are of dtype torch.float64, expected torch.int64; convert them"),
+        (lambda ids: ids > 0, r"Loss: ids are of dtype torch.bool, expected torch.int64"),
+    ],
+    ids=["beyond", "below", "numbers", "bool"],
+)
+def test_ids_without_a_row_in_the_head_are_refused(path: Any, change: Callable[[Tensor], Tensor], message: str) -> None:
+    for per_token_alone in (True, False):
+        own = Gap("", per_token_alone)
+        own.ids = lambda tokens: change(tokens.targets[:, None])  # type: ignore[method-assign]
+        refused(path, own, message)

@@ -28,7 +28,7 @@ from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, chunk_rows, dtypes_of, sum_dtype
 from lopd.losses.products import Products
 from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
-from lopd.losses.tokens import check_ids
+from lopd.losses.tokens import check_ids, naming_ids
 from lopd.records.devices import check_device, has_bfloat16
 from lopd.records.steps import LMHead
 
@@ -94,7 +94,7 @@ class ChunkedHead:
         Where gradients are wanted, call `add` before the next chunk.
 
         Raises:
-            InvalidRecordError: the ids are not a row for each hidden state.
+            InvalidRecordError: the ids are not a row for each hidden state, or not in the vocabulary.
         """
         check_ids(ids_MK, len(self._hidden_MD))
         self._ids_MK = ids_MK
@@ -103,7 +103,8 @@ class ChunkedHead:
             rows = slice(first, min(first + self._rows - self._used, count))
             place = slice(self._used, self._used + rows.stop - first)
             self._products.logits(self._hidden_MD[rows], self._bias_V, self._buffer_CV[place])
-            self._chunk = rows, place, self._work.logprobs(place, ids_MK[rows], entropy=entropy)
+            with naming_ids(ids_MK, self._buffer_CV.shape[1]):
+                self._chunk = rows, place, self._work.logprobs(place, ids_MK[rows], entropy=entropy)
             yield rows, self._chunk[2]
             first = rows.stop
 
@@ -243,7 +244,8 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
         Log-probs in the shape of `ids`, nats, at most 0; float64 if hidden states or weight are, float32 otherwise.
 
     Raises:
-        InvalidRecordError: hidden states of another size than the head's, or ids that are not one, or a row, for each of them.
+        InvalidRecordError: hidden states of another size than the head's, ids that are not one, or a row, for each of them, or ids
+            without a row in the head, which are looked for on a CPU.
         ModelError: hidden states on a device without float64, such as an Apple GPU.
         GradientError: in a backward pass with `create_graph`.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import OfObjective, check_objective
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
-from lopd.losses.tokens import Tokens, check_ids, counted_rows
+from lopd.losses.tokens import Tokens, check_ids, counted_rows, naming_ids
 from lopd.protocols import OPDLoss, StatesBaseline, StatesCorrection, StatesLabels
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import to_finite
@@ -38,7 +38,8 @@ class ReferenceLoss(OfObjective):
         """Return weighted sums over the counted tokens.
 
         Raises:
-            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each.
+            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each, or
+                without a row in the head.
         """
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
@@ -47,7 +48,9 @@ class ReferenceLoss(OfObjective):
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
         ids_MK = self.objective.ids(tokens)
         check_ids(ids_MK, len(logprobs_MV))
-        return self._losses(logprobs_MV.gather(-1, ids_MK), tokens).sums()
+        with naming_ids(ids_MK, logprobs_MV.shape[1]):
+            logprobs_MK = logprobs_MV.gather(-1, ids_MK)
+        return self._losses(logprobs_MK, tokens).sums()
 
 
 @final

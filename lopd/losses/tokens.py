@@ -3,7 +3,8 @@
 Shape suffixes: M counted tokens, K of a support each, D drawn ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -172,10 +173,28 @@ def check_ids(ids_MK: Any, states: int) -> None:
     """Refuse ids that are not a row for each of so many hidden states: gathered, they would be broadcast, or be those of other tokens.
 
     Raises:
-        InvalidRecordError: they have another shape, or are not a tensor.
+        InvalidRecordError: they have another shape or dtype, or are not a tensor.
     """
     if not isinstance(ids_MK, Tensor) or ids_MK.ndim != 2 or len(ids_MK) != states:
         raise InvalidRecordError(f"Loss: ids are {_found(ids_MK)}, expected shape ({states}, K); pass a row of ids for each hidden state.")
+    if ids_MK.dtype not in (torch.int32, torch.int64):
+        raise InvalidRecordError(f"Loss: ids are of dtype {ids_MK.dtype}, expected torch.int64; convert them: `ids.long()`.")
+
+
+@contextmanager
+def naming_ids(ids_MK: Tensor, vocabulary: int) -> Iterator[None]:
+    """Name ids outside the vocabulary where torch fails on them: only then are they looked at, as a GPU would be waited for.
+
+    Raises:
+        InvalidRecordError: in place of torch's own error, on a CPU.
+    """
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        if ids_MK.device.type != "cpu" or not ids_MK.numel() or (ids_MK.min() >= 0 and ids_MK.max() < vocabulary):
+            raise
+        held, expected = f"from {int(ids_MK.min())} to {int(ids_MK.max())}", f"from 0 to {vocabulary - 1}, the rows of the head's weight"
+        raise InvalidRecordError(f"Loss: ids are {held}, expected {expected}; leave out tokens with others.") from error
 
 
 def _found(value: Any) -> str:
