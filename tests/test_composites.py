@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from odd_models import SHAPE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lopd import CausalLMStudent, ModelId
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
+from lopd.errors import ModelError
 from lopd.records import Lineage
 
 LINEAGE = Lineage(ModelId("writer", "1", "float32"))
@@ -85,3 +86,25 @@ def test_adapters_that_were_trained_on_the_text_part_are_loaded_on_it(saved, tok
     loaded, _ = load_model(tmp_path / "out")
     assert type(loaded) is transformers.Qwen3_5ForCausalLM
     assert_same(loaded, text)
+
+
+@pytest.mark.parametrize("lacks", ["the rest", "a part of the rest", "a part of the text"])
+def test_weights_of_the_text_part_alone_are_loaded_as_a_model_of_text(lacks, saved, tokenizer, tmp_path):
+    model, folder = saved
+    if type(model) is not transformers.Qwen3_5ForConditionalGeneration:
+        pytest.skip("it has no class for its text part")
+    weights = load_file(folder / "model.safetensors")
+    gone = {"the rest": "visual", "a part of the rest": "visual.merger", "a part of the text": "layers.1.mlp"}[lacks]
+    kept = {name: values for name, values in weights.items() if gone not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    if lacks != "the rest":
+        for read in (load_model, folder_model_id):
+            with pytest.raises(ModelError):
+                read(folder)
+        return
+    loaded, _ = load_model(folder)
+    assert type(loaded) is transformers.Qwen3_5ForCausalLM
+    assert_same(loaded, model)
+    assert folder_model_id(folder).revision == model_id(loaded).revision
+    CausalLMStudent(loaded, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision

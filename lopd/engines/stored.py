@@ -1,7 +1,7 @@
 """The weights in the files of a folder, as the model that is loaded from it holds them: read a few at a time."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypedDict
@@ -18,6 +18,7 @@ from lopd.errors import ModelError
 from lopd.records.paths import read_regular
 from lopd.records.stored import Name, parse, read_as
 
+_AUTO = transformers.AutoModelForCausalLM
 _INDEX = "model.safetensors.index.json"
 _REMEDY = (
     "pass `model_id(model)` of the loaded model, or `ModelId(name, commit, dtype)`: as the teacher to `import_text` or `Lineage.of`, as `identity=` "
@@ -100,8 +101,12 @@ class StoredModel:
         config = plain_config(self.folder)
         self._places = stored_places(self.folder)
         with torch.device("meta"):
-            self.model = _build(config, self.dtype)
+            self.model = _build(class_of(config), config, self.dtype)
         self._sources = _find_sources(self.model, self._places)
+        tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
+        text = _text_alone(config, self.model, self.model.state_dict().keys() - self._sources.keys() - tied.keys())
+        if text is not None:
+            self.model, self._sources = text, _find_sources(text, self._places)
 
     def read(self, weight: Weight) -> Tensor:
         """Return the values of a weight of `model`.
@@ -180,28 +185,36 @@ def named_class(config: Any) -> Any:
 
 def class_of(config: Any) -> Any:
     """Return what makes a whole model of a configuration: the class that it names, where AutoModelForCausalLM has none, or one of its text part."""
-    auto = transformers.AutoModelForCausalLM
-    known, named, text = auto._model_mapping.get(type(config), None), named_class(config), config.sub_configs.get("text_config")
+    known, named, text = _AUTO._model_mapping.get(type(config), None), named_class(config), config.sub_configs.get("text_config")
     of_part = known is not None and text is not None and getattr(known, "config_class", None) is text
-    return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else auto
+    return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else _AUTO
 
 
 def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return (model, what its files lacked) from a folder or hub name, of `class_of`; with adapters on their base, or on its text part alone."""
+    """Return (model, what its files lacked) from a folder or hub name, of `class_of`, or of its text part if it has no more; with adapters on their base."""
     described = folder
     if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
         described = parse(read_regular(Path(adapters)))["base_model_name_or_path"] or folder
     config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
-    auto = transformers.AutoModelForCausalLM
-    loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    if adapters and loaded[1]["missing_keys"] and type(config) in auto._model_mapping:  # they were trained on the text part
-        loaded = auto.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    whole, lacked = loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    # adapters that lack some were trained on the text part
+    if (adapters and lacked["missing_keys"] and type(config) in _AUTO._model_mapping) or _text_alone(config, whole, lacked["missing_keys"]):
+        loaded = _AUTO.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     return loaded
 
 
-def _build(config: Any, dtype: torch.dtype) -> Any:
-    kind = class_of(config)
-    return (kind.from_config if kind is transformers.AutoModelForCausalLM else kind._from_config)(config, dtype=dtype)
+def _build(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    return (kind.from_config if kind is _AUTO else kind._from_config)(config, dtype=dtype)
+
+
+def _text_alone(config: Any, whole: Any, lacked: Collection[str]) -> Any:
+    """Return the text part, without memory for its weights, if the files have all of it and nothing of the rest of a model; else None."""
+    if not lacked or class_of(config) is _AUTO or type(config) not in _AUTO._model_mapping:
+        return None
+    with torch.device("meta"):
+        text = _build(_AUTO, config, whole.dtype)
+    # by its own names it may be nothing of the whole
+    return text if len(whole.state_dict()) - len(lacked) in (0, len(text.state_dict())) else None
 
 
 def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:
