@@ -56,12 +56,17 @@ def test_log_probs_under_the_key_of_another_form_are_refused_by_name(form, key, 
 
 @pytest.mark.parametrize("key", ["tool_mask", "env_mask", "response_mask", "mask"])
 def test_a_second_mask_is_refused_where_it_leaves_tokens_out(key, tokenizer):
-    for first, second in (([1] * 7, DRAWN), (DRAWN, DRAWN[:5])):
+    prompt = PRIME["prompt_ids"]
+    for first, second in (([1] * 7, DRAWN), ([1] * 7, [0] * len(prompt) + DRAWN)):
         with pytest.raises(PromptError, match=f"it has a second mask under '{key}', .* lacks tokens of 'completion_mask'; multiply it"):
             imported([{**PRIME, "completion_mask": first, key: second}], tokenizer)
+    with pytest.raises(PromptError, match=rf"its second mask '{key}' has shape \(5,\), expected \(7,\), one for each token"):
+        imported([{**PRIME, key: DRAWN[:5]}], tokenizer)
+    with pytest.raises(PromptError, match="'completion_mask' has 5 entries, expected 7"):
+        imported([{**PRIME, "completion_mask": DRAWN[:5], key: DRAWN}], tokenizer)
     with pytest.raises(InvalidRecordError, match=r"^Trajectory number 0: Loss mask"):
         imported([{**PRIME, key: [None] * 7}], tokenizer)
-    for same in (DRAWN, [1] * 7, [], "text", True):
+    for same in (DRAWN, [1] * 7, [0] * len(prompt) + DRAWN, [1] * (len(prompt) + 7), [], "text", True, {"kind": "tools"}):
         (rollout,) = rollouts_of(imported([{**PRIME, key: same}], tokenizer))
         assert rollout.loss_mask.tolist() == list(map(bool, DRAWN))
 

@@ -130,15 +130,28 @@ def _others(call: Mapping[str, Any], keys: Mapping[str, None], own: str) -> Iter
             yield key
 
 
-def _refuse_others(where: str, call: Mapping[str, Any], keys: _Keys, drawn: BoolArray) -> None:
-    """Refuse log-probs under the key of another form, which would be lost, and a second mask, whose tokens of tools would be learnt."""
+def _refuse_others(where: str, call: Mapping[str, Any], keys: _Keys, drawn: BoolArray, sizes: tuple[int, int]) -> None:
+    """Refuse log-probs under the key of another form, which would be lost, and a second mask, whose tokens of tools would be learnt.
+
+    A second mask is one of the response, or of the prompt too; `sizes` has the tokens of the prompt and of the response.
+    """
+    before, size = sizes
     for key in () if keys.logprobs in call else _others(call, _LOGPROBS, keys.logprobs):
         raise PromptError(
             f"{where}: it has log-probs under {key!r}, which the form of {keys.response!r} does not read; rename it to {keys.logprobs!r}, or "
             "leave it out."
         )
     for key in _others(call, _MASKS, keys.drawn):
-        if (second := to_mask(call[key])).shape != drawn.shape or (drawn & ~second).any():
+        if isinstance(call[key], Mapping):
+            continue
+        second = to_mask(call[key])
+        second = second[before:] if second.shape == (before + size,) else second
+        if second.shape != (size,):
+            raise PromptError(
+                f"{where}: its second mask {key!r} has shape {second.shape}, expected {(size,)}, one for each token; record it again, or "
+                "leave it out."
+            )
+        if drawn.shape == second.shape and (drawn & ~second).any():
             raise PromptError(
                 f"{where}: it has a second mask under {key!r}, which is not read and lacks tokens of {keys.drawn!r}; multiply it into that, or leave "
                 "it out."
@@ -153,7 +166,7 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
         drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
         kept = kept if kept.size else np.ones(prompt.size + response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
-        _refuse_others(where, call, keys, drawn)
+        _refuse_others(where, call, keys, drawn, (prompt.size, response.size))
     except InvalidRecordError as error:
         raise InvalidRecordError(f"{where}: {error}") from error
     size, whole = response.size, prompt.size + response.size
