@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lopd import CausalLMStudent, ModelId
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
+from lopd.engines.stored import StoredModel
 from lopd.errors import ModelError
 from lopd.records import Lineage
 
@@ -77,7 +78,7 @@ def test_a_student_of_what_was_quantised_is_exported_as_it_is(quantise, name, to
 
 
 @pytest.mark.parametrize("lost", ["dropped", "changed"])
-def test_weights_that_transformers_writes_otherwise_are_refused_and_nothing_is_placed(lost, tokenizer, tmp_path, monkeypatch):
+def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(lost, tokenizer, tmp_path, monkeypatch):
     save = transformers.PreTrainedModel.save_pretrained
 
     def wrong(self, folder, **settings):
@@ -92,7 +93,19 @@ def test_weights_that_transformers_writes_otherwise_are_refused_and_nothing_is_p
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", wrong)
     with pytest.raises(ModelError, match=r"transformers wrote 'model\.layers\.1\.mlp\.up_proj\.weight' otherwise than the model has it"):
         student.export(tmp_path / "out", tokenizer, LINEAGE)
-    assert [*tmp_path.iterdir()] == []
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith("out-refused.")
+    kept, own = load_file(aside / "model.safetensors"), student.model.state_dict()
+    assert torch.equal(kept["model.layers.0.mlp.up_proj.weight"], own["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_what_cannot_be_compared_is_exported(tokenizer, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("it cannot be read")
+
+    monkeypatch.setattr(StoredModel, "holds", fail)
+    CausalLMStudent(odd_model("Llama"), tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert (tmp_path / "out/model.safetensors").exists()
 
 
 def test_weights_that_are_no_numbers_are_exported_all_the_same(tokenizer, tmp_path):

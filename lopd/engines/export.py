@@ -115,7 +115,8 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         state: the weights, where the model's own are sharded.
 
     Raises:
-        ModelError: transformers refuses to save the model or the tokenizer, or saves other weights; or several adapters are active.
+        ModelError: transformers refuses to save the model or the tokenizer; or saves other weights, in the folder that the message names; or several
+            adapters are active.
         StoreExistsError: the folder holds what no export wrote and this one would replace, or a student of other teachers; the export is in the
             folder that the message names.
         StoreWriteError: the disk refused.
@@ -141,7 +142,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             tokenizer.save_pretrained(fresh)
             if is_there(fresh / "config.json"):
                 spell_out(fresh / "config.json", untied=untied)
-                check_written(owner, fresh, unwrap(model), weights)
+                check_written(owner, fresh, folder, unwrap(model), weights)
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and is_there(fresh / "adapter_config.json"):
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have

@@ -191,7 +191,7 @@ def class_of(config: Any) -> Any:
 
 
 def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return (model, what its files lacked) from a folder or hub name, of `class_of`, or of its text part if it has no more; with adapters on their base."""
+    """Return (model, what its files lacked) from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base."""
     described = folder
     if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
         described = parse(read_regular(Path(adapters)))["base_model_name_or_path"] or folder

@@ -209,7 +209,8 @@ class CausalLMStudent(nn.Module):
                 the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
                 message names.
             ModelError: transformers refuses to save the model or the tokenizer, several adapters are active, or they are on a model that was changed
-                since it was loaded.
+                since it was loaded; or transformers writes weights of a full model otherwise than it has them: what was written is in the folder that
+                the message names.
             StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """
         check_kind("Tokenizer to export", tokenizer, _Saved, "pass the tokenizer that `load_model` gave")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch import Tensor
 
@@ -21,14 +22,15 @@ def forget_quantiser(model: Any) -> None:
         model._weight_conversions = None  # it looks those of the architecture up then
 
 
-def check_written(owner: str, folder: Path, model: Any, weights: Mapping[str, Tensor]) -> None:
+def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Mapping[str, Tensor]) -> None:
     """Compare what was written with what the model has, by a few values of each weight.
 
     What cannot be compared passes: quantised weights, and a model with code of its own.
 
     Args:
         owner: how messages name the export.
-        folder: what the model was saved in.
+        fresh: what the model was saved in; it is kept beside `folder` under another name where it is refused, since no other files have the weights.
+        folder: what it was to become.
         model: without wrappers.
         weights: its weights by name, tied ones by each of theirs.
 
@@ -36,13 +38,21 @@ def check_written(owner: str, folder: Path, model: Any, weights: Mapping[str, Te
         ModelError: a parameter is not there, or is another.
     """
     try:
-        stored = StoredModel(folder, model.dtype)
-    except Exception:  # whatever stands in the way of building it
+        wrong = _written_otherwise(fresh, model, weights)
+    except Exception:  # whatever stands in the way of comparing them
         return
+    if wrong is not None:
+        fresh.rename(aside := folder.with_name(f"{folder.name}-refused.{uuid4().hex[:8]}"))
+        raise ModelError(
+            f"{owner}: transformers wrote {wrong!r} otherwise than the model has it, or not at all, so the export would load as another model; "
+            f"what was written stands in {aside}, so compare its config.json and weights with the model, and correct the one that is wrong."
+        )
+
+
+def _written_otherwise(fresh: Path, model: Any, weights: Mapping[str, Tensor]) -> str | None:
+    stored = StoredModel(fresh, model.dtype)
     for weight in effective_weights(stored.model) if isinstance(model, type(stored.model)) else ():
         name = stored.found_name(weight)
         if weight.kind == "parameter" and (name is None or (name in weights and not stored.holds(name, weights[name].detach()))):
-            raise ModelError(
-                f"{owner}: transformers wrote {weight.names[0]!r} otherwise than the model has it, or not at all, so the export would load as "
-                "another model; put the weights into a new model (`type(model)(model.config)`, `load_state_dict`), and export a student of that."
-            )
+            return weight.names[0]
+    return None
