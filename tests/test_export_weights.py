@@ -69,7 +69,9 @@ def test_a_student_of_what_was_quantised_is_exported_as_it_is(quantise, name, to
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.01)
+    conversions = model._weight_conversions
     CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert model._weight_conversions is conversions
     loaded, _ = load_model(tmp_path / "out")
     assert_same(loaded, model)
     assert folder_model_id(tmp_path / "out").revision == model_id(model).revision

@@ -121,7 +121,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             folder that the message names.
         StoreWriteError: the disk refused.
     """
-    from lopd.engines.written import check_written, forget_quantiser  # a model that is saved brought transformers along
+    from lopd.engines.written import check_written, quantiser_forgotten  # a model that is saved brought transformers along
 
     owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
     fresh = folder.parent / f".{folder.name}.partial"
@@ -131,10 +131,10 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             fresh.mkdir(parents=True)
             weights = dict(unwrap(model).named_parameters(remove_duplicate=False) if state is None else state)
             untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
-            forget_quantiser(unwrap(model))
             adapter = saved_adapter(model)
             chosen = {} if adapter is None else {"selected_adapters": [adapter]}
-            model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
+            with quantiser_forgotten(unwrap(model)):
+                model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
             if adapter not in (None, "default"):  # peft puts any other into a folder of its own, where none is looked for
                 for path in (fresh / adapter).iterdir():
                     path.rename(fresh / path.name)

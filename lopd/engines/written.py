@@ -1,6 +1,7 @@
 """What transformers writes of a model is what the model has: files are looked at before they take the place of others."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -12,14 +13,21 @@ from lopd.engines.stored import StoredModel
 from lopd.errors import ModelError
 
 
-def forget_quantiser(model: Any) -> None:
+@contextmanager
+def quantiser_forgotten(model: Any) -> Iterator[None]:
     """Let transformers save weights as they are that it made of quantised ones: by itself it goes back over the conversions that it loaded them by.
 
     Those of the architecture, which join and rename weights, stay.
     """
-    operations = (step for one in getattr(model, "_weight_conversions", None) or () for step in getattr(one, "operations", ()))
+    conversions = getattr(model, "_weight_conversions", None)
+    operations = (step for one in conversions or () for step in getattr(one, "operations", ()))
     if getattr(model.config, "quantization_config", None) is None and any(hasattr(step, "hf_quantizer") for step in operations):
         model._weight_conversions = None  # it looks those of the architecture up then
+    try:
+        yield
+    finally:
+        if conversions is not None:
+            model._weight_conversions = conversions
 
 
 def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Mapping[str, Tensor]) -> None:
