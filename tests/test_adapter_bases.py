@@ -9,9 +9,11 @@ import torch
 
 from lopd import CausalLMStudent
 from lopd.engines.adapters import check_base
+from lopd.engines.finding import served_eos
 from lopd.engines.hf import load_model
-from lopd.errors import ModelError, ModelWarning
-from lopd.records import Lineage
+from lopd.engines.identity import folder_model_id
+from lopd.errors import EngineError, ModelError, ModelWarning
+from lopd.records import Lineage, fingerprint_tokenizer
 
 CHANGED = r"Model \w+: '{}' under its adapters is not as in .*, on which an export of them is loaded; export it merged"
 
@@ -144,3 +146,12 @@ def test_adapters_on_a_model_without_a_name_are_exported_with_a_warning(base, to
     with pytest.warns(ModelWarning, match=r"its adapters are on a model without a name, .*; save that model too"):
         student.export(tmp_path / "out", tokenizer, Lineage())
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"base_model_name_or_path": [1]}', "{", "[" * 100_000])
+def test_adapters_that_name_no_base_are_refused_by_their_folder(content, tokenizer, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(content)
+    with pytest.raises(EngineError, match=tmp_path.name):
+        folder_model_id(tmp_path)
+    with pytest.raises(EngineError, match=tmp_path.name):
+        served_eos(tmp_path, fingerprint_tokenizer(tokenizer), of_both=False)

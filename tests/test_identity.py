@@ -182,7 +182,7 @@ def test_a_folder_without_a_model_and_adapters_without_their_base_are_one_senten
     with pytest.raises(ModelError, match=r"holds neither config.json nor adapter_config.json, expected a model"):
         folder_model_id(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(EngineError, match=r"it cannot be loaded \('base_model_name_or_path'\)"):
+    with pytest.raises(EngineError, match=r"it cannot be loaded \('base_model_name_or_path' of its adapter_config.json is None, expected"):
         folder_model_id(tmp_path)
 
 

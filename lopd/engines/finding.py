@@ -1,6 +1,5 @@
 """Where is it?  The folder of a model and its tokenizer, or their name in the hub; what goes wrong there is one sentence."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,12 @@ with needing("transformers", __name__):
     from tokenizers import Tokenizer, decoders
 
 from lopd.engines.inputs import stop_ids
+from lopd.engines.stored import base_of
 from lopd.errors import EngineError, LopdError, ModelError
 from lopd.records.identity import TokenizerId
 from lopd.records.lineage import refuse_store
 from lopd.records.manifest import SamplingParams
-from lopd.records.paths import check_files, local_path, read_regular, without_secrets
+from lopd.records.paths import check_files, local_path, without_secrets
 
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
@@ -96,10 +96,10 @@ def served_eos(folder: Path, tokenizer: TokenizerId, *, of_both: bool) -> frozen
     """
     files, adapters = _settings(folder), folder / _ADAPTERS
     if not files and adapters.exists():
-        base = json.loads(read_regular(adapters)).get("base_model_name_or_path")
+        base = None
         try:
-            files = _settings(local_folder(base, weights=False))
-        except LopdError as error:
+            files = _settings(local_folder(base := base_of(adapters), weights=False))
+        except (LopdError, ValueError) as error:
             raise EngineError(
                 f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
                 "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."

@@ -190,11 +190,26 @@ def class_of(config: Any) -> Any:
     return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else _AUTO
 
 
+def base_of(adapters: Path) -> str:
+    """Return the base model that an `adapter_config.json` names.
+
+    Raises:
+        ValueError: it is damaged, or names none.
+    """
+    content = parse(read_regular(adapters))
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    if not (isinstance(base, str) and base):
+        raise ValueError(
+            f"'base_model_name_or_path' of its {adapters.name} is {base!r:.80}, expected the folder or the name of its base model"
+        )
+    return base
+
+
 def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
     """Return (model, what its files lacked) from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base."""
     described = folder
     if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
-        described = parse(read_regular(Path(adapters)))["base_model_name_or_path"] or folder
+        described = base_of(Path(adapters))
     config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
     whole, lacked = loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     # adapters that lack some were trained on the text part

@@ -35,8 +35,8 @@ class TokenReport:
         clip: nats at which colours are full, and at which advantages are clipped in training.
         sample: rollouts, evenly spaced, behind histogram and curves, beside those that are shown.
         bins: number of bins over the position in the response.
-        tokens: so many of a prompt and of a response are shown at most: of a longer one its beginning, what is around the largest advantage by
-            size, and its end.
+        tokens: largest number of tokens shown of a prompt, and of a response.  A longer one is shown in three parts: its beginning, the tokens around
+            the advantage of largest size, and its end.
 
     Raises:
         InvalidRecordError: a number makes no sense.
