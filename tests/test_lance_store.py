@@ -342,6 +342,20 @@ def test_opening_reads_no_rows_and_reading_some_rows_reads_no_others(filled: Lan
     assert taken[2:] == [[0, 1, 2, 3]]
 
 
+def test_columns_that_no_row_asked_for_has_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = list[set[str]](), LanceTable.take
+    monkeypatch.setattr(LanceTable, "take", lambda self, offsets, columns: asked.append({*columns}) or real(self, offsets, columns))
+    drawn = evolve(tiny_rollout("b"), behavior_logprobs=np.full(tiny_rollout("b").response_ids.size, -1.0, np.float32))
+    store = LanceStore.create(tmp_path / "store", tiny_manifest())
+    store.append([tiny_rollout("a"), drawn])
+    store.lengths()
+    without, both = store.read([0]), (asked.clear(), store.read([1, 0]))[1]
+    assert without.behavior_logprobs is None
+    assert both[0].rollout.behavior_logprobs is not None
+    store.read([0])
+    assert asked == [{"rollout_id", "finish_reason", "token_ids", "loss_mask", "behavior_logprobs"}, asked[0] - {"behavior_logprobs"}]
+
+
 # Snapshots
 
 

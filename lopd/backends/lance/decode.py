@@ -1,6 +1,6 @@
 """Rows of LanceDB tables -> rows of a store: fetched some at a time, and each value verified where it was just copied to."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, final
@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.lance.encode import ID, LINE_CHECKSUM, ROLLOUT_DATA, SCORE_DATA, TOP_K_DATA, line_checksums
-from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
+from lopd.backends.lance.table import HAS_SAMPLER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rows import Rows, ends
 from lopd.records.support import TopK
@@ -32,13 +32,13 @@ class Wanted:
 
     Args:
         owner: its name in messages.
-        fetch: gives an Arrow table with these columns, and `row`, of distinct and ascending rows, in an order of Lance's choice.
+        fetch: gives an Arrow table with these columns of distinct and ascending rows, and at which place of it each row is.
         rows: (B,), their numbers in the store, in the order of the call.
         lines: (B,), theirs in this table, verified.
     """
 
     owner: str
-    fetch: Callable[[NDArray[np.int64], Sequence[str]], Any]
+    fetch: Callable[[NDArray[np.int64], Sequence[str]], tuple[Any, NDArray[np.int64]]]
     rows: NDArray[np.int64]
     lines: NDArray[np.void]
 
@@ -56,7 +56,8 @@ def read(rollouts: Wanted, scores: Mapping[str, Wanted], top_k: Mapping[str, int
     tokens, mask, behavior = _Lists(prompts + responses), _Lists(responses, filler=1), _Lists(responses, filler=np.nan)
     sampler = _Lists(responses, filler=np.nan, absent_counts=False)
     data: dict[str, _Cells | _Lists] = {_REASON: reasons, _TOKENS: tokens, _MASK: mask, _BEHAVIOR: behavior, _SAMPLER: sampler}
-    readers = [_Reader(rollouts, {None: {ID: names}, "data_checksum": data})]
+    absent = [name for name, bit in ((_BEHAVIOR, 1), (_SAMPLER, 2)) if not (lines["has_behavior"] & bit).any()]
+    readers = [_Reader(rollouts, {None: {ID: names}, "data_checksum": data}, absent)]
     columns: dict[str, list[_Lists]] = {}
     for name, wanted in scores.items():
         ranked = [_Lists(responses * n) for n in (top_k[name], top_k[name], 1)] if name in top_k else []
@@ -149,7 +150,7 @@ class _Lists:
         Raises:
             ValueError: there are not as many as there should be.
         """
-        if column.null_count == len(column):
+        if column is None or column.null_count == len(column):
             return [xxh3_64_intdigest(b"", seed) for seed in sums] if self._absent_counts else list(sums)
         values, bounds = column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64)
         there = column.is_valid().to_numpy(zero_copy_only=False)[chunk.at]
@@ -178,12 +179,13 @@ class _Reader:
     Args:
         wanted: its rows.
         targets: for each checksum of a line, column -> where it goes, in the order in which the checksum goes over them; None for those of none.
+        absent: columns that no row has, which are not read.
     """
 
-    def __init__(self, wanted: Wanted, targets: Mapping[str | None, Mapping[str, _Cells | _Lists]]) -> None:
+    def __init__(self, wanted: Wanted, targets: Mapping[str | None, Mapping[str, _Cells | _Lists]], absent: Collection[str] = ()) -> None:
         self._wanted = wanted
         self._targets = targets
-        self._columns = [name for group in targets.values() for name in group]
+        self._columns = [name for group in targets.values() for name in group if name not in absent]
         self._distinct, first, self._inverse, counts = np.unique(wanted.rows, return_index=True, return_inverse=True, return_counts=True)
         self._order, self._ends = np.argsort(self._inverse, kind="stable"), ends(counts)
         lengths = [
@@ -196,8 +198,8 @@ class _Reader:
         return [partial(self._fetch, start, stop) for start, stop in _cut(self._distinct, self._tokens)]
 
     def _fetch(self, start: int, stop: int) -> _Chunk:
-        table = self._wanted.fetch(self._distinct[start:stop], self._columns)
-        places, found = self._order[self._ends[start] : self._ends[stop]], np.argsort(table["row"].to_numpy())
+        table, found = self._wanted.fetch(self._distinct[start:stop], self._columns)
+        places = self._order[self._ends[start] : self._ends[stop]]
         return _Chunk(table, found[self._inverse[places] - start], places)
 
     def put(self, chunk: _Chunk) -> None:
@@ -207,9 +209,8 @@ class _Reader:
             with decoding(owner):
                 sums = [0] * len(chunk.at)
                 for column, target in targets.items():
-                    if column in LATER and column not in chunk.table.column_names:
-                        continue
-                    sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
+                    there = column in chunk.table.column_names
+                    sums = target.take(chunk.table.column(column).chunk(0) if there else None, chunk, sums)
             for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
                 row = _called(chunk.table, int(chunk.at[i]), int(self._wanted.rows[chunk.places[i]]))
                 raise damaged(owner, row, "checksum of its values is another than the one that was written")

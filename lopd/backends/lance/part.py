@@ -21,7 +21,7 @@ class Part:
     """One table and its lines, which are read when they are first asked for, and then only those that were added.
 
     Lance keeps rows in the order of commits, and our merges do not change that; but it promises neither, and updates by other tools put rows
-    at the end.  So every line carries its row number and its commit, every read compares it, and places that have moved are found again.
+    at the end.  So every line carries its row number, its commit and the checksum of its values, and rows that have moved are found again.
 
     Args:
         owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
@@ -151,23 +151,21 @@ class Part:
                 return found[places]
         return self.lines()[self.find(rows)]
 
-    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        """Return these columns, and `row`, of rows that are there, distinct and ascending; in an order of Lance's choice.
+    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> tuple[Any, NDArray[np.int64]]:
+        """Return these columns of rows that are there, distinct and ascending, as an Arrow table, and at which place of it each row is."""
+        with self._lock:
+            # Without its lines in memory, a row of a table that has every row is looked for where it ought to be.
+            places = self._places_of(rows) if len(self._lines) or self._limit is not None else rows
+        ordered = np.sort(places)
+        return self.table.take(ordered, columns), np.searchsorted(ordered, places)
 
-        Raises:
-            CorruptStoreError: other rows are in their places.
-        """
-        for _ in range(2):
-            with self._lock:
-                # Without its lines in memory, a row of a table that has every row is looked for where it ought to be.
-                places = self._places_of(rows) if len(self._lines) or self._limit is not None else rows
-            found = self.table.take(np.sort(places), ["row", *columns])
-            if np.array_equal(np.sort(found["row"].to_numpy()), rows):
-                return found
-            with self._lock:
-                self.forget()
-                self.lines()
-        raise CorruptStoreError(
-            f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}; "
-            "restore the store from a backup."
-        )
+    def moved(self, rows: NDArray[np.int64]) -> bool:
+        """Return whether other rows are in the places of these by now; all lines are read again then."""
+        rows = np.unique(rows)
+        found, places = self.fetch(rows, ["row"])
+        if np.array_equal(found["row"].to_numpy()[places], rows):
+            return False
+        with self._lock:
+            self.forget()
+            self.lines()
+        return True

@@ -149,6 +149,15 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
+        try:
+            return self._read(rows, columns, top_k)
+        except CorruptStoreError:
+            moved = [part.moved(rows) for name, part in self.parts().items() if name is None or name in columns]
+            if not any(moved):
+                raise
+            return self._read(rows, columns, top_k)
+
+    def _read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         if self.rollouts is None or not rows.size:
             return Rows.of(())
         lines = self.rollouts.lines_of(rows)

@@ -187,7 +187,7 @@ class LanceTable:
         return self.version > before
 
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        """Return these columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
+        """Return these columns of the rows at these places, which must be distinct and ascending, as an Arrow table in this order.
 
         Columns of `LATER` that the table does not have are left out.
         """
