@@ -91,6 +91,8 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
     lines = [
         f"{len({row['seed'] for row in found.runs.rows})} seeds, {_of_the_claims(found, known)}; prompts, batch and steps are the",
         "same.  The arm of the goals was chosen on other seeds.",
+        f"A stored arm goes {_passes(result, claim):.1f} times over its rollouts, and {_passes(result, claim) / BEST.prompts:.1f} times where it has",
+        "half of the prompts; a live one samples new ones for each step.",
         "",
         "Candidates are the tokens that the policy finds most likely, kept while it samples; drawn ones are drawn from it besides; top-K ones are",
         "the teacher's.  All are scored by the teacher, once.  A residual is the term that removes the bias of a support;",
@@ -127,6 +129,12 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         f"![Difference of every arm to TRL at its rate at the end]({ends})",
     ]
     return Part(TITLE, result, estimators_readings(BEST.name, fall, faster("")), _meaning(found), [lines], pictures, "claims_estimators.py")
+
+
+def _passes(result: Mapping[str, Any], claim: str) -> float:
+    """Return how often a run of this setting goes over a rollout of each prompt."""
+    setting = next(row for row in result["rows"] if row["kind"] == "setting" and row["name"] == claim)
+    return float(setting["opd_steps"] * setting["batch"] / setting["opd_prompts"])
 
 
 def _of_the_claims(found: Found, claims: Runs) -> str:

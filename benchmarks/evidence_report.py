@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from claims_summary import Interval
 from docs_tables import table
-from evidence_arms import ONLINE, SFT, WHOLE
+from evidence_arms import ONLINE, SFT, TRL, WHOLE
 from evidence_bed import ALIKE, FAR, NEAR, Row, mean_kl
 from evidence_summary import MARGIN, Found, cost, final, kl, length, moved
 from pictures import SUPPORT, band, color_of, label_ends, panels, rule, save
@@ -184,7 +184,7 @@ def _arms(found: Found, student: str) -> list[str]:
     online, starts = found.cell(ONLINE.name, student) if found.of("run", student) else {}, found.starts(student)
     if not online:
         return []
-    rivals = [name for name in dict.fromkeys((ONLINE.name, found.rival)) if name in found.names(student)]
+    rivals = [name for name in dict.fromkeys((ONLINE.name, found.rival, TRL.name)) if name in found.names(student)]
 
     def rows() -> Iterator[list[str]]:
         for name in found.names(student):
