@@ -224,6 +224,7 @@ def logprobs(body):
     return body["choices"][0]["logprobs"]
 
 
+SHIFT = (("tokens", -1), ("token_logprobs", 0), ("top_logprobs", 0))
 BAD_COMPLETIONS = {
     "null": (lambda b: logprobs(b)["token_logprobs"].__setitem__(-2, None), InvalidRecordError, "token 8 is 'None', expected a number"),
     "nan": (lambda b: logprobs(b)["token_logprobs"].__setitem__(-2, float("nan")), InvalidRecordError, "nan"),
@@ -236,6 +237,8 @@ BAD_COMPLETIONS = {
         "other tokens than were sent from token 0 on",
     ),
     "other tokens": (lambda b: logprobs(b)["tokens"].__setitem__(3, "token_id:x"), EngineError, "from token 3 on"),
+    "of the next tokens": (lambda b: [logprobs(b)[n].pop(at) for n, at in SHIFT][:0] or b, EngineError, "-.*, expected null, for nothing"),
+    "of the next, beside all": (lambda b: [logprobs(b)[n].pop(at) for n, at in SHIFT[1:]][:0] or b, EngineError, "11 tokens beside 10"),
     "texts": (lambda b: logprobs(b)["tokens"].__setitem__(3, "cat"), EngineError, "by text alone"),
     "no logprobs": (lambda b: b["choices"][0].pop("logprobs") and None, EngineError, "holds no logprobs"),
     "no choices": (lambda b: b.update(choices=[]), EngineError, "is not of 1 choices"),

@@ -22,6 +22,18 @@ from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, Q
 from lopd.records import Manifest, ModelId, Rollout, SamplingParams, fingerprint_tokenizer
 
 
+@pytest.fixture
+def host():
+    """Yield a host of the OpenAI completions."""
+    host = CompletionsStub()
+    yield host
+    host.close()
+
+
+def hosted(host, **settings):
+    return scorer_of(host, speaks="openai", context=64, **settings)
+
+
 def entry(body, place=-1):
     return body["choices"][0]["prompt_logprobs"][place]
 
@@ -101,6 +113,11 @@ BAD_SCORES = {
         "no log-prob",
     ),
     "one entry less": (lambda b: b["choices"][0]["prompt_logprobs"].pop() and None, InvalidRecordError, "9 prompt_logprobs, expected 10"),
+    "entries of the next tokens": (
+        lambda b: b["choices"][0].update(prompt_logprobs=[*b["choices"][0]["prompt_logprobs"][1:], {"0": {"logprob": -1.0}}]),
+        EngineError,
+        "first of the prompt's log-probs is .*, expected null",
+    ),
     "text alone": (without("prompt_logprobs"), EngineError, "holds no prompt_logprobs"),
     "no ids": (without("prompt_token_ids"), EngineError, "holds no prompt_token_ids"),
     "other ids": (lambda b: b["choices"][0]["prompt_token_ids"].__setitem__(2, 1), EngineError, "from token 2 on"),
@@ -225,6 +242,19 @@ def test_provenance_says_the_engine_with_its_version(stub, start):
     provenance = scorer_of(stub, top_k=3).provenance
     assert (provenance.model, provenance.vocab_hash, provenance.logprobs_mode, provenance.top_k) == (MODEL, "table-vocabulary", "raw", 3)
     assert provenance.engine == "vllm 0.32.0 served"
+
+
+@pytest.mark.parametrize(("written", "generated"), [(0.0, True), (None, False), (float("nan"), False)])
+def test_a_host_is_read_whatever_stands_for_the_first_token_where_nothing_can_be_shifted(host, written, generated):
+    def change(body):
+        for values in body["choices"][0]["logprobs"].values():
+            values[:] = values[: None if generated else -1]
+        body["choices"][0]["logprobs"]["token_logprobs"][0] = written
+
+    host.fail(10**6, changed(change))
+    rollouts = make_rollouts()
+    for rollout, scores in zip(rollouts, hosted(host).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
 
 
 REFUSALS = {

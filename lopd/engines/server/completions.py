@@ -17,7 +17,7 @@ import numpy as np
 
 from lopd.engines.inputs import all_ids
 from lopd.engines.server.dialect import Dialect, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import choices_of, listed, most_likely, named_id, number
+from lopd.engines.server.reading import check_first, choices_of, listed, most_likely, named_id, number
 from lopd.engines.supports import make_scores
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -78,10 +78,14 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
         raise EngineError(
             f"{owner}: the server gives {len(values)} token_logprobs, expected {len(ids)} of the echoed prompt, and at most 1 more; {_REMEDY}."
         )
-    read = _ids(owner, choice, logprobs)[: len(ids)]
-    if read != ids:
+    read = _ids(owner, choice, logprobs)
+    if read[: len(ids)] != ids:
         place = next((i for i, (one, two) in enumerate(zip(read, ids, strict=False)) if one != two), len(read))
         raise EngineError(f"{owner}: the server read other tokens than were sent from token {place} on; {_REMEDY}.")
+    if len(read) != len(values) and read is not choice.get("prompt_token_ids"):
+        raise EngineError(f"{owner}: the server names {len(read)} tokens beside {len(values)} token_logprobs, expected as many; {_REMEDY}.")
+    if len(values) == len(ids):  # one more is of the generated token, and leaves no room for a shift
+        check_first(owner, values[0])
     tokens = rollout.response_ids.tolist()
     own = [number(owner, t, value) for t, value in enumerate(values[first : len(ids)])]
     tops = _tops(owner, listed(owner, logprobs, "top_logprobs", len(values))[first : len(ids)]) if widths.top_k else [{}] * len(tokens)

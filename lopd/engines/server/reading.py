@@ -22,6 +22,15 @@ _BROKEN_OFF = ("abort", "error")
 EXTENSIONS = "serve with vLLM, or with a server that has its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 
 
+def check_first(owner: str, value: Any) -> None:
+    """Check that the first token of a prompt has no log-prob: where it has one, each may be of the token after it."""
+    if value not in (None, {}) and value == value:  # noqa: PLR0124  # some write NaN
+        raise EngineError(
+            f"{owner}: the first of the prompt's log-probs is {str(value)[:40]!r}, expected null, for nothing comes before that token (each may be "
+            "of the token after it, as in TensorRT-LLM); use a server that begins with null, as vLLM does."
+        )
+
+
 def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
     """Return the log-prob of this token among those of its position, keyed by id; -inf where the server reports it."""
     try:

@@ -18,7 +18,17 @@ from numpy.typing import NDArray
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.dialect import Costs, Dialect, Draw, Get, Served, Widths, model_card, positions
-from lopd.engines.server.reading import EXTENSIONS, check_read, check_response, choices_of, listed, logprob, most_likely, number
+from lopd.engines.server.reading import (
+    EXTENSIONS,
+    check_first,
+    check_read,
+    check_response,
+    choices_of,
+    listed,
+    logprob,
+    most_likely,
+    number,
+)
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
@@ -133,7 +143,9 @@ def _prompt_logprobs(
     """Return (T,) log-probs of the response tokens, and (T, K) ids and log-probs of the most likely ones."""
     owner, ids = f"Rollout {rollout.rollout_id!r}", all_ids(rollout)
     check_read(owner, choice, ids)
-    entries = listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
+    first, *entries = listed(owner, choice, "prompt_logprobs", len(ids))
+    check_first(owner, first)
+    entries = entries[rollout.prompt_ids.size - 1 :]
     tokens = rollout.response_ids.tolist()
     logprobs = [logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, tokens, strict=True))]
     return np.array(logprobs, np.float32), *most_likely(owner, entries, tokens, top_k, vocab_size)
