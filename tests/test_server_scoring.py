@@ -280,6 +280,32 @@ def test_a_refusal_is_one_error_that_names_the_rollout_and_is_not_sent_again(stu
     assert sum(map(is_for(rollouts[4]), stub.requests)) == 1
 
 
+@pytest.mark.parametrize(("error", "count"), [({"code": 502, "message": "overloaded"}, 2), ({"code": 429}, 6), ("overloaded", 2)])
+def test_a_passing_error_in_an_answer_of_200_is_asked_again(stub, host, error, count):
+    rollouts = make_rollouts()
+    for server, scorer in ((stub, scorer_of(stub, attempts=3)), (host, hosted(host, attempts=3))):
+        server.fail(count, answer(200, body={"error": error, "choices": None}), is_for(rollouts[4]))
+        for rollout, scores in zip(rollouts, scorer.score(rollouts), strict=True):
+            np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "error", "says", "count"),
+    [
+        (502, "Provider returned error", EngineError, r"answers 502 \(Provider returned error\), at last of 2 attempts", 2),
+        (None, "no such thing", EngineError, r"answers 500 \(no such thing\), at last of 2 attempts", 2),
+        (402, "Insufficient credits", EngineError, r"answers 402 \(Insufficient credits\), expected credit", 1),
+        (400, "This model's maximum context length is 64", ContextOverflowError, r"answers 400 \(This model's", 1),
+    ],
+)
+def test_a_lasting_error_in_an_answer_of_200_is_one_error_with_its_words(host, code, message, error, says, count):
+    rollouts = make_rollouts()
+    host.fail(10, answer(200, body={"error": {"code": code, "message": message}}), is_for(rollouts[4]))
+    with pytest.raises(error, match=f"^Rollout 'r4': .*{says}"):
+        hosted(host, attempts=2).score(rollouts)
+    assert sum(map(is_for(rollouts[4]), host.requests)) == count
+
+
 def test_more_candidates_than_the_server_gives_is_an_error_that_says_how_to_start_it(start):
     stub = start(max_logprobs=3)
     with pytest.raises(EngineError, match=r"max allowed: 3.*--max-logprobs"):

@@ -1,6 +1,7 @@
 """What comes of one HTTP request: an answer, trouble after which it may be sent again, or a refusal that is final."""
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from time import monotonic
@@ -80,7 +81,7 @@ def received(url: str, response: httpx2.Response, started: float, within_s: floa
 
 
 def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
-    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged where the numbers are read.
+    """Return the JSON of an answer of 200 that is not an error; NaN and infinities are read as such, and judged where the numbers are read.
 
     Args:
         owner: how an error names what was asked for.
@@ -89,7 +90,8 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
         key: that was sent; it is not repeated where a server does.
         first: whether the server was never heard of before: what is not JSON then comes from something else.
     """
-    status, message = response.status_code, "" if response.is_success else _message(response, key.value)
+    answer = _parsed(owner, url, response, first=first) if response.is_success else None
+    status, message = _outcome(response, answer, key.value)
     if status == 402 or (status == 429 and any(word in response.text for word in _SPENT)):
         raise EngineError(
             f"{owner}: {url} answers {status} ({message}), expected credit; look at the account of the key, and run this again."
@@ -103,17 +105,34 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
         raise Trouble(f"{url} answers {status} ({message})", _retry_after(response), remedy=_PROXY)
     if status in _BUSY or status >= 500:
         raise Trouble(f"{url} answers {status} ({message})", _retry_after(response) or rest_of(response), busy=status == 429)
-    if not response.is_success:
+    if status >= 300:
         raise refusal(owner, url, status, message, key)
+    return answer
+
+
+def _parsed(owner: str, url: str, response: httpx2.Response, *, first: bool) -> Any:
     try:
         return response.json()
     except (ValueError, RecursionError):
         if first:
             kind = response.headers.get("Content-Type", "text").partition(";")[0]
             raise EngineError(
-                f"{owner}: {url} answers {status} with {kind:.40}, expected the JSON of a model server; check host, port and path, and `speaks`."
+                f"{owner}: {url} answers {response.status_code} with {kind:.40}, expected the JSON of a model server; check host, port and path, "
+                "and `speaks`."
             ) from None
-        raise Trouble(f"{url} answers {status} with something that is not JSON") from None
+        raise Trouble(f"{url} answers {response.status_code} with something that is not JSON") from None
+
+
+def _outcome(response: httpx2.Response, answer: Any, key: str | None) -> tuple[int, str]:
+    """Return the status and the error's message; of a 200 that carries an error, as routers send it once a model has begun, the error's own code."""
+    status = response.status_code
+    if response.is_success:
+        held = answer if isinstance(answer, Mapping) and not (answer.get("choices") or answer.get("meta_info")) else {}
+        if not (error := held.get("error")):
+            return status, ""
+        code = error.get("code") if isinstance(error, Mapping) else None
+        status = code if type(code) is int and 400 <= code < 600 else 500
+    return status, _message(response, key)
 
 
 def _message(response: httpx2.Response, key: str | None) -> str:
