@@ -353,8 +353,9 @@ def test_what_answers_with_pages_is_no_model_server(pages: str, speaks: Any) -> 
         "/moved": r"answers 308 \(go to https://elsewhere/v1\), expected 200",
     }
     for path, what in wrong.items():
+        servers = Servers(f"http://{pages}{path}", "m", context=64, speaks=speaks)
         with pytest.raises(EngineError, match=f"^Server http://{pages}{path}: .*{what}"):
-            _ = Servers(f"http://{pages}{path}", "m", context=64, speaks=speaks).served
+            ServerScorer(servers, TOKENIZER, MODEL).score([tiny_rollout("a")])
 
 
 @pytest.mark.parametrize("name", ["somebody/model", "my student"])

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from other_stubs import CompletionsStub
+from other_stubs import CompletionsStub, SGLangStub
 from served_table import MODEL, _short_pauses, ids_of, is_for, make_rollouts, refused, scorer_of, start, stub, truth, without  # noqa: F401
 from vllm_stub import VOCAB, Stub, answer, changed, late, table
 
@@ -31,7 +31,7 @@ def host():
 
 
 def hosted(host, **settings):
-    return scorer_of(host, speaks="openai", context=64, **settings)
+    return scorer_of(host, **{"speaks": "openai", "context": 64, **settings})
 
 
 def entry(body, place=-1):
@@ -310,6 +310,32 @@ def test_more_candidates_than_the_server_gives_is_an_error_that_says_how_to_star
     stub = start(max_logprobs=3)
     with pytest.raises(EngineError, match=r"max allowed: 3.*--max-logprobs"):
         scorer_of(stub, top_k=5).score(make_rollouts())
+
+
+GUARDED = [(401, b"{}"), (403, b"<html>"), (405, b'{"detail": "Method Not Allowed"}'), (307, b""), (200, b"<html>app</html>")]
+
+
+@pytest.mark.parametrize(("status", "page"), GUARDED)
+def test_a_path_that_a_gateway_guards_is_not_asked_for_where_the_server_can_do_without(start, host, request, status, page):
+    stub, sglang = start(), SGLangStub()
+    request.addfinalizer(sglang.close)
+    stub.guards, sglang.guards = {"/health": (status, page), "/version": (status, page)}, {"/health": (status, page)}
+    host.guards = {"/v1/models": (status, page)}
+    rollouts = make_rollouts()
+    for scorer in (scorer_of(stub), scorer_of(sglang, speaks="sglang"), hosted(host)):
+        for rollout, scores in zip(rollouts, scorer.score(rollouts), strict=True):
+            np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    with pytest.raises(EngineError, match=rf"/v1/models:? .*answers {status}"):
+        hosted(host, context=None).score(rollouts)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_path_that_answers_with_trouble_is_of_a_server_that_is_down(start, host, status):
+    stub = start()
+    stub.guards, host.guards = {"/health": (status, b"{}")}, {"/v1/models": (status, b"{}")}
+    for scorer in (scorer_of(stub, patience_s=0.3), hosted(host, patience_s=0.3)):
+        with pytest.raises(EngineError, match=rf"answers {status} .*, expected an answer within 0 s"):
+            scorer.score(make_rollouts())
 
 
 def test_a_model_that_is_not_served_is_an_error_that_says_which_are(stub):

@@ -100,6 +100,7 @@ class Stub:
         self.requests: list[dict[str, Any]] = []
         self.busy = self.busiest = self.checks = self.broken = 0
         self.healthy, self.says = True, b""
+        self.guards: dict[str, tuple[int, bytes]] = {}  # what something before it answers at a path
         self._faults: list[tuple[int, Callable[[dict[str, Any]], bool], Fault]] = []
         self._lock = threading.Lock()
         self._listener = _Listener(("127.0.0.1", port), _Handler)
@@ -303,7 +304,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/v1") and not self._let_in():
             return
         found = stub.pages()
-        if self.path == "/health" and self.path not in found:
+        if self.path in stub.guards:
+            self.reply(*stub.guards[self.path])
+        elif self.path == "/health" and self.path not in found:
             self.reply(200 if stub.healthy else 503, stub.says)
         elif self.path in found:
             self.reply(200, json.dumps(found[self.path]).encode())

@@ -80,6 +80,22 @@ def received(url: str, response: httpx2.Response, started: float, within_s: floa
     return httpx2.Response(response.status_code, headers=headers, content=b"".join(parts), request=response.request)
 
 
+def reported(owner: str, url: str, response: httpx2.Response, key: Key, missing: Any, *, must: bool, first: bool) -> Any:
+    """Return the JSON of what a server reports of itself, or `missing` where it has no such path.
+
+    Unless it `must`, a refusal and other than JSON are as good as none: gateways guard such paths, or lack them and answer with a page.
+    """
+    status = response.status_code
+    if status == 404 or (response.is_success and not response.content):
+        return missing
+    if must or status in _BUSY or status >= 500:
+        return accepted(owner, url, response, key, first=first)
+    try:
+        return response.json() if response.is_success else missing
+    except (ValueError, RecursionError):
+        return missing
+
+
 def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
     """Return the JSON of an answer of 200 that is not an error; NaN and infinities are read as such, and judged where the numbers are read.
 

@@ -41,8 +41,8 @@ class Completions(Dialect):
         return f"completions of {served.root}"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """Return the model under its name: a host reports little of what it runs, and may not list it."""
-        card = model_card(name, model, get("/v1/models", {}), must=False)
+        """Return the model under its name: a host reports little of what it runs, and may not list it, nor let it be asked."""
+        card = model_card(name, model, get("/v1/models", {}, must=context is None), must=False)
         return Served("", model, positions(name, card.get("max_model_len", card.get("context_length")), context))
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -8,8 +8,8 @@ from attrs import astuple, frozen
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
 
-# path, and what to return where the server has no such path: the JSON of its answer; with None the status alone counts
-Get = Callable[[str, Any], Any]
+# path, what to return where the server has no such path, `must=False` if that goes for a guarded one and a page too: the JSON of its answer
+Get = Callable[..., Any]
 
 
 @final

@@ -21,7 +21,7 @@ from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.access import Key, bases, certificates, check_cause, check_urls, key_in, variable
-from lopd.engines.server.answers import NotANumberError, Trouble, accepted, received, rest_of
+from lopd.engines.server.answers import NotANumberError, Trouble, accepted, received, reported, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
 from lopd.engines.server.sglang import SGLang
@@ -197,7 +197,9 @@ class _Endpoint:
             servers = self._servers
             served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
             if self._probe:
-                self._probe.judge(self.name, *(self._complete(self.name, body, lambda answer: answer) for body in self._probe.bodies))
+                first = not (self.spent or servers.costs.requests)
+                answers = [self._complete(self.name, body, lambda answer: answer, first=first) for body in self._probe.bodies]
+                self._probe.judge(self.name, *answers)
         except NotANumberError as nan:
             # others may compute the same text; if none does, it is refused as a rollout is, and who calls can leave it out
             raise Down(str(nan), nan, final=True) from None
@@ -238,7 +240,7 @@ class _Endpoint:
             _shut(connection)
         self._client.close()
 
-    def _complete(self, owner: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
+    def _complete(self, owner: str, body: Mapping[str, Any], read: Callable[[Any], T], *, first: bool = False) -> T:
         """Return what is read in the answer to a request, when the server has room for it."""
         if self._stopped.wait(max(self._rests_until - monotonic(), 0.0)):
             raise Trouble(f"{self.name} is not asked any more")
@@ -252,16 +254,14 @@ class _Endpoint:
         with self._turn:
             if self._stopped.is_set():
                 raise Trouble(f"{self.name} is not asked any more")
-            answer = accepted(owner, url, response, self._servers.key)
+            answer = accepted(owner, url, response, self._servers.key, first=first)
             self.spent.append(self._servers.dialect.costs(answer))
             return read(answer)
 
-    def _get(self, path: str, missing: Any) -> Any:
-        """Return the answer, or `missing` where there is no such path; without a `missing` the status alone counts."""
+    def _get(self, path: str, missing: Any, *, must: bool = True) -> Any:
+        """Return what the server reports at a path, or `missing`."""
         response = self._send("GET", url := self._url + path, timeout=self._check_s)
-        if response.status_code == 404 or (response.is_success and (missing is None or not response.content)):
-            return missing
-        return accepted(self.name, url, response, self._servers.key, first=self._first)
+        return reported(self.name, url, response, self._servers.key, missing, must=must, first=self._first)
 
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
         """Return the answer, whatever its status."""

@@ -51,7 +51,7 @@ class SGLang(Dialect):
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
         """Return what it serves.  A weight version that was set is part of the model's root."""
-        get("/health", None)
+        get("/health", None, must=False)
         card = model_card(name, model, get("/v1/models", {}))
         served, settings = (get(path, {}) for path in ("/model_info", "/server_info"))
         if not served and not settings:

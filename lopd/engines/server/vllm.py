@@ -54,8 +54,8 @@ class VLLM(Dialect):
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
         """Return what it serves."""
-        get("/health", None)
-        version = get("/version", {})
+        get("/health", None, must=False)
+        version = get("/version", {}, must=False)
         card = model_card(name, model, get("/v1/models", {}))
         said = version.get("version") if isinstance(version, Mapping) else None
         return Served(str(said or ""), card.get("root"), positions(name, card.get("max_model_len"), context))
