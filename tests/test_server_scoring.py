@@ -312,6 +312,20 @@ def test_more_candidates_than_the_server_gives_is_an_error_that_says_how_to_star
         scorer_of(stub, top_k=5).score(make_rollouts())
 
 
+def test_a_host_that_leaves_the_log_probs_of_prompts_empty_is_refused_before_a_rollout_is_sent(host):
+    def empty(body):
+        values = body["choices"][0]["logprobs"]["token_logprobs"]
+        values[:] = [None] * len(values)
+
+    store = MemoryStore(Manifest(hosted(host).tokenizer_id, MODEL, SamplingParams()))
+    store.append([rollout for rollout in make_rollouts() if rollout.response_ids.size > 1])
+    host.fail(10**6, changed(empty))
+    with pytest.raises(EngineError, match=rf"^Server {host.url}: .* gives null for all log-probs of the echoed prompt, .*; use a host"):
+        score_rollouts(store, hosted(host))
+    assert len(host.requests) == 1
+    assert not store.quarantined("teacher")
+
+
 GUARDED = [(401, b"{}"), (403, b"<html>"), (405, b'{"detail": "Method Not Allowed"}'), (307, b""), (200, b"<html>app</html>")]
 
 

@@ -86,6 +86,10 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
         raise EngineError(f"{owner}: the server names {len(read)} tokens beside {len(values)} token_logprobs, expected as many; {_REMEDY}.")
     if len(values) == len(ids):  # one more is of the generated token, and leaves no room for a shift
         check_first(owner, values[0])
+    if len(ids) > 2 and all(value is None for value in values[1 : len(ids)]):  # a single one may be a NaN
+        raise EngineError(
+            f"{owner}: the server gives null for all log-probs of the echoed prompt, expected numbers; {_REMEDY}, or check the model for NaN."
+        )
     tokens = rollout.response_ids.tolist()
     own = [number(owner, t, value) for t, value in enumerate(values[first : len(ids)])]
     tops = _tops(owner, listed(owner, logprobs, "top_logprobs", len(values))[first : len(ids)]) if widths.top_k else [{}] * len(tokens)
