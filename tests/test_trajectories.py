@@ -303,7 +303,7 @@ def test_a_record_that_does_not_fit_together_is_refused_by_its_number(record, me
     ("record", "message"),
     [
         ({**VERL, "responses": ["a"] * 7}, "Trajectory number 0: Token ids"),
-        ({**VERL, "response_mask": [2] * 7}, "Trajectory number 0: Loss mask"),
+        ({**VERL, "response_mask": [2] * 7}, "Trajectory number 0: 'response_mask' is not a mask"),
         ({**VERL, "rollout_log_probs": [0.5] * 7}, r"Trajectory number 0: Rollout .*behavior_logprobs\[0\] is 0.5"),
         ({"triplets": [{"prompt": {"token_ids": PROMPT}, "response": {"token_ids": 3}}]}, "Trajectory number 0, step 0: Token ids"),
         ({**VERL, "prompts": []}, "Trajectory number 0: Rollout .*prompt_ids has 0 tokens"),

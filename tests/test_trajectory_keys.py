@@ -64,15 +64,17 @@ def test_a_second_mask_is_refused_where_it_leaves_tokens_out(key, tokenizer):
         imported([{**PRIME, key: DRAWN[:5]}], tokenizer)
     with pytest.raises(PromptError, match="'completion_mask' has 5 entries, expected 7"):
         imported([{**PRIME, "completion_mask": DRAWN[:5], key: DRAWN}], tokenizer)
-    with pytest.raises(InvalidRecordError, match=r"^Trajectory number 0: Loss mask"):
-        imported([{**PRIME, key: [None] * 7}], tokenizer)
-    for same in (DRAWN, [1] * 7, [0] * len(prompt) + DRAWN, [1] * (len(prompt) + 7), [], "text", True, {"kind": "tools"}):
+    for unreadable in ([None] * 7, ["a"] * 7, [{"tool": 0}] * 7, {"content": DRAWN}, {"tools": {"content": np.array(DRAWN)}}):
+        with pytest.raises(InvalidRecordError, match=rf"^Trajectory number 0: '{key}' is not a mask \(Loss mask: .*pass True"):
+            imported([{**PRIME, key: unreadable}], tokenizer)
+    nothing = ([], "text", True, {}, {"kind": "tools", "on": True, "names": []})
+    for same in (DRAWN, [1] * 7, [0] * len(prompt) + DRAWN, [1] * (len(prompt) + 7), *nothing):
         (rollout,) = rollouts_of(imported([{**PRIME, key: same}], tokenizer))
         assert rollout.loss_mask.tolist() == list(map(bool, DRAWN))
 
 
 def test_flags_under_the_key_of_log_probs_are_not_read(tokenizer):
-    for flag in (True, 5, "top", [], np.array(1.0), torch.tensor(1.0)):
+    for flag in (True, 5, "top", [], np.array(1.0), torch.tensor(1.0), {"mean": -0.5}):
         assert len(imported([{**without(PRIME, "completion_logprobs"), "logprobs": flag}], tokenizer)) == 1
 
 

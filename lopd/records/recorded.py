@@ -123,11 +123,23 @@ def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
 
 
 def _others(call: Mapping[str, Any], keys: Mapping[str, None], own: str) -> Iterator[str]:
-    """Yield which of these keys have entries, beside the form's own; what is empty, a text or a flag has none."""
-    for key in keys:
-        value = call.get(key) if key != own else None
-        if isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "ndim", None) != 0 and len(value):
-            yield key
+    """Yield which of these keys have entries, beside the form's own."""
+    return (key for key in keys if key != own and _has_entries(call.get(key)))
+
+
+def _has_entries(value: Any) -> bool:
+    """Return whether there are any, a mapping having those of its values; what is empty, a text or a flag has none."""
+    if isinstance(value, Mapping):
+        return any(map(_has_entries, value.values()))
+    return isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "ndim", None) != 0 and len(value) > 0
+
+
+def _mask(call: Mapping[str, Any], key: str) -> BoolArray:
+    """Return the mask under a key, empty where there is none; an InvalidRecordError names the key."""
+    try:
+        return to_mask([] if call.get(key) is None else call[key])
+    except InvalidRecordError as error:
+        raise InvalidRecordError(f"{key!r} is not a mask ({error})") from error
 
 
 def _refuse_others(where: str, call: Mapping[str, Any], keys: _Keys, drawn: BoolArray, sizes: tuple[int, int]) -> None:
@@ -142,9 +154,7 @@ def _refuse_others(where: str, call: Mapping[str, Any], keys: _Keys, drawn: Bool
             "leave it out."
         )
     for key in _others(call, _MASKS, keys.drawn):
-        if isinstance(call[key], Mapping):
-            continue
-        second = to_mask(call[key])
+        second = _mask(call, key)
         second = second[before:] if second.shape == (before + size,) else second
         if second.shape != (size,):
             raise PromptError(
@@ -162,7 +172,7 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
     """Return the turns of a prompt and what follows it."""
     try:
         prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
-        drawn, kept, before = (to_mask([] if call.get(key) is None else call[key]) for key in (keys.drawn, "attention_mask", "prompt_mask"))
+        drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))
         drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
         kept = kept if kept.size else np.ones(prompt.size + response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
