@@ -390,8 +390,14 @@ def test_a_partial_has_the_marks_of_its_function_and_its_own() -> None:
 
     twice = partial(per_token(partial(corrected, cap=2.0)))
     assert OPDObjective(transforms=(twice,)).per_token
-    with pytest.raises(InvalidRecordError, match="the ratio would count twice"):
+    with pytest.raises(InvalidRecordError, match=r"it has ratio_to_ref and corrected, .* the ratio would count twice"):
         OPDObjective(ratio_to_ref=True, transforms=(twice,))
+
+
+@pytest.mark.parametrize("transform", [log_compress, own_ratio, add_labels], ids=["of lopd", "own", "labels"])
+def test_labels_are_read_or_not_however_many_partials_are_around_a_transform(transform: Transform) -> None:
+    objectives = [OPDObjective(transforms=(each,)) for each in (transform, partial(per_token(partial(transform))))]
+    assert [objective.ignores_labels for objective in objectives] == [transform is log_compress] * 2
 
 
 @both_paths

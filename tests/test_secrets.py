@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
 from lopd.engines.server import Servers
 from lopd.errors import LopdError, StorePathError, StoreReadError
-from lopd.records import read_prompts
+from lopd.records import Rollout, read_prompts
 from lopd.testing import tiny_manifest, tiny_rollout
 from lopd.tools.interop import export_parquet, import_parquet
+from lopd.verbs.labels import label_rollouts
 
 # Tracebacks show lines of code, so no line has it whole.
 WORD = "SEC" + "RET"
@@ -249,3 +251,15 @@ def test_what_a_bucket_would_not_see_of_a_url_is_refused_and_not_repeated(url: s
         with pytest.raises(StorePathError, match=rf"Store {url}: its URL has a `\?` or `#`, .*azure_storage_sas_token") as caught:
             make(url + rest)
         assert WORD not in str(caught.value)
+
+
+def test_a_verifier_is_not_named_with_what_partials_of_it_pass() -> None:
+    def asking(_prompt: None, _rollout: Rollout, key: str) -> float:
+        return float(len(key))
+
+    inner = partial(asking, key=WORD)
+    inner.version = 1  # type: ignore[attr-defined]  # with an attribute it stays inside
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout("r0")])
+    label_rollouts(store, partial(inner), None)
+    assert store.columns["label"].model.name == asking.__qualname__

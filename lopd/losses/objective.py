@@ -19,7 +19,7 @@ from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
 from lopd.losses.tokens import check_per_token
-from lopd.records.checks import a_kind, check_call, check_number, name_of, own_numbers
+from lopd.records.checks import a_kind, check_call, check_number, name_of, own_numbers, unwrapped
 from lopd.records.steps import LossOutput
 
 
@@ -57,6 +57,7 @@ def per_token(transform: _Function) -> _Function:
 
     One without the mark is given all counted tokens of a batch at once, at the price of a fourth matrix product.  It may use
     whole rollouts (they are never split), but not the batch, or the way a step is split would change the gradient.
+    Use what is returned: what takes no attributes, such as a method, is marked in a partial of it.
     """
     return _mark(transform, "per_token")
 
@@ -107,9 +108,7 @@ def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 
 def _is_marked(transform: Any, mark: str) -> bool:
     # the outermost that has the mark: a partial may have its own, or that of its function
-    while not hasattr(transform, mark) and hasattr(transform, "func"):
-        transform = transform.func
-    return bool(getattr(transform, mark, False))
+    return bool(next((getattr(part, mark) for part in unwrapped(transform) if hasattr(part, mark)), False))
 
 
 @frozen(eq=False)
@@ -237,7 +236,7 @@ class OPDSettings:
     @property
     def ignores_labels(self) -> bool:
         """Whether all of its transforms are lopd's own, and none is marked `with_labels` (`lopd.protocols.StatesLabels`)."""
-        own = [getattr(getattr(transform, "func", transform), "__module__", "") == "lopd.losses.variants" for transform in self.transforms]
+        own = [getattr(unwrapped(transform)[-1], "__module__", "") == "lopd.losses.variants" for transform in self.transforms]
         return all(own) and not any(_is_marked(transform, "with_labels") for transform in self.transforms)
 
     def objective(self) -> "OPDObjective":

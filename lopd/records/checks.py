@@ -124,9 +124,14 @@ def a_kind(value: object) -> str:
     return f"{'an' if name[0] in 'AEIOaeiou' or name == 'ndarray' else 'a'} {name}"
 
 
+def unwrapped(function: object) -> list[object]:
+    """Return a function, and what is inside it where it is a `functools.partial`, the innermost last: one with attributes keeps another inside."""
+    return [function, *(unwrapped(function.func) if isinstance(function, partial) else [])]
+
+
 def name_of(function: object) -> str:
     """Return the name of a function, also inside a `functools.partial`."""
-    inside = getattr(function, "func", function)
+    inside = unwrapped(function)[-1]
     return str(getattr(inside, "__name__", type(inside).__name__))
 
 

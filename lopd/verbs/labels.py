@@ -1,7 +1,6 @@
 """VERB `label_rollouts`: a store's rollouts -> a column of a verifier's values.  Run it again to resume."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import ceil
 from typing import Any
 
@@ -12,7 +11,7 @@ from lopd.errors import InvalidRecordError, ScorerError
 from lopd.protocols import Labeller, LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import chosen, evenly, in_batches, rows_of, walk
-from lopd.records.checks import call_of, check_at_least, check_call
+from lopd.records.checks import call_of, check_at_least, check_call, unwrapped
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
 from lopd.records.paths import said_without_secrets
@@ -82,7 +81,7 @@ def label_rollouts(
         check_prompt_list(prompts, unique=True)
     filling = Filling(store, column, rollouts_per_batch, batches_at_once, max_refused, progress)
     recheck = check_at_least("Labelling", "recheck", recheck, 0)
-    name = name or call_of(verifier.func if isinstance(verifier, partial) else verifier)  # what it passes may be a key
+    name = name or call_of(unwrapped(verifier)[-1])  # what it passes may be a key
     provenance = Provenance(ModelId(name, "verifier", "float32"), store.manifest.tokenizer.vocab_hash, f"lopd labels {_VERSION}", LABEL)
     store.append_scores(column, provenance, ())
     wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
