@@ -321,8 +321,9 @@ class Centred(Gap):
         return evolve(super().__call__(logprobs_MK, tokens), loss=tokens.weight * centred_M * logprobs_MK[:, 0])
 
 
-def test_the_suite_rejects_a_wrong_mark_also_in_chunks_of_the_default_size() -> None:
-    broken = broken_clauses(FusedLoss(Centred("", True)), ReferenceLoss(Centred("", True)))
+@pytest.mark.parametrize("chunk_bytes", [None, 144 << 20])
+def test_the_suite_rejects_a_wrong_mark_whatever_the_size_of_chunks(chunk_bytes: int | None) -> None:
+    broken = broken_clauses(FusedLoss(Centred("", True), Chunking(chunk_bytes)), ReferenceLoss(Centred("", True)))
     assert "test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype" in broken
     assert broken_clauses(FusedLoss(Centred("", False)), ReferenceLoss(Centred("", False))) == []
 
