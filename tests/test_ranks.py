@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, batches, load_checkpoint, opd_steps
 from lopd.engines.hf import load_model
-from lopd.errors import InvalidRecordError, ModelError, ModelWarning
+from lopd.errors import InvalidRecordError, ModelError, ModelWarning, TrainingWarning
 from lopd.losses.fused import FusedOPDLoss
 from lopd.records import Lineage, Ranks
 from lopd.records.ranks import check_summed
@@ -233,6 +233,17 @@ def test_a_wrapped_student_that_trains_what_gets_no_gradient_is_refused_before_i
     with pytest.raises(ModelError, match=r"1 of its \d+ trained .*'module\.unused' keep .*`requires_grad_\(False\)`\) before it wraps"):
         next(opd_steps(wrapped, steps, FusedOPDLoss(), make_optimizer(wrapped)))
     assert all(torch.equal(weight, before[name]) for name, weight in student.state_dict().items())
+
+
+def test_parameters_that_are_not_the_students_are_warned_of_where_there_are_several_ranks(group, monkeypatch):
+    wrapped, own = DistributedDataParallel(make_student(Case(), Ranks())), torch.nn.Parameter(torch.ones(3))
+    optimizers = [torch.optim.SGD([*wrapped.parameters(), other], lr=0.1) for other in (own, own.detach())]
+    for optimizer in optimizers:
+        opd_steps(wrapped, [], FusedOPDLoss(), optimizer)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    opd_steps(wrapped, [], FusedOPDLoss(), optimizers[1])
+    with pytest.warns(TrainingWarning, match=r"Optimizer SGD: it has 1 parameters that are not the student's, .* over the 2 ranks here"):
+        opd_steps(wrapped, [], FusedOPDLoss(), optimizers[0])
 
 
 def test_a_student_is_sharded_after_its_layers(group):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.drift import Drift
+from lopd.records.ranks import Ranks
 from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
 
@@ -49,8 +50,17 @@ def _warn_once(optimizer: Optimizer, subject: str, message: str, category: type[
 
 
 def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
-    """Warn if the optimizer lacks some of the trained parameters."""
-    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    """Warn if the optimizer lacks some of the trained parameters, or has others where there are several ranks."""
+    theirs = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
+    others = {key for key, parameter in theirs.items() if parameter.requires_grad} - {id(parameter) for parameter in trained.values()}
+    if others and (ranks := Ranks.current().size) > 1:
+        _warn_once(
+            optimizer,
+            "others",
+            f"Optimizer {type(optimizer).__name__}: it has {len(others)} parameters that are not the student's, whose gradients are not summed over "
+            f"the {ranks} ranks here, so that each rank may go its own way with them; make them parameters of the student before it is wrapped, or "
+            "sum them yourself.",
+        )
     lacking = [name for name, parameter in trained.items() if id(parameter) not in theirs]
     if lacking:
         _warn_once(

@@ -66,9 +66,9 @@ def opd_steps(
 
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss states that it has no importance ratio.
-        TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
-            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased, or reads
-            no labels though the steps bring them.
+        TrainingWarning: the optimizer lacks trained parameters, or has others than the student's on several ranks; or in the first step some get no
+            gradient, or most weights stay where they are, because updates are smaller than their rounding; or the loss has a baseline that the
+            weights `by_rollout` make biased, or reads no labels though the steps bring them.
         EndTokenWarning: most responses of a first step without scores end with a token at which the student will not stop.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss states
             that it has no importance ratio (`lopd.guards.watch`).
