@@ -67,8 +67,8 @@ class FusedLoss(OfObjective):
     r"""Any objective in the memory of one chunk of logits.
 
     Args:
-        objective: which loss.  One whose tokens depend on each other costs a fourth matrix product, as does one with parameters of its own that
-            require a gradient.
+        objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.  So does one with parameters of its own that
+            require a gradient, and what was computed until a chunk shows them.
         chunking: memory and precision.
         epsilon: tokens with \(\lvert f'\rvert(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
             probability, skip two of the three products; with several stored ids their sum.  `LossOutput.neglected_sum` bounds what is left out.
@@ -97,7 +97,9 @@ class FusedLoss(OfObjective):
         tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
         ids_MK = self.objective.ids(tokens)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_MD, head.weight, head.bias)]
-        made = self._in_one_pass(hidden_MD, head, tokens, ids_MK, wanted) if any(wanted) and self.objective.per_token else None
+        # without a token nothing shows whether the objective has parameters
+        at_once = len(hidden_MD) > 0 and any(wanted) and self.objective.per_token
+        made = self._in_one_pass(hidden_MD, head, tokens, ids_MK, wanted) if at_once else None
         if made is not None:
             return made
         logprobs_MK, entropies_M = logprobs_and_entropies(
