@@ -9,6 +9,7 @@ import torch
 from attrs import evolve
 from test_fused_losses import broken_clauses
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import EntropyBonus, WindowRatio
@@ -140,6 +141,26 @@ def test_log_probs_of_ids_that_are_not_of_each_hidden_state_are_refused(shape: t
     case = loss_case("shift", counted=1.0)
     with pytest.raises(InvalidRecordError, match=r"Loss: ids are of shape .*, expected shape \(15, K\); pass a row"):
         selected_logprobs(case.hidden, case.head, torch.zeros(shape, dtype=torch.int64))
+
+
+class _OldTorch(TorchDispatchMode):
+    """Gathers and scatters with int64 alone, as torch 2.7 does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert not ("gather" in str(func) or "scatter" in str(func)) or args[2].dtype == torch.int64
+        return func(*args, **(kwargs or {}))
+
+
+@both_paths
+@pytest.mark.parametrize("alone", [True, False])
+def test_narrow_ids_are_taken_by_any_torch(path: Any, alone: bool) -> None:
+    own, case = Gap("", alone), loss_case("narrow")
+    expected = path(own)(*case.leaves(), case.batch).loss_sum
+    own.ids = lambda tokens: tokens.targets[:, None].int()  # type: ignore[method-assign]
+    with _OldTorch():
+        found = path(own)(*case.leaves(), case.batch).loss_sum
+        found.backward()
+    assert found == expected
 
 
 @pytest.mark.parametrize("of", [ReferenceLoss, FusedLoss, EntropyBonus, WindowRatio])

@@ -94,10 +94,9 @@ class ChunkedHead:
         Where gradients are wanted, call `add` before the next chunk.
 
         Raises:
-            InvalidRecordError: the ids are not a row for each hidden state, or not in the vocabulary.
+            InvalidRecordError: the ids are not a row for each hidden state or, on a CPU, not in the vocabulary.
         """
-        check_ids(ids_MK, len(self._hidden_MD))
-        self._ids_MK = ids_MK
+        self._ids_MK = ids_MK = check_ids(ids_MK, len(self._hidden_MD))
         first, count = 0, len(self._hidden_MD)
         while first < count:
             rows = slice(first, min(first + self._rows - self._used, count))

@@ -89,8 +89,8 @@ class FusedLoss(OfObjective):
 
         Raises:
             InvalidRecordError: hidden states of another size than the head's; or the objective, or a function in it, gives another shape than
-                one value a token, or ids that are not a row for each, or without a row in the head; or it is marked `per_token`, and splits tokens
-                into rollouts.
+                one value a token, or ids that are not a row for each or, on a CPU, without a row in the head; or it is marked `per_token`, and splits
+                tokens into rollouts.
             ModelError: hidden states on a device without float64, such as an Apple GPU.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """

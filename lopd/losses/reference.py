@@ -38,16 +38,15 @@ class ReferenceLoss(OfObjective):
         """Return weighted sums over the counted tokens.
 
         Raises:
-            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each, or
-                without a row in the head.
+            InvalidRecordError: the objective, or a function in it, gives another shape than one value a token, or ids that are not a row for each
+                or, on a CPU, without a row in the head.
         """
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
             finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
-        ids_MK = self.objective.ids(tokens)
-        check_ids(ids_MK, len(logprobs_MV))
+        ids_MK = check_ids(self.objective.ids(tokens), len(logprobs_MV))
         with naming_ids(ids_MK, logprobs_MV.shape[1]):
             logprobs_MK = logprobs_MV.gather(-1, ids_MK)
         return self._losses(logprobs_MK, tokens).sums()

@@ -169,8 +169,8 @@ def check_per_token(owner: str, value: Any, tokens: Tokens) -> None:
         raise InvalidRecordError(f"{owner} is {_found(value)}, expected shape {expected}; return one value for each token.")
 
 
-def check_ids(ids_MK: Any, states: int) -> None:
-    """Refuse ids that are not a row for each of so many hidden states: gathered, they would be broadcast, or be those of other tokens.
+def check_ids(ids_MK: Any, states: int) -> Tensor:
+    """Return ids as int64; refuse those that are not a row for each of so many hidden states: gathered, they would be those of other tokens.
 
     Raises:
         InvalidRecordError: they have another shape or dtype, or are not a tensor.
@@ -179,6 +179,7 @@ def check_ids(ids_MK: Any, states: int) -> None:
         raise InvalidRecordError(f"Loss: ids are {_found(ids_MK)}, expected shape ({states}, K); pass a row of ids for each hidden state.")
     if ids_MK.dtype not in (torch.int32, torch.int64):
         raise InvalidRecordError(f"Loss: ids are of dtype {ids_MK.dtype}, expected torch.int64; convert them: `ids.long()`.")
+    return ids_MK.long()  # the gather of older torch takes no other
 
 
 @contextmanager
