@@ -1,6 +1,7 @@
 """An export has the weights of its student, whatever form the files had that it was loaded from; where transformers writes others, it is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -80,25 +81,31 @@ def test_a_student_of_what_was_quantised_is_exported_as_it_is(quantise, name, to
 
 
 @pytest.mark.parametrize("lost", ["dropped", "changed"])
-def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(lost, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "part", "found"),
+    [
+        ("Llama", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"),
+        ("Qwen3Moe", "model.layers.1.mlp.experts.2.down_proj.weight", "model.layers.1.mlp.experts.down_proj"),
+        ("Qwen3Moe", "model.layers.1.mlp.experts.2.up_proj.weight", "model.layers.1.mlp.experts.gate_up_proj"),
+    ],
+)
+def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(name, part, found, lost, tokenizer, tmp_path, monkeypatch):
     save = transformers.PreTrainedModel.save_pretrained
 
     def wrong(self, folder, **settings):
         save(self, folder, **settings)
         weights = load_file(folder / "model.safetensors")
-        weight = weights.pop("model.layers.1.mlp.up_proj.weight")
-        save_file(
-            weights if lost == "dropped" else {**weights, "model.layers.1.mlp.up_proj.weight": 2 * weight}, folder / "model.safetensors"
-        )
+        weight = weights.pop(part)
+        save_file(weights if lost == "dropped" else {**weights, part: 2 * weight}, folder / "model.safetensors")
 
-    student = CausalLMStudent(odd_model("Llama"), tokenizer)
+    student = CausalLMStudent(odd_model(name, **SQUARE), tokenizer)
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", wrong)
-    with pytest.raises(ModelError, match=r"transformers wrote 'model\.layers\.1\.mlp\.up_proj\.weight' otherwise than the model has it"):
+    with pytest.raises(ModelError, match=f"transformers wrote '{re.escape(found)}' otherwise than the model has it"):
         student.export(tmp_path / "out", tokenizer, LINEAGE)
     (aside,) = tmp_path.iterdir()
     assert aside.name.startswith("out-refused.")
     kept, own = load_file(aside / "model.safetensors"), student.model.state_dict()
-    assert torch.equal(kept["model.layers.0.mlp.up_proj.weight"], own["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(kept["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"])
 
 
 def test_what_cannot_be_compared_is_exported(tokenizer, tmp_path, monkeypatch):

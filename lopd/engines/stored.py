@@ -131,17 +131,20 @@ class StoredModel:
         """Return that of the names of a weight by which the files have it; None if they lack it."""
         return next((name for name in weight.names if name in self._sources), None)
 
-    def holds(self, name: str, held: Tensor, adapted: Tensor | None = None) -> bool:
+    def holds(self, name: str, held: Tensor, adapted: Tensor | None = None, *, converted: bool = False) -> bool:
         """Return whether a weight has the values of the files, whatever 16 bits it was in between; it looks at a few rows.
 
         Args:
-            name: the one that it has in the model; one that is not a single tensor of the files passes.
+            name: the one that it has in the model.
             held: its values.
             adapted: what its adapters make of it: where they were merged and taken out again, it has the values up to rounding of what was added.
+            converted: compare it too where it is made of several tensors of the files, such as a stack of experts: they are read as a whole.
         """
         source = self._sources.get(name)
-        if source is None or source.converter is not None or not held.ndim or not held.numel():
+        if source is None or (source.converter is not None and not converted) or not held.ndim or not held.numel():
             return True
+        if source.converter is not None:
+            return self._makes(source, name, held)
         with safe_open(self._places[source.stored[0][0]], "pt") as file:
             part = file.get_slice(source.stored[0][0])
             if part.get_shape() != [*held.shape]:
@@ -159,6 +162,15 @@ class StoredModel:
         # what was added may exceed a weight, and the sum is rounded by its own size; a share of the largest weight would let whole adapters pass
         room, added = 4 * torch.finfo(held.dtype).eps, (rows(adapted) - ours).abs().max()
         return any(bool(((ours - cast).abs() <= room * (cast.abs() + added)).all()) for cast in casts)
+
+    def _makes(self, source: _Source, name: str, held: Tensor) -> bool:
+        """Return whether the files make these values: by the first and the last row of each matrix of a stack."""
+        try:
+            made = self._make(source, name, held.dtype)
+        except RuntimeError:  # what is there does not go together
+            return False
+        ends = (slice(None), *(slice(None, None, max(side - 1, 1)) for side in held.shape[1:-1]))
+        return made.shape == held.shape and torch.allclose(held[ends].cpu(), made[ends], rtol=0.0, atol=0.0, equal_nan=True)
 
     def _make(self, source: _Source, name: str, dtype: torch.dtype) -> Tensor:
         if source.converter is None:

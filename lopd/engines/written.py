@@ -33,7 +33,8 @@ def quantiser_forgotten(model: Any) -> Iterator[None]:
 def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Mapping[str, Tensor]) -> None:
     """Compare what was written with what the model has, by a few values of each weight.
 
-    What cannot be compared passes: quantised weights, and a model with code of its own.
+    Experts, and whatever else is made of several tensors of the files, are read as a whole for that.  What cannot be compared passes: quantised
+    weights, and a model with code of its own.
 
     Args:
         owner: how messages name the export.
@@ -61,6 +62,7 @@ def _written_otherwise(fresh: Path, model: Any, weights: Mapping[str, Tensor]) -
     stored = StoredModel(fresh, model.dtype)
     for weight in effective_weights(stored.model) if isinstance(model, type(stored.model)) else ():
         name = stored.found_name(weight)
-        if weight.kind == "parameter" and (name is None or (name in weights and not stored.holds(name, weights[name].detach()))):
+        held = None if name is None else weights.get(name)
+        if weight.kind == "parameter" and (name is None or (held is not None and not stored.holds(name, held.detach(), converted=True))):
             return weight.names[0]
     return None
