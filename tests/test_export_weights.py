@@ -8,6 +8,7 @@ import torch
 import transformers
 from odd_models import odd_model
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lopd import CausalLMStudent, ModelId
 from lopd.engines.hf import load_model
@@ -106,6 +107,23 @@ def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(n
     assert aside.name.startswith("out-refused.")
     kept, own = load_file(aside / "model.safetensors"), student.model.state_dict()
     assert torch.equal(kept["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_layers_under_activation_checkpointing_are_compared_too(tokenizer, tmp_path, monkeypatch):
+    model, save = odd_model("Llama"), transformers.PreTrainedModel.save_pretrained
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert folder_model_id(tmp_path / "out").revision == model_id(model).revision
+
+    def wrong(self, folder, **settings):
+        save(self, folder, **settings)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"] *= 2
+        save_file(weights, folder / "model.safetensors")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", wrong)
+    with pytest.raises(ModelError, match=r"transformers wrote 'model\.layers\.1\.mlp\.up_proj\.weight' otherwise"):
+        CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
 
 
 def test_what_cannot_be_compared_is_exported(tokenizer, tmp_path, monkeypatch):

@@ -129,8 +129,8 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         try:
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
-            weights = dict(unwrap(model).named_parameters(remove_duplicate=False) if state is None else state)
-            untied = is_untied(model, state)  # first: `save_pretrained` takes the weights out of `state`
+            # first: `save_pretrained` takes the weights out of `state`
+            gathered, untied = None if state is None else dict(state), is_untied(model, state)
             adapter = saved_adapter(model)
             chosen = {} if adapter is None else {"selected_adapters": [adapter]}
             with quantiser_forgotten(unwrap(model)):
@@ -142,7 +142,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             tokenizer.save_pretrained(fresh)
             if is_there(fresh / "config.json"):
                 spell_out(fresh / "config.json", untied=untied)
-                check_written(owner, fresh, folder, unwrap(model), weights)
+                check_written(owner, fresh, folder, unwrap(model), gathered)
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and is_there(fresh / "adapter_config.json"):
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have

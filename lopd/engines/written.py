@@ -30,7 +30,7 @@ def quantiser_forgotten(model: Any) -> Iterator[None]:
             model._weight_conversions = conversions
 
 
-def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Mapping[str, Tensor]) -> None:
+def check_written(owner: str, fresh: Path, folder: Path, model: Any, state: Mapping[str, Tensor] | None) -> None:
     """Compare what was written with what the model has, by a few values of each weight.
 
     Experts, and whatever else is made of several tensors of the files, are read as a whole for that.  What cannot be compared passes: quantised
@@ -40,14 +40,14 @@ def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Ma
         owner: how messages name the export.
         fresh: what the model was saved in; it is kept beside `folder` under another name where it is refused, since no other files have the weights.
         folder: what it was to become.
-        model: without wrappers.
-        weights: its weights by name, tied ones by each of theirs.
+        model: without wrappers around the whole.
+        state: its weights by name, where its own are sharded.
 
     Raises:
         ModelError: a parameter is not there, or is another.
     """
     try:
-        wrong = _written_otherwise(fresh, model, weights)
+        wrong = _written_otherwise(fresh, model, state)
     except Exception:  # whatever stands in the way of comparing them
         return
     if wrong is not None:
@@ -58,8 +58,10 @@ def check_written(owner: str, fresh: Path, folder: Path, model: Any, weights: Ma
         )
 
 
-def _written_otherwise(fresh: Path, model: Any, weights: Mapping[str, Tensor]) -> str | None:
+def _written_otherwise(fresh: Path, model: Any, state: Mapping[str, Tensor] | None) -> str | None:
     stored = StoredModel(fresh, model.dtype)
+    # layers may be wrapped one by one, as activation checkpointing does it
+    weights = {name: weight.held for weight in effective_weights(model) for name in weight.names} if state is None else state
     for weight in effective_weights(stored.model) if isinstance(model, type(stored.model)) else ():
         name = stored.found_name(weight)
         held = None if name is None else weights.get(name)
