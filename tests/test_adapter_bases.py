@@ -151,7 +151,8 @@ def test_adapters_on_a_model_without_a_name_are_exported_with_a_warning(base, to
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"base_model_name_or_path": [1]}', "{", "[" * 100_000])
 def test_adapters_that_name_no_base_are_refused_by_their_folder(content, tokenizer, tmp_path):
     (tmp_path / "adapter_config.json").write_text(content)
-    with pytest.raises(EngineError, match=tmp_path.name):
+    refused = rf"{tmp_path.name}'?: it cannot be loaded \(.*its adapter_config\.json is "
+    with pytest.raises(EngineError, match=refused):
         folder_model_id(tmp_path)
-    with pytest.raises(EngineError, match=tmp_path.name):
+    with pytest.raises(EngineError, match=refused):
         served_eos(tmp_path, fingerprint_tokenizer(tokenizer), of_both=False)

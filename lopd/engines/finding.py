@@ -96,10 +96,11 @@ def served_eos(folder: Path, tokenizer: TokenizerId, *, of_both: bool) -> frozen
     """
     files, adapters = _settings(folder), folder / _ADAPTERS
     if not files and adapters.exists():
-        base = None
+        with looking_for(folder):
+            base = base_of(adapters)
         try:
-            files = _settings(local_folder(base := base_of(adapters), weights=False))
-        except (LopdError, ValueError) as error:
+            files = _settings(local_folder(base, weights=False))
+        except LopdError as error:
             raise EngineError(
                 f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
                 "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."

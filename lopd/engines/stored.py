@@ -208,7 +208,10 @@ def base_of(adapters: Path) -> str:
     Raises:
         ValueError: it is damaged, or names none.
     """
-    content = parse(read_regular(adapters))
+    try:
+        content = parse(read_regular(adapters))
+    except ValueError as error:
+        raise ValueError(f"its {adapters.name} is damaged: {error}") from error
     base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
     if not (isinstance(base, str) and base):
         raise ValueError(
