@@ -14,6 +14,7 @@ from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
 from lopd.errors import ModelError
 from lopd.records import Lineage
+from lopd.tools.plan.following import empty
 
 LINEAGE = Lineage(ModelId("writer", "1", "float32"))
 IDS = torch.arange(4, 20)[None]
@@ -28,6 +29,34 @@ def qwen3_5():
     return transformers.Qwen3_5ForConditionalGeneration, transformers.Qwen3_5Config(text_config=text, vision_config=VISION)
 
 
+def llama4():
+    text = {**SHAPE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "pad_token_id": 0}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    vision = {**sizes, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    return transformers.Llama4ForConditionalGeneration, transformers.Llama4Config(text_config=text, vision_config=vision)
+
+
+def mllama():
+    text = {**SHAPE, "cross_attention_layers": [1], "num_hidden_layers": 3, "pad_token_id": 0}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2}
+    vision = {**sizes, "image_size": 28, "patch_size": 14, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    return transformers.MllamaForConditionalGeneration, transformers.MllamaConfig(text_config=text, vision_config=vision)
+
+
+def emu3():
+    sizes = {"codebook_size": 16, "embed_dim": 4, "latent_channels": 4, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    images = {**sizes, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "attn_resolutions": [], "norm_num_groups": 4}
+    text, places = {**SHAPE, "pad_token_id": 0}, {"<image>": 90}
+    return transformers.Emu3ForConditionalGeneration, transformers.Emu3Config(text_config=text, vq_config=images, vocabulary_map=places)
+
+
 def qwen_vl():
     """Return one that AutoModelForCausalLM does not know."""
     text = {**SHAPE, "rope_parameters": {"rope_theta": 20000.0, "rope_type": "default", "mrope_section": [1, 1, 2]}}
@@ -35,15 +64,21 @@ def qwen_vl():
     return transformers.Qwen2_5_VLForConditionalGeneration, config
 
 
+def save(make, tokenizer, folder, *, tied=False):
+    """Save a model and a tokenizer, and return the model."""
+    torch.manual_seed(0)
+    kind, config = make()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = kind(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
 @pytest.fixture(params=[qwen3_5, qwen_vl])
 def saved(request, tokenizer, tmp_path):
     """Give a model and the folder that it was saved in, with a tokenizer."""
-    torch.manual_seed(0)
-    kind, config = request.param()
-    model = kind(config).eval()
-    model.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return model, tmp_path / "base"
+    return save(request.param, tokenizer, tmp_path / "base"), tmp_path / "base"
 
 
 def adapted(model):
@@ -108,3 +143,14 @@ def test_weights_of_the_text_part_alone_are_loaded_as_a_model_of_text(lacks, sav
     assert folder_model_id(folder).revision == model_id(loaded).revision
     CausalLMStudent(loaded, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
     assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision
+
+
+@pytest.mark.parametrize("make", [qwen3_5, llama4, mllama, emu3, qwen_vl])
+def test_the_planner_counts_the_model_that_is_loaded(make, tokenizer, tmp_path):
+    save(make, tokenizer, tmp_path / "base")
+    loaded, _ = load_model(tmp_path / "base")
+    planned = empty(transformers.AutoConfig.from_pretrained(tmp_path / "base"), torch.float32, 0, None)
+    assert type(planned) is type(loaded)
+    assert {name: weight.shape for name, weight in planned.named_parameters()} == {
+        name: weight.shape for name, weight in loaded.named_parameters()
+    }

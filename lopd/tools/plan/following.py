@@ -65,12 +65,12 @@ def _maker(config: Any) -> Callable[..., Any]:
             f"Plan: the weights of this {type(config).__name__} are quantised, and would be counted as if they were not; measure it on the "
             "card, or plan the model that was quantised."
         )
-    from lopd.engines.stored import named_class
+    from lopd.engines.stored import class_of
 
-    auto = transformers.AutoModelForCausalLM
-    make: Callable[..., Any] | None = auto.from_config
-    if type(config) not in auto._model_mapping:
-        make = None if getattr(config, "is_encoder_decoder", False) else getattr(named_class(config), "_from_config", None)
+    auto, kind = transformers.AutoModelForCausalLM, class_of(config)
+    make: Callable[..., Any] | None = auto.from_config if kind is auto else getattr(kind, "_from_config", None)
+    if type(config) not in auto._model_mapping and (kind is auto or getattr(config, "is_encoder_decoder", False)):
+        make = None
     if make is None:
         raise ModelError(f"Plan: a {type(config).__name__} is not the configuration of a causal LM; pass one that `load_model` can load.")
     return make
