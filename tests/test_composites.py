@@ -1,6 +1,7 @@
 """Models that also read images are loaded, identified and exported whole; adapters on them are loaded again."""
 
 import copy
+import re
 
 import peft
 import pytest
@@ -143,6 +144,39 @@ def test_weights_of_the_text_part_alone_are_loaded_as_a_model_of_text(lacks, sav
     assert folder_model_id(folder).revision == model_id(loaded).revision
     CausalLMStudent(loaded, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
     assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("make", [qwen3_5, llama4, mllama, emu3])
+@pytest.mark.parametrize("names", ["of the text part", "of the whole"])
+def test_the_text_part_is_known_under_its_own_names_and_under_those_of_the_whole(names, make, tied, tokenizer, tmp_path):
+    if (names, make) == ("of the whole", emu3):
+        pytest.skip("transformers does not read it so")
+    model, folder = save(make, tokenizer, tmp_path / "base", tied=tied), tmp_path / "base"
+    with torch.device("meta"):
+        kind = type(transformers.AutoModelForCausalLM.from_config(model.config))
+    if names == "of the whole":
+        weights = {
+            name: values
+            for name, values in load_file(folder / "model.safetensors").items()
+            if not re.search("vision|visual|multi_modal", name)
+        }
+        text = None
+    else:
+        torch.manual_seed(1)
+        text = kind(model.config.get_text_config()).eval()
+        text.save_pretrained(tmp_path / "text")
+        weights = load_file(tmp_path / "text/model.safetensors")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded, _ = load_model(folder)
+    assert type(loaded) is kind
+    assert_same(loaded, text or model)
+    assert folder_model_id(folder).revision == model_id(loaded).revision
+    for name in sorted(weights)[:-1:5]:
+        save_file({other: weights[other] for other in weights if other != name}, folder / "model.safetensors", metadata={"format": "pt"})
+        for read in (load_model, folder_model_id):
+            with pytest.raises(ModelError):
+                read(folder)
 
 
 @pytest.mark.parametrize("make", [qwen3_5, llama4, mllama, emu3, qwen_vl])

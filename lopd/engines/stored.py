@@ -103,8 +103,7 @@ class StoredModel:
         with torch.device("meta"):
             self.model = _build(class_of(config), config, self.dtype)
         self._sources = _find_sources(self.model, self._places)
-        tied: Mapping[str, str] = getattr(self.model, "all_tied_weights_keys", None) or {}
-        text = _text_alone(config, self.model, self.model.state_dict().keys() - self._sources.keys() - tied.keys())
+        text = _text_alone(config, self.model, self._sources.keys())
         if text is not None:
             self.model, self._sources = text, _find_sources(text, self._places)
 
@@ -227,8 +226,9 @@ def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
         described = base_of(Path(adapters))
     config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
     whole, lacked = loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+    found = _text_alone(config, whole, whole.state_dict().keys() - lacked["missing_keys"])
     # adapters that lack some were trained on the text part
-    if (adapters and lacked["missing_keys"] and type(config) in _AUTO._model_mapping) or _text_alone(config, whole, lacked["missing_keys"]):
+    if (adapters and lacked["missing_keys"] and type(config) in _AUTO._model_mapping) or found is not None:
         loaded = _AUTO.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     return loaded
 
@@ -237,14 +237,26 @@ def _build(kind: Any, config: Any, dtype: torch.dtype) -> Any:
     return (kind.from_config if kind is _AUTO else kind._from_config)(config, dtype=dtype)
 
 
-def _text_alone(config: Any, whole: Any, lacked: Collection[str]) -> Any:
-    """Return the text part, without memory for its weights, if the files have all of it and nothing of the rest of a model; else None."""
-    if not lacked or class_of(config) is _AUTO or type(config) not in _AUTO._model_mapping:
+def _has_part(config: Any) -> bool:
+    """Return whether AutoModelForCausalLM makes the text part alone of a configuration."""
+    return class_of(config) is not _AUTO and type(config) in _AUTO._model_mapping
+
+
+def _names(model: Any) -> set[str]:
+    """Return the names of the tensors that the files of a model have: of tied ones the first."""
+    return {*model.state_dict()} - {*(getattr(model, "all_tied_weights_keys", None) or ())}
+
+
+def _text_alone(config: Any, whole: Any, found: Collection[str]) -> Any:
+    """Return the text part, without memory for its weights, if files with these of the tensors have all of it and nothing of the rest; else None."""
+    names = _names(whole)
+    if not _has_part(config) or names.issubset(found):
         return None
     with torch.device("meta"):
         text = _build(_AUTO, config, whole.dtype)
-    # by its own names it may be nothing of the whole
-    return text if len(whole.state_dict()) - len(lacked) in (0, len(text.state_dict())) else None
+    # its own names may be no names of the whole, or of few of its tensors, such as the head
+    known = names.intersection(found)
+    return text if known.issubset(text.state_dict()) or len(known) == len(_names(text)) else None
 
 
 def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:
