@@ -2,6 +2,7 @@
 
 import copy
 import re
+import weakref
 
 import peft
 import pytest
@@ -177,6 +178,65 @@ def test_the_text_part_is_known_under_its_own_names_and_under_those_of_the_whole
         for read in (load_model, folder_model_id):
             with pytest.raises(ModelError):
                 read(folder)
+
+
+def test_a_model_makes_room_before_its_text_part_is_loaded(tokenizer, tmp_path, monkeypatch):
+    save(qwen3_5, tokenizer, tmp_path / "base")
+    weights = load_file(tmp_path / "base/model.safetensors")
+    save_file(
+        {name: weights[name] for name in weights if "visual" not in name}, tmp_path / "base/model.safetensors", metadata={"format": "pt"}
+    )
+    made, load = [], transformers.PreTrainedModel.from_pretrained.__func__
+
+    def watched(kind, *args, **settings):
+        assert [one() for one in made] == [None] * len(made)
+        model, read = load(kind, *args, **settings)
+        made.append(weakref.ref(model))
+        return model, read
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(watched))
+    load_model(tmp_path / "base")
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("make", [qwen3_5, None])
+def test_trained_tokens_of_tied_embeddings_are_loaded(make, make_model, tokenizer, tmp_path):
+    if make is None:
+        make_model("llama_tied").save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+    else:
+        save(make, tokenizer, tmp_path / "base", tied=True)
+    model = load_model(tmp_path / "base")[0]
+    student = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    student.save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out")
+    assert type(loaded) is type(model)
+    assert_same(loaded, student)
+    assert folder_model_id(tmp_path / "out").revision == model_id(student).revision
+
+
+def test_adapters_that_lack_weights_are_refused_once_they_were_read(make_model, tokenizer, tmp_path, monkeypatch):
+    make_model("llama_tied").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapted(load_model(tmp_path / "base")[0]).save_pretrained(tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    weights.pop(min(weights))
+    save_file(weights, tmp_path / "out/adapter_model.safetensors")
+    reads, load = [], transformers.PreTrainedModel.from_pretrained.__func__
+    counted = classmethod(lambda kind, *args, **settings: reads.append(kind) or load(kind, *args, **settings))
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", counted)
+    for read in (load_model, folder_model_id):
+        with pytest.raises(ModelError, match=r"its files lack 1 weights \('model\.layers\.0\.self_attn\.q_proj\.lora_A"):
+            read(tmp_path / "out")
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize("make", [qwen3_5, llama4, mllama, emu3, qwen_vl])

@@ -143,7 +143,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
             plain_config(beside)
         folder = local_folder(folder)
         if adapters:
-            adapted, _ = load_whole(str(folder), dtype or "auto")
+            adapted = load_whole(str(folder), dtype or "auto")
             keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
         else:

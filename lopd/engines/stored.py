@@ -220,17 +220,34 @@ def base_of(adapters: Path) -> str:
 
 
 def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return (model, what its files lacked) from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base."""
+    """Return a model from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base.
+
+    Raises:
+        ModelError: its files lack weights, which transformers would make up.
+    """
     described = folder
     if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
         described = base_of(Path(adapters))
     config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
-    whole, lacked = loaded = class_of(config).from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    found = _text_alone(config, whole, whole.state_dict().keys() - lacked["missing_keys"])
-    # adapters that lack some were trained on the text part
-    if (adapters and lacked["missing_keys"] and type(config) in _AUTO._model_mapping) or found is not None:
-        loaded = _AUTO.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-    return loaded
+
+    def load(kind: Any) -> tuple[Any, Collection[str], list[str]]:
+        model, read = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        lacked, named = read["missing_keys"], [*model.named_parameters(remove_duplicate=False)]
+        # adapters of tied weights are saved once, and lacking under the other name
+        there = {id(parameter) for name, parameter in named if adapters and name not in lacked}
+        return model, lacked, sorted(name for name, parameter in named if name in lacked and id(parameter) not in there)
+
+    model, lacked, lost = load(class_of(config))
+    # adapters that lack some may be of the text part
+    if lost and _has_part(config) and (adapters or _text_alone(config, model, model.state_dict().keys() - lacked)):
+        model = None  # make room first
+        model, _, lost = load(_AUTO)
+    if lost:
+        raise ModelError(
+            f"Model {folder!r}: its files lack {len(lost)} weights ({lost[0]!r}), expected all of a {type(model).__name__}; transformers draws such "
+            "weights at random, so load the folder of a whole causal LM."
+        )
+    return model
 
 
 def _build(kind: Any, config: Any, dtype: torch.dtype) -> Any:

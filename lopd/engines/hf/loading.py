@@ -64,15 +64,9 @@ def load_model(
     check_described(find_model(folder))
     tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:
-        model, read = _from_pretrained(str(found), dtype or "auto")
+        model = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
         take_generation_config(model, found)
-    missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
-    if missing:
-        raise ModelError(
-            f"Model {str(folder)!r}: its files lack {len(missing)} weights ({missing[0]!r}), expected all of a {type(model).__name__}; transformers "
-            "draws such weights at random, so load the folder of a whole causal LM."
-        )
     model = model.to(device).eval()
     _set_attention(model, folder, attention, autocast)
     return model, tokenizer
@@ -168,7 +162,7 @@ def _check_device(folder: str | Path, device: str) -> None:
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return (model, what its files lacked)."""
+    """Return what `load_whole` does, with an error of its own for weights of other shapes."""
     try:
         return load_whole(folder, dtype)
     except RuntimeError as error:
