@@ -428,8 +428,14 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_commits_nothing(tmp_path
     go_on(store, 3, 2)
     shutil.rmtree(place(store))
     shutil.copytree(tmp_path / "kept", place(store))
-    with pytest.raises(CorruptStoreError, match="a commit record is missing"):
-        store.append(many(9, 1))
+    rollouts = many(4, 1)
+    for call in (
+        lambda: store.append(many(9, 1)),
+        lambda: store.append(rollouts),
+        lambda: store.append_scores("teacher", store.columns["teacher"], [tiny_scores(rollout, -4.0) for rollout in rollouts]),
+    ):
+        with pytest.raises(CorruptStoreError, match="a commit record is missing"):
+            call()
     again = ZarrStore.open(place(store))
     assert_whole(again, 3)
     go_on(again, 3, 1)

@@ -357,7 +357,15 @@ def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(made_aga
     store = ZarrStore.create(tmp_path / "run", tiny_manifest())
     shutil.rmtree(place(store))
     other = ZarrStore.create(tmp_path / "run", tiny_manifest()) if made_again else None
-    for call in (lambda: store.append(many(0, 1)), lambda: store.begin_generation(1, ModelId("later", "rev", "float32"))):
+    policy = tiny_manifest().policy
+    for call in (
+        lambda: store.append(many(0, 1)),
+        lambda: store.begin_generation(1, ModelId("later", "rev", "float32")),
+        lambda: store.append([]),
+        lambda: store.begin_generation(0, policy),
+        lambda: store.quarantine("ref", tiny_provenance("ref"), {}),
+        store.compact,
+    ):
         with pytest.raises(CorruptStoreError, match=r"zarr.json is gone or another store's"):
             call()
     assert [problem for problem in store.verify() if "zarr.json is gone" in problem]
@@ -370,9 +378,15 @@ def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(made_aga
 @pytest.mark.parametrize("wrote", [False, True])
 def test_the_place_of_a_store_that_was_removed_under_its_writer_stays_free(filled: ZarrStore, wrote: bool) -> None:
     writer = filled if wrote else ZarrStore.open(place(filled))
-    rollout = filled.read([2])[0].rollout
+    rollout, there = filled.read([2])[0].rollout, [row.rollout for row in filled.read(range(4))]
+    writer.append(there)
     shutil.rmtree(place(filled))
     for call in (
+        lambda: writer.append(there),
+        lambda: writer.append([]),
+        lambda: writer.append_scores("teacher", writer.columns["teacher"], []),
+        lambda: writer.quarantine("teacher", writer.columns["teacher"], {}),
+        writer.compact,
         lambda: writer.append(many(10, 1)),
         lambda: writer.append_scores("ref", tiny_provenance("ref"), [tiny_scores(rollout)]),
         lambda: writer.begin_generation(1, ModelId("later", "rev", "float32")),

@@ -51,7 +51,8 @@ class _Writer(Protocol):
 
     Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
     was committed then.  Rows ascend.  `end` records that the call is over, however it ended.  `settle` makes durable what is there already:
-    the process that committed it may not have flushed it yet.  Each raises StoreWriteError when the storage refuses.
+    the process that committed it may not have flushed it yet; it raises CorruptStoreError where it is gone.  Each raises StoreWriteError when
+    the storage refuses.
     """
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool: ...

@@ -96,8 +96,9 @@ class Writer:
         return self._publish(record)
 
     def settle(self, column: str | None, /) -> None:  # noqa: ARG002 (all columns are in one log)
-        """Make durable what another process may have committed a moment ago, and not have flushed yet."""
+        """Make durable what another process may have committed a moment ago, and not have flushed yet; refuse a store where it is gone."""
         with self._writing([]):
+            self._log.check(self._state.commits, self._state.last)
             self._files.settle(COMMITS)
 
     def end(self) -> None:
@@ -108,9 +109,7 @@ class Writer:
                 self._take_spare("", ())
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
-        """Return the segment that lost the race for a number, if it was made of these very records and no sweep has taken it; any other is
-        removed.
-        """
+        """Return the segment that lost the race for a number, if it was made of these very records and not swept; remove any other."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
@@ -218,6 +217,7 @@ class Writer:
     def compact(self, target_tokens: int) -> None:
         """Merge what is there now; what others append meanwhile is for the next time."""
         self._state.refresh()
+        self.settle(None)
         for column in (None, *self._state.columns):
             for _ in range(_ATTEMPTS):
                 there = self._state.segments_of(column)
