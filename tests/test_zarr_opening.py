@@ -203,6 +203,26 @@ def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(
     assert "a commit record is missing" in problem
 
 
+@pytest.mark.parametrize("there", ["another store", "put back and gone on with"])
+def test_a_copy_is_of_the_store_that_was_copied(there: str, filled: ZarrStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "kept")
+    filled.begin_generation(1, ModelId("later", "rev", "float32"))
+    copy = pickle.dumps(filled)
+    assert pickle.loads(copy).generations == filled.generations  # noqa: S301
+    shutil.rmtree(place(filled))
+    if there == "another store":
+        other = ZarrStore.create(place(filled), tiny_manifest())
+    else:
+        shutil.copytree(tmp_path / "kept", place(filled))
+        other = ZarrStore.open(place(filled))
+    for i in range(20):
+        other.append(many(50 + i, 1))
+    for call in (lambda: pickle.loads(copy), filled.history, filled.sweep):  # noqa: S301
+        with pytest.raises(CorruptStoreError, match=r"another place or store|as it was when it was read"):
+            call()
+    assert any("another place or store" in problem or "as it was when it was read" in problem for problem in filled.verify())
+
+
 def test_a_record_that_a_listing_has_overlooked_is_not_missing(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
     real, overlooked = LocalFiles.names, "0000000001.json"
     monkeypatch.setattr(LocalFiles, "names", lambda self, folder: [name for name in real(self, folder) if name != overlooked])

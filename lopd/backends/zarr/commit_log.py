@@ -88,7 +88,11 @@ class CommitLog:
         if number % COMMITS_PER_CHECKPOINT == 0:
             self._check_root()
         if number and self.checksum(number - 1) != previous:
-            raise self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
+            raise self.put_back(number)
+
+    def put_back(self, number: int) -> CorruptStoreError:
+        """Return the error for a store whose record before this number is another one by now, or gone."""
+        return self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
 
     def _check_root(self) -> None:
         """Refuse a store that was removed, and maybe made again, since it was opened."""
@@ -133,6 +137,15 @@ class CommitLog:
             number, previous = number + 1, later.checksum
             yield later
 
+    def before(self, number: int, last: str) -> Iterator[Entry]:
+        """Yield all records before this number, the last of which has this checksum."""
+        found = ""
+        for entry in self.records(0, found, number):
+            found = entry.checksum
+            yield entry
+        if found != last:
+            raise self.put_back(number)
+
     def _end(self, start: int) -> int:
         """Return one more than the last number: as the head has it, if that is near, else as a listing does."""
         head = self._head()
@@ -175,12 +188,12 @@ class CommitLog:
         self._files.put_if_absent(_path(CHECKPOINTS, number), seal({**state, "store": self._root.creation}))
         self._files.remove([_path(CHECKPOINTS, old) for old in _numbers(self._files.names(CHECKPOINTS))[:-_CHECKPOINTS_KEPT]])
 
-    def verify(self, commits: int) -> Iterator[str]:
+    def verify(self, commits: int, last: str) -> Iterator[str]:
         """Yield one sentence for each problem found in the first `commits` records, the checkpoints of them, the head, and the root."""
         try:
             with reading(self._owner, "reading its commit log"):
                 head = self._head()
-                for _ in self.records(0, "", commits):
+                for _ in self.before(commits, last):
                     pass
                 self.checkpoint(commits)
                 # the writer of the very first may have been killed before it could write it

@@ -39,23 +39,25 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     them that were scored since, and calls them scored.
     The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
     written to.
-    It pickles as its place and the number of commits it sees.  One thread at a time; processes as many as you like.
+    It pickles as its place and the commits it sees.  One thread at a time; processes as many as you like.
     On a local disk it survives a fork; in a bucket, a forked process is refused (start workers with "spawn" or "forkserver").
     `find` takes 24 bytes of memory a rollout from the first call on.
     """
 
     _ROOT = ROOT
 
-    def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
+    def __init__(self, files: Files, root: Root | None = None, commits: int | None = None, last: str | None = None) -> None:
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
         self._state = State(files, self._log, self.manifest, self._owner, commits)
+        if last not in (None, self._state.last):
+            raise self._log.put_back(self._state.commits)
         self._snapshot = Snapshot(files, self._state, self._owner)
         self._writer = Writer(files, self._log, self._state, self._root, owner=self._owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Return place and snapshot: memory maps and connections do not travel to another process."""
-        return ZarrStore, (self._files, None, self._state.commits)
+        """Return place and snapshot, and of which store it is: memory maps and connections do not travel to another process."""
+        return ZarrStore, (self._files, self._root, self._state.commits, self._state.last)
 
     def _counts(self) -> dict[str, int]:
         return {name: sum(segment.meta.rows for segment in column.segments) for name, column in self._state.columns.items()}
@@ -94,7 +96,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def history(self) -> Sequence[Commit]:
         """Return what was committed up to this store's snapshot, oldest first."""
         commits = []
-        for number, entry in enumerate(self._log.records(0, "", self._state.commits)):
+        for number, entry in enumerate(self._log.before(self._state.commits, self._state.last)):
             record = entry.body
             segments = record.get("adds", [record["segment"]] if "segment" in record else [])
             rows, tokens = sum(meta.rows for meta in segments), sum(meta.tokens for meta in segments)
@@ -113,7 +115,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         A log that lost its last records, a record of another store, and a folder of segments without its metadata are problems as well.
         What writers merge and remove meanwhile is verified where it is then.
         """
-        yield from self._log.verify(self._state.commits)
+        yield from self._log.verify(self._state.commits, self._state.last)
         state, seen = self._state, set[str]()
         while segments := [segment for segment in state.all_segments() if segment.meta.path not in seen]:
             seen |= {segment.meta.path for segment in segments}

@@ -273,7 +273,7 @@ class Writer:
         """Return paths of segments that this store has made, and that the current state does not name."""
         # by the names that are theirs alone: a file system that ignores capitals lists a column under the first of its names
         keep = {PurePosixPath(path).name for path in self._state.paths()}
-        for entry in self._log.records(0, "", self._state.commits):
+        for entry in self._log.before(self._state.commits, self._state.last):
             record = entry.body
             if record["kind"] == "compaction" and time.time() - record["when"] < older_than:
                 keep.update(PurePosixPath(path).name for path in record["removes"])
