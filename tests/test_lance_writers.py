@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
@@ -221,6 +223,7 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: L
     shutil.rmtree(place(filled))
     shutil.copytree(tmp_path / "kept", place(filled))
     for call in (
+        lambda: filled.begin_generation(2, ModelId("later", "2", "float32")),
         lambda: filled.begin_generation(3, ModelId("later", "3", "float32")),
         lambda: filled.quarantine("teacher", filled.columns["teacher"], {"m": "too long"}),
         lambda: filled.append_scores("ref", tiny_provenance("ref"), scores),
@@ -235,10 +238,54 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: L
 
 def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(tmp_path: Path) -> None:
     store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    copy = pickle.dumps(store)
     shutil.rmtree(place(store))
     assert len(list(store.verify())) == 1
-    with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
-        store.append(many(0, 1))
+    for call in (lambda: store.append(many(0, 1)), lambda: store.append([]), lambda: pickle.loads(copy)):  # noqa: S301
+        with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
+            call()
+
+
+@pytest.mark.parametrize("more", [1, 3])
+def test_a_store_that_was_put_back_and_gone_on_with_gives_nobody_other_rows(more: int, filled: LanceStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "kept")
+    filled.append(many(20, 2))
+    readers, copy = [reopened(filled), reopened(filled), pickle.loads(pickle.dumps(filled))], pickle.dumps(filled)  # noqa: S301  # our own
+    readers[1].read([4, 5])
+    filled.find(["r20"])
+    shutil.rmtree(place(filled))
+    shutil.copytree(tmp_path / "kept", place(filled))
+    other = reopened(filled)
+    for i in range(more):
+        other.append(many(30 + 2 * i, 2))
+    for call in (
+        *(partial(reader.read, [4, 5]) for reader in readers),
+        *(reader.refresh for reader in readers),
+        lambda: pickle.loads(copy),  # noqa: S301  # our own
+        lambda: filled.append(many(20, 2)),
+        lambda: filled.append(many(40, 1)),
+    ):
+        with pytest.raises(CorruptStoreError, match=r"version 3 of table 'rollouts-.* is not what it was when it was read"):
+            call()
+    again = reopened(filled)
+    assert rows_of(again)[4:] == [f"r{i}" for i in range(30, 30 + 2 * more)]
+    assert list(again.verify()) == []
+
+
+def test_a_writer_of_a_store_that_was_put_back_and_gone_on_with_by_fewer_commits_adds_nothing(filled: LanceStore, tmp_path: Path) -> None:
+    shutil.copytree(place(filled), tmp_path / "kept")
+    for i in (20, 21):
+        filled.append(many(i, 1))
+    reader = reopened(filled)
+    shutil.rmtree(place(filled))
+    shutil.copytree(tmp_path / "kept", place(filled))
+    reopened(filled).append(many(30, 2))
+    for call in (filled.refresh, lambda: filled.append(many(20, 2)), lambda: filled.append(many(40, 1)), lambda: reader.read([4])):
+        with pytest.raises(
+            CorruptStoreError, match=r"version 4 of table 'rollouts-.* is not what it was when it was read|refresh the store"
+        ):
+            call()
+    assert rows_of(reopened(filled))[4:] == ["r30", "r31"]
 
 
 def test_a_compaction_removes_what_killed_writers_left_of_a_record(filled: LanceStore) -> None:

@@ -168,9 +168,7 @@ class Catalog:
 
     def _put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
         path = _path(self.state.number)
-        before = _path(self.state.number - 1) if self.state.number else ROOT.name
-        if checksum(self._read(before) or b"") != self.state.last:
-            raise self._broken(before, "is not what it was when it was read", "the file that the next record follows")
+        self.check()
         sealed = {"number": self.state.number, "previous": self.state.last, "kind": kind, "when": time.time(), **document}
         with writing(self._owner, f"writing {path}"):
             # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
@@ -178,6 +176,12 @@ class Catalog:
         if made:
             self.mark(LOG, self.state.number + 1)
         return made
+
+    def check(self) -> None:
+        """Refuse a store whose last record is another one by now, or gone: it was removed, or put back to an older state, since it was read."""
+        before = _path(self.state.number - 1) if self.state.number else ROOT.name
+        if checksum(self._read(before) or b"") != self.state.last:
+            raise self._broken(before, "is not what it was when it was read", "the file that the next record follows")
 
     def say(self, kind: Kind, document: Mapping[str, Any]) -> None:
         """Make a record, after those of others, and take in all of them."""

@@ -58,6 +58,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         self._catalog = Catalog(files, state, self._root.chained)
         if seen is None:
             self._catalog.refresh()
+        else:
+            self._catalog.check()
         self._snapshot = Snapshot(self._database, self._catalog, versions)
         self._writer = Writer(files, self._database, self._catalog, self._snapshot, self._root)
 
@@ -66,8 +68,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return place and versions: connections do not travel to another process."""
-        versions = {part.table.name: (part.table.version, part.table.rows) for part in self._snapshot.parts().values()}
-        return LanceStore, (self._files, None, (self._catalog.state, versions))
+        versions = {part.table.name: part.table.seen for part in self._snapshot.parts().values()}
+        return LanceStore, (self._files, self._root, (self._catalog.state, versions))
 
     @classmethod
     def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:

@@ -4,7 +4,6 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, final
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import check_fork
 from lopd.backends.lance.failures import is_gone, reading
+from lopd.backends.lance.versions import TABLE_SUFFIX, check_version, identity, put_back, versions_of
 from lopd.backends.ragged import LogprobDtype
 from lopd.errors import CorruptStoreError, StorePathError, StoreWriteError
 from lopd.records.optional import need
@@ -34,11 +34,8 @@ _FILE_FORMAT = {"new_table_data_storage_version": "2.0", "new_table_enable_v2_ma
 _INDEX_CACHE, _METADATA_CACHE = 16 << 20, 64 << 20
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
-TABLE_SUFFIX = ".lance"
-# Names of manifests count down, so that the newest is listed first.  Others beside them are Lance's detached commits, or a file manager's.
-_LAST, _MANIFEST = (1 << 64) - 1, re.compile(r"([0-9]{20})\.manifest")
-#: By name of a table: a version of it, and how many rows it had then.
-Seen = Mapping[str, tuple[int, int]]
+#: By name of a table: a version of it, how many rows it had then, and its identity (see `versions`).
+Seen = Mapping[str, tuple[int, int, str]]
 #: How long a call that meets other writers goes on; see `repeat`.
 PATIENCE: dict[str, Any] = {"seconds": 60.0, "pause": 0.02, "longest": 0.1}
 _SCHEMES = ("s3", "gs", "az", "abfss")
@@ -61,14 +58,14 @@ class Database:
     """The LanceDB database of one store.
 
     Args:
-        files: the store's files; LanceDB takes their place and their options, credentials among them.
+        files: the store's files; LanceDB takes their place and their options, credentials among them.   lasting: whether tables are kept open.
 
     Raises:
         StorePathError: LanceDB cannot store there.
         MissingDependencyError: LanceDB is not installed.
     """
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, files: Files, *, lasting: bool = True) -> None:
         """Keep the arguments; the first call connects, as connecting makes a folder."""
         self.url, self.owner = files.url, f"Store {files.url}"
         # LanceDB does not know every way to write the URL
@@ -79,7 +76,7 @@ class Database:
                 f"{self.owner}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
             )
         self._options = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in files.options.items()}
-        self.files = files
+        self.files, self.lasting = files, lasting
         self._connection: Any = None
         self._session: Any = None
         _lancedb(self.owner)
@@ -100,7 +97,7 @@ class Database:
         place = f"{self._place}/{name}{TABLE_SUFFIX}"
         return lance.dataset(place, version=version, storage_options=self._options, session=self._session)
 
-    def open(self, name: str, seen: tuple[int, int] | None = None) -> "LanceTable":
+    def open(self, name: str, seen: tuple[int, int, str] | None = None) -> "LanceTable":
         """Return a table as it is now, or with the rows that it had when this was seen."""
         with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
@@ -139,24 +136,29 @@ class LanceTable:
         database: that it is in.   name: in it.   handle: LanceDB's own.   seen: what to show; None for all that it has.
     """
 
-    def __init__(self, database: Database, name: str, handle: Any, seen: tuple[int, int] | None = None) -> None:
+    def __init__(self, database: Database, name: str, handle: Any, seen: tuple[int, int, str] | None = None) -> None:
         """Read the number of rows."""
         self._database = database
         self.name = name
         self._handle = handle
         self._view: Any = None
+        self.version, self._identity = 0, ""
         self._load(seen)
+        if seen is not None:
+            self._check()
 
-    def _load(self, seen: tuple[int, int] | None = None) -> None:
-        there = int(self._handle.count_rows())
-        version, rows = seen or (int(self._handle.version), there)
+    def _load(self, seen: tuple[int, int, str] | None = None) -> None:
+        there, now, known = int(self._handle.count_rows()), int(self._handle.version), self._identity
+        if seen is None and now != self.version and self._database.lasting:
+            known = identity(self._database.files, self.name, now)
+        version, rows, known = seen or (now, there, known)
         if there < rows:
             raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
         if self._view is not None and self._view.version != self._handle.version:
             self._view = None
         # last: after an interrupt, what is read of later rows is not to come from the columns or the view of before
-        self.version, self.rows = version, rows
+        self.version, self.rows, self._identity = version, rows, known
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
@@ -171,13 +173,23 @@ class LanceTable:
 
     def logprob_dtype(self) -> LogprobDtype:
         """Return the type of the values of a column's table."""
-        values: Any = self._handle.schema.field("logprobs").type.value_type
-        return "float16" if values.bit_width == 16 else "float32"
+        return "float16" if self._handle.schema.field("logprobs").type.value_type.bit_width == 16 else "float32"
+
+    @property
+    def seen(self) -> tuple[int, int, str]:
+        """What a copy is to show."""
+        return self.version, self.rows, self._identity
+
+    def _check(self) -> bool:
+        return check_version(self._database.files, self.name, self.version, self._identity)
 
     def refresh(self) -> None:
         """Move to the latest version."""
         with reading(self._named()):
+            there = self._check()
             self._table.checkout_latest()
+            if not there and self._handle.version <= self.version:
+                raise put_back(self._database.files, self.name, self.version)
             self._load()
 
     def is_behind(self) -> bool:
@@ -195,14 +207,16 @@ class LanceTable:
             table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
             version = table.version if self._view is None else self._view.version
             try:
-                # in half the time of LanceDB's queries
-                self._view = self._database.view(self.name, version) if self._view is None else self._view
+                if self._view is None:
+                    self._check()
+                    self._view = self._database.view(self.name, version)  # in half the time of LanceDB's queries
                 found = _taken(self._view, offsets, names)
             except Exception as error:
                 if not is_gone(error):
                     raise
+                self._check()
                 self._view = self.dataset()
-                if self._view.version == version:
+                if self._view.version <= version:
                     raise
                 found = _taken(self._view, offsets, names)
             found.validate(full=True)
@@ -215,9 +229,7 @@ class LanceTable:
     def insert(self, data: Any, version: int) -> bool:
         """Add rows of one commit, unless this version is not the latest or that number is taken: all or none of them.
 
-        Moves to the latest version either way.
-
-        Columns that the table does not have yet are added first, empty.
+        Moves to the latest version either way.  Columns that the table does not have yet are added first, empty.
 
         Raises:
             StoreWriteError: another tool has added a column that may not be empty.
@@ -251,8 +263,7 @@ class LanceTable:
         Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
         Nor does it see then that what was before them was taken back.
         """
-        names = self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions")
-        there = {_LAST - int(found[1]) for found in map(_MANIFEST.fullmatch, names) if found}
+        there = versions_of(self._database.files, self.name)
         if there.issuperset(range(base, max(there, default=base) + 1)):
             return True
         latest, number = self._database.handle(self.name, None), f"{COMMIT} = {data[COMMIT][0].as_py()}"
@@ -269,13 +280,10 @@ class LanceTable:
         return self._database.view(self.name, self._handle.version)
 
     def commit(self, view: Any, operation: str, *parts: Any, retries: int) -> None:
-        """Commit one of Lance's operations behind a version."""
+        """Commit one of Lance's operations behind a version; None is this one."""
+        view = self._database.view(self.name, self.version) if view is None else view
         lance = need("lance", self._database.owner, "lance")
         lance.LanceDataset.commit(view, getattr(lance.LanceOperation, operation)(*parts), read_version=view.version, max_retries=retries)
-
-    def seen(self) -> Any:
-        """Return Lance's own view of this version."""
-        return self._database.view(self.name, self.version)
 
     def stored_bytes(self) -> int:
         """Return bytes of the data files of this version."""

@@ -20,7 +20,8 @@ from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.part import Part
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import table_seed
-from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
+from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, Database, LanceTable
+from lopd.backends.lance.versions import TABLE_SUFFIX
 from lopd.backends.lance.written import check_added, check_unmarked, take_back
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
@@ -54,7 +55,7 @@ class Writer:
         self._owner = database.owner
         self._flushed: dict[str, set[str]] = {}
         # for reading back what was written: its caches hold nothing of it
-        self._reread = Database(files)
+        self._reread = Database(files, lasting=False)
         self._marked: dict[str, int] = {}
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool:
@@ -88,7 +89,7 @@ class Writer:
     def _seen(self, column: str | None) -> bool:
         """Return True, once the snapshot has what was put into the catalog, and it is durable."""
         self._snapshot.refresh()
-        self.settle(column)
+        self._settle(column)
         return True
 
     def _next_commit(self, column: str | None) -> int:
@@ -108,7 +109,7 @@ class Writer:
                 raise
             raise self._refused(error, column, [record.rollout_id for record in records]) from error
         if made:
-            self.settle(column)
+            self._settle(column)
         return made
 
     def _tidy(self, table: LanceTable, commit: int) -> None:
@@ -230,12 +231,8 @@ class Writer:
 
     def _remove_strangers(self) -> None:
         """Remove tables of writers that were killed or came too late: their column has another table, which it keeps."""
-        tables = self._catalog.state.tables
-        dead = {
-            f"{name}{TABLE_SUFFIX}"
-            for name, column in self._catalog.state.begun.items()
-            if column in tables and tables[column].table != name
-        }
+        tables, begun = self._catalog.state.tables, self._catalog.state.begun.items()
+        dead = {f"{name}{TABLE_SUFFIX}" for name, column in begun if column in tables and tables[column].table != name}
         with writing(self._owner, "removing what killed writers left"):
             self._files.remove(dead.intersection(self._files.names("")))
 
@@ -243,7 +240,11 @@ class Writer:
         """Do nothing: what is written is committed at once."""
 
     def settle(self, column: str | None, /) -> None:
-        """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
+        """Make durable what a call relies on, also where another process wrote it and may not have come to flush it; refuse it where it is gone."""
+        self._catalog.check()
+        self._settle(column)
+
+    def _settle(self, column: str | None) -> None:
         for name in {None, column}:
             self._rely(name)
             if (part := self._snapshot.parts().get(name)) is not None:

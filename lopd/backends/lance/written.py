@@ -105,7 +105,7 @@ def hold_rows(table: LanceTable) -> None:
         CorruptStoreError: some were.
     """
     try:
-        table.commit(table.seen(), "Append", [], retries=20)
+        table.commit(None, "Append", [], retries=20)
     except Exception as error:
         if not is_conflict(error):
             raise
