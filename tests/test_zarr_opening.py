@@ -196,6 +196,12 @@ def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(
         if i == 10:
             early = pickle.dumps(store)
     assert_holds(pickle.loads(early), many(0, 11))  # noqa: S301
+    checkpoint = tmp_path / "run.zarr/checkpoints/0000000032.json"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole.replace(b"rev-p", b"rev-q"))
+    (problem,) = ZarrStore.open(tmp_path / "run.zarr").verify()
+    assert "checkpoints/0000000032.json is damaged" in problem
+    checkpoint.write_bytes(whole)
     (tmp_path / "run.zarr/commits/0000000003.json").unlink()
     with pytest.raises(CorruptStoreError, match="a commit record is missing"):
         pickle.loads(early)  # noqa: S301

@@ -171,15 +171,18 @@ class CommitLog:
     def checkpoint(self, until: int | None) -> Checkpoint | None:
         """Return the latest checkpoint that is not after commit `until`, or None."""
         with reading(self._owner, "reading its commit log"):
-            numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
-            for number in reversed(numbers):
-                path = _path(CHECKPOINTS, number)
-                with suppress(FileNotFoundError):  # another process has removed it since
-                    return self._checkpoint(path, number, self._files.read(path))
-        return None
+            return next(filter(None, map(self._checkpoint, self._checkpoints(until))), None)
 
-    def _checkpoint(self, path: str, number: int, data: bytes) -> Checkpoint:
-        state = unsealed(self._owner, path, data)
+    def _checkpoints(self, until: int | None) -> list[int]:
+        """Return numbers of checkpoints that are not after this commit, the latest first."""
+        return [number for number in reversed(_numbers(self._files.names(CHECKPOINTS))) if until is None or number <= until]
+
+    def _checkpoint(self, number: int) -> Checkpoint | None:
+        path = _path(CHECKPOINTS, number)
+        try:
+            state = unsealed(self._owner, path, self._files.read(path))
+        except FileNotFoundError:  # another process has removed it since
+            return None
         self._check(path, state, {"commits": number, "store": self._root.creation})
         return read_as(Checkpoint, state, f"{self._owner}: {path}")
 
@@ -195,7 +198,11 @@ class CommitLog:
                 head = self._head()
                 for _ in self.before(commits, last):
                     pass
-                self.checkpoint(commits)
+                for number in self._checkpoints(commits):
+                    try:
+                        self._checkpoint(number)
+                    except CorruptStoreError as error:
+                        yield str(error)
                 # the writer of the very first may have been killed before it could write it
                 if head is None and commits > 1 and self._root.chained:
                     yield f"{self._owner}: {_HEAD}/ names no last commit, expected {commits - 1}; restore it from a backup."
