@@ -50,9 +50,8 @@ class _Writer(Protocol):
     """Tries to commit what is new since the last `refresh`.
 
     Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
-    was committed then.  Rows ascend.  `end` records that the call is over, however it ended.  `settle` makes durable what is there already:
-    the process that committed it may not have flushed it yet; it raises CorruptStoreError where it is gone.  Each raises StoreWriteError when
-    the storage refuses.
+    was committed then.  Rows ascend.  `end` records that the call is over, however it ended.  `settle` makes durable what is there already,
+    as who committed it may not have flushed it yet; CorruptStoreError where it is gone.  Each raises StoreWriteError when the storage refuses.
     """
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool: ...
@@ -101,7 +100,8 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         Args:
             path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1`.
             manifest: what all rollouts will have in common.
-            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11, see `history`).  Labels are float32 in both.
+            logprob_dtype: "float32", or "float16" for half the bytes: off by up to 2**-11 of a value, or 3e-8 nats where that is more, so that what
+                is above -3e-8 becomes 0 (see `history`).  Labels are float32 in both.
             storage_options: credentials, endpoint and time limits; see `lopd.backends.files.cloud`.
 
         Raises:
@@ -137,7 +137,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
     def open_or_create(
         cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
     ) -> Self:
-        """Return the store that is there if it has this manifest, a new one if there is nothing.
+        """Return the store that is there if it has this manifest, whatever its `logprob_dtype`; a new one if there is nothing.
 
         Raises:
             ManifestMismatchError: a store with another manifest is there.
