@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
 from lopd.errors import CheckpointError, InvalidRecordError
-from lopd.records import Lineage, Manifest, ModelId, Provenance, Ranks, Rollout, SamplingParams, Scores
+from lopd.records import Lineage, Manifest, ModelId, Provenance, Ranks, Rollout, SamplingParams, Scores, Step
 from lopd.records.ranks import inner, on_first
 
 TEACHER = ModelId("teacher", "0", "float32")
@@ -115,6 +115,20 @@ def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | Non
     return {"history": history, "weights": on_first(inner(student).state_dict())}
 
 
+def unlike_steps(rank: int, size: int) -> dict[str, list[Step]]:
+    """Return steps of several ranks that do not belong together."""
+    options: dict[str, Any] = {"rollouts_per_step": 4, "tokens_per_batch": 50, "ref": "behavior"}
+    own, whole = ([*batches(make_store(1), ranks=ranks, **options)[:3]] for ranks in (Ranks(rank, size), Ranks()))
+    return {
+        "one share": [*batches(make_store(1), ranks=Ranks(0, size), **options)[:1]],
+        "made before the group": whole,
+        "another left out": [step for step in own if step.index != 1 or rank != 1],
+        "one more": own[: 1 + (rank == 0)],
+        "more batches": [Step(0, (own[0].batches[0],) * (1 + (rank == 0)))],
+        "no batches": [Step(0, own[0].batches[: int(rank == 0)])],
+    }
+
+
 def main(rank: int, size: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     found: dict[str, Any] = {}
@@ -137,6 +151,12 @@ def main(rank: int, size: int, folder: str) -> None:
             next(opd_steps(student, stream, FusedOPDLoss(), make_optimizer(student)))
         except InvalidRecordError as error:
             found[f"{wrap} seeds of their own"] = str(error)
+        for name, steps in unlike_steps(rank, size).items():
+            of = make_student(case, Ranks.current())
+            try:
+                found[f"{wrap} {name}"] = len(list(opd_steps(of, steps, FusedOPDLoss(), make_optimizer(of))))
+            except InvalidRecordError as error:
+                found[f"{wrap} {name}"] = str(error)
         inner(student).export(Path(folder) / f"export-{wrap}", build_tokenizer(), Lineage())
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

@@ -1,6 +1,7 @@
 """Training on several ranks: weights, gradients and metrics of one process, whatever wraps the student and however a step is shared out."""
 
 import math
+import re
 import subprocess
 import sys
 
@@ -78,6 +79,27 @@ def test_ranks_whose_steps_are_not_shares_of_one_are_refused(wrap, several):
     said = several[0][f"{wrap} seeds of their own"]
     assert said.startswith("Step 0: rank 1 has a share of step 0 (")
     assert "), expected one of rank 0's step 0 (" in said
+
+
+UNLIKE = {
+    "one share": r"Step 0: rank 1 has share 0 of (\d), expected one of \1 that no other rank has; make the steps after the process group",
+    "made before the group": r"Step 0: rank 0 has share 0 of 1, expected one of \d that no other rank has",
+    "another left out": r"Step 2: rank 1 has a share of step 2 .*, expected one of rank 0's step 1 .*leave out the same steps on each",
+    "one more": "Steps: rank 1 has come to their end, and rank 0 has another; give each as many",
+    "more batches": r"Step 0: rank 1 has 1 micro-batches and rank 0 has 2, expected as many on each rank; .*`Step\.idle`",
+    "no batches": "Step 0: rank 1 has 0 micro-batches and rank 0 has 1, expected as many",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_steps_of_ranks_that_do_not_belong_together_are_refused(unlike, wrap, several):
+    found = several[0][f"{wrap} {unlike}"]
+    if (unlike, wrap) == ("more batches", "ddp"):
+        assert found == 1, "DistributedDataParallel meets once a step"
+    else:
+        assert re.match(UNLIKE[unlike], found), found
 
 
 @pytest.mark.slow

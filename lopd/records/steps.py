@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lopd.records.drift import Drift, below, known_numbers
 from lopd.records.glance import ROWS, Glance, Glanced
+from lopd.records.ranks import Ranks
 
 
 @frozen(eq=False, repr=False)
@@ -133,6 +134,8 @@ class Step(Glanced):
         vocab_hash: hash of the vocabulary of these ids; `opd_steps` compares it with the student's.  None if it is not known.
         idle: so many of the last batches weigh nothing, and are there for this rank to keep step with others.
         shares: hash of how the whole step is shared among ranks; `opd_steps` compares it between them.  None if it is not known.
+        ranks: which share of the whole step this is; on several ranks `opd_steps` refuses a share that another rank has too.  None if it is not
+            known.
     """
 
     index: int
@@ -140,6 +143,7 @@ class Step(Glanced):
     vocab_hash: str | None = None
     idle: int = 0
     shares: str | None = None
+    ranks: Ranks | None = None
 
     def _glance(self) -> Glance:
         names = ("rollouts", "read tokens", "tokens that count")

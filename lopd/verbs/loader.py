@@ -149,7 +149,7 @@ class StepStream(Glanced):
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
         shared = _digest(np.concatenate([places, lengths, *chain.from_iterable(shares)]), "<i8")
-        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared)
+        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared, self.ranks)
 
     def _check_step(self, name: str, value: Any) -> int:
         owner = f"Steps on rows that begin with step {self.first} (`first`)" if self.first else "Steps"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from time import perf_counter
 
 import torch
@@ -81,7 +82,8 @@ def opd_steps(
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
-            steps, the loss gave another thing than the `LossOutput` of a batch, or `max_grad_norm` makes no sense.
+            steps, the same share, more steps, or other numbers of micro-batches than they can meet in; the loss gave another thing than the
+            `LossOutput` of a batch, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student; or it is wrapped so that torch would lose them, as
             DistributedDataParallel does where a trained parameter gets none in the first step.
     """
@@ -117,18 +119,16 @@ def _train(
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
         read = step.batches[: len(step.batches) - step.idle]
+        sizes = [
+            (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
+        ]
+        mine = torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
+        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = _summed(student, ranks, step, mine)
         if place_of_step == 0:
-            _check_shares(ranks, step)
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
             judge_labels(optimizer, loss, step.batches)
             judge_ends(optimizer, inner(student), read)
-        sizes = [
-            (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
-        ]
-        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = ranks.sum(
-            torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
-        ).tolist()
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
@@ -187,21 +187,56 @@ def _train(
             mean_label=labels / labelled if labelled else None,
             unlike_group=unlike / labelled if labelled else None,
         )
+    _summed(student, Ranks.current(), None, torch.zeros(7))  # the caller may have ended the group
 
 
 def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _check_shares(ranks: Ranks, step: Step) -> None:
-    """Refuse ranks whose steps are not shares of one: some rollouts would count twice, or the ranks wait for each other for ever."""
-    found = ranks.gather([(step.index, step.shares)])
-    for rank, (index, shares) in enumerate(found):
-        if (index, shares) != found[0]:
+def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step | None, sizes: Tensor) -> list[float]:
+    """Return the sizes summed over the ranks, which must all be at shares of one step, or all at the end of theirs (None).
+
+    Otherwise some rollouts would count twice and others never, or the ranks would wait for each other for ever.
+    """
+    found = ranks.gather([(step and evolve(step, batches=()), len(step.batches) if step else 0, sizes)])
+    if ranks.size > 1:
+        _check_shares([one for one, _, _ in found])
+        _check_counts(found[0][0], [count for _, count, _ in found], isinstance(student, DistributedDataParallel))
+    return reduce(torch.add, [own for _, _, own in found]).tolist()
+
+
+def _check_shares(found: list[Step | None]) -> None:
+    first = found[0]
+    for rank, step in enumerate(found):
+        if step is None or first is None:
+            if step is not first:
+                ended, other = (0, rank) if first is None else (rank, 0)
+                raise InvalidRecordError(
+                    f"Steps: rank {ended} has come to their end, and rank {other} has another; give each as many, and leave out the same on each."
+                )
+            continue
+        if (step.index, step.shares) != (first.index, first.shares):
             raise InvalidRecordError(
-                f"Step {index}: rank {rank} has a share of step {index} ({shares}), expected one of rank 0's step {found[0][0]} ({found[0][1]}); "
-                "open the store on every rank once it is written, and give all the same `rows`, `seed`, `rollouts_per_step` and `tokens_per_batch`."
+                f"Step {step.index}: rank {rank} has a share of step {step.index} ({step.shares}), expected one of rank 0's step {first.index} "
+                f"({first.shares}); open the store on every rank once it is written, give all the same `rows`, `seed`, `rollouts_per_step` and "
+                "`tokens_per_batch`, and leave out the same steps on each."
             )
+        if (mine := step.ranks) and (mine.size != len(found) or mine in [one and one.ranks for one in found[:rank]]):
+            raise InvalidRecordError(
+                f"Step {step.index}: rank {rank} has share {mine.rank} of {mine.size}, expected one of {len(found)} that no other rank has; make the "
+                "steps after the process group, or leave `ranks` of `batches` out."
+            )
+
+
+def _check_counts(step: Step | None, counts: list[int], wrapped: bool) -> None:
+    """Refuse ranks that would wait for each other within a step: DistributedDataParallel meets once in it, sharded layers in each micro-batch."""
+    least, most = min(counts), max(counts)
+    if step is not None and least < most and not (wrapped and least):
+        raise InvalidRecordError(
+            f"Step {step.index}: rank {counts.index(least)} has {least} micro-batches and rank {counts.index(most)} has {most}, expected as many on "
+            "each rank; add some whose tokens weigh nothing, as `batches` does (`Step.idle`)."
+        )
 
 
 def _check_output(loss: OPDLoss, output: object, batch: Batch) -> None:
