@@ -5,6 +5,7 @@ Trainer is given lopd's student as the model: what it calls is the student, and 
 
 from typing import Any
 
+import numpy as np
 import torch
 from attrs import frozen
 from tiny import QUESTIONS, model_folders
@@ -13,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, by_token, collate, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.errors import ArgumentError
-from lopd.protocols import LogprobReader, OPDLoss
+from lopd.guards import check_vocabulary
+from lopd.protocols import OPDLoss
 from lopd.records import LossOutput, make_prompts
 from lopd.verbs import StepStream
 
@@ -30,19 +32,22 @@ INSTEAD = {
 class Collator:
     """Rows of a store -> what the student is called with, and the labels by which Trainer counts the tokens of a step."""
 
-    store: LogprobReader
+    steps: StepStream
     loss: OPDLoss
 
     def __call__(self, rows: list[int]) -> dict[str, Any]:
         """Return arguments of `CausalLMStudent.forward`, and `labels`, which Trainer takes out again."""
+        # the columns that `batches` was given, by their roles
+        read = self.steps.columns.read(self.steps.store, np.array(rows))
+        roles = {name: name for name in ("teacher", "ref", "label", "label_mean") if name in read.scores}
         # by_token: the weights of a step add up to its number of tokens, which is what Trainer knows, over micro-batches and ranks
-        batch = collate(self.store.read(rows, columns=("teacher", "behavior")), by_token, teacher="teacher", ref="behavior")
+        batch = collate(read, by_token, **roles, top_k="teacher" if self.steps.columns.top_k else None)
         return {"batch": batch, "loss": self.loss, "labels": batch.targets.masked_fill(batch.weight == 0, -100)}
 
 
 def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:  # noqa: ARG001  # Trainer's names
     """Return a micro-batch's share of the step's mean: the `compute_loss_func` of Trainer."""
-    return output.loss_sum / num_items_in_batch
+    return output.loss_sum / num_items_in_batch.clamp(min=1)  # of a step in which no token counts the loss is 0
 
 
 def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
@@ -50,6 +55,7 @@ def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **o
     for name, value in options.items():
         if name in INSTEAD and value not in ("no", False, None):
             raise ArgumentError(f"Trainer: its option {name} is not for a student; leave it out, and {INSTEAD[name]}.")
+    check_vocabulary("Store", steps.store.manifest.tokenizer, "the student's", student.tokenizer)
     fixed = {
         "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
@@ -64,7 +70,7 @@ def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **o
         model=student,
         args=args,
         train_dataset=steps.rows.tolist(),
-        data_collator=Collator(steps.store, loss),
+        data_collator=Collator(steps, loss),
         compute_loss_func=mean_over_step,
     )
 

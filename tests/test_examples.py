@@ -11,26 +11,16 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from exchanged import assert_equal_stores
 from hub_stub import hub  # noqa: F401
 from safetensors.torch import load_file
 
-from lopd import (
-    CausalLMStudent,
-    FusedOPDLoss,
-    Lineage,
-    MemoryStore,
-    ZarrStore,
-    batches,
-    by_token,
-    collect_rollouts,
-    opd_steps,
-    score_rollouts,
-)
+from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ZarrStore, batches, by_token, collect_rollouts, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.errors import ArgumentError, StoreWriteError, TeacherConsistencyWarning
+from lopd.errors import ArgumentError, StoreWriteError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols.reading import rows_of
-from lopd.records import SamplingParams, fingerprint_tokenizer, make_prompts
+from lopd.records import Lineage, LossOutput, SamplingParams, fingerprint_tokenizer, make_prompts
 from lopd.testing import ScorerConformance, StoreConformance, tiny_manifest, tiny_rollout, tiny_scores
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -313,13 +303,14 @@ def test_13_one_step_of_trainer_is_one_of_opd_steps(run):
     source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
     store = MemoryStore(source.manifest)
     collect_rollouts(source, make_prompts(QUESTIONS, source.tokenizer), store)
-    score_rollouts(store, HFScorer.from_folder(teacher_dir))
+    for column, folder in {"teacher": student_dir, "better": teacher_dir}.items():
+        score_rollouts(store, HFScorer.from_folder(folder), column=column)
     loss, trained, losses = FusedOPDLoss(ratio_to_ref=True), [], []
     for _ in range(2):
         model, tokenizer = load_model(student_dir, torch.float32)
         trained.append(CausalLMStudent(model, fingerprint_tokenizer(tokenizer)))
 
-    steps = batches(store, rollouts_per_step=16, ref="behavior", weighting=by_token)[:1]
+    steps = batches(store, rollouts_per_step=16, teacher="better", ref="behavior", weighting=by_token)[:1]
     optimizer = torch.optim.SGD(trained[0].parameters(), lr=0.1)
     losses += [metrics.loss for metrics in opd_steps(trained[0], steps, loss, optimizer)]
 
@@ -358,7 +349,17 @@ def test_13_one_of_several_gpus_is_taken(run, monkeypatch):
 
     monkeypatch.setitem(make.__globals__, "TrainingArguments", with_two_gpus)
     monkeypatch.setitem(make.__globals__, "Trainer", SimpleNamespace)
-    assert make(None, SimpleNamespace(rows=np.arange(2), store=None), None, output_dir="out").args.n_gpu == 1
+    store = MemoryStore(tiny_manifest())
+    student, steps = SimpleNamespace(tokenizer=store.manifest.tokenizer), SimpleNamespace(rows=np.arange(2), store=store)
+    assert make(student, steps, None, output_dir="out").args.n_gpu == 1
+    student.tokenizer = evolve(student.tokenizer, vocab_hash="another")
+    with pytest.raises(TokenizerMismatchError, match="expected the student's another"):
+        make(student, steps, None, output_dir="out")
+
+
+def test_13_a_step_in_which_no_token_counts_has_a_loss_of_0(run):
+    _, names = run("13_transformers_trainer", as_main=False)
+    assert names["mean_over_step"](LossOutput(*torch.zeros(3)), None, torch.tensor(0)) == 0
 
 
 def test_13_as_a_page(run):
