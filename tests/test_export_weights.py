@@ -14,7 +14,7 @@ from lopd import CausalLMStudent, ModelId
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
 from lopd.engines.stored import StoredModel
-from lopd.errors import ModelError
+from lopd.errors import ModelError, ModelWarning
 from lopd.records import Lineage
 
 LINEAGE = Lineage(ModelId("writer", "1", "float32"))
@@ -135,8 +135,12 @@ def test_what_cannot_be_compared_is_exported(tokenizer, tmp_path, monkeypatch):
     assert (tmp_path / "out/model.safetensors").exists()
 
 
-def test_weights_that_are_no_numbers_are_exported_all_the_same(tokenizer, tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_no_numbers_are_exported_all_the_same_with_a_warning(value, tokenizer, tmp_path):
     student = CausalLMStudent(odd_model("Llama"), tokenizer)
-    torch.nn.init.constant_(student.model.lm_head.weight, torch.nan)
-    student.export(tmp_path / "out", tokenizer, LINEAGE)
-    assert load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].isnan().all()
+    with torch.no_grad():
+        student.model.lm_head.weight[1] = value
+    with pytest.warns(ModelWarning, match=r"its weight 'lm_head\.weight' goes from (nan|-inf) to .*; it is exported as it is"):
+        student.export(tmp_path / "out", tokenizer, LINEAGE)
+    finite = load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].isfinite()
+    assert torch.equal(finite, student.model.lm_head.weight.isfinite())

@@ -1,5 +1,6 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
+import math
 import warnings
 from operator import index
 from pathlib import Path
@@ -25,6 +26,7 @@ from lopd.records.manifest import SamplingParams
 from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, on_first, prepare_sharded, sharded
 from lopd.records.steps import Batch, LossOutput
+from lopd.records.warn import warn_user
 
 
 class _Saved(TokenizerLike, Protocol):
@@ -200,7 +202,7 @@ class CausalLMStudent(nn.Module):
         notes, are kept.
 
         Warns:
-            ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself.
+            ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself; or some of its weights are not finite.
 
         Raises:
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
@@ -219,6 +221,7 @@ class CausalLMStudent(nn.Module):
         folder = local_path("Export", folder)
         # on each rank: one that refuses alone would leave the others waiting
         Ranks.current().each(lambda: _check_adapters(self.model, before=False, found=self._changed_base))
+        _judge_finite(self.model)
         state = on_first(without_runners(self.model).state_dict()) if sharded(self) else None
         Ranks.current().first(lambda: export_model(self.model, tokenizer, lineage, folder, state))
 
@@ -230,3 +233,19 @@ def _check_adapters(model: Any, *, before: bool, found: str | None = None) -> st
 
         return check_base(model, before=before, found=found)
     return None
+
+
+def _judge_finite(model: nn.Module) -> None:
+    """Warn of weights of this rank that are NaN or infinite, by their extremes: to look at each by itself would take a copy in memory."""
+    for name, parameter in model.named_parameters():
+        part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        # of narrower types, as quantised weights have, torch knows no extremes
+        if part.is_floating_point() and part.element_size() > 1 and part.numel():
+            least, most = map(float, part.detach().aminmax())
+            if not (math.isfinite(least) and math.isfinite(most)):
+                warn_user(
+                    f"Student: its weight {name!r} goes from {least} to {most}, expected finite numbers; it is exported as it is; train again from "
+                    "an earlier checkpoint, at a lower learning rate.",
+                    ModelWarning,
+                )
+                return
