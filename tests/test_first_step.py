@@ -30,7 +30,7 @@ from lopd import (
     watch_drift,
 )
 from lopd.engines.hf import HFScorer
-from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
+from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE, MIN_ESS, judge_baseline, judge_policy
 from lopd.losses.beside import EntropyBonus
 from lopd.losses.objective import OPDObjective
@@ -46,6 +46,12 @@ def sft(student, optimizer, store, steps=1):
 
 def student_in(llama, dtype=torch.float32):
     return CausalLMStudent(copy.deepcopy(llama).to(dtype), TOKENIZER_ID)
+
+
+def test_an_optimizer_whose_step_needs_a_closure_is_refused_by_the_call(llama, scored):
+    student = student_in(llama)
+    with pytest.raises(ArgumentError, match="Optimizer LBFGS: its step needs a closure"):
+        opd_steps(student, batches(scored, teacher=None), SFTLoss(), torch.optim.LBFGS(student.parameters()))
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-6), (torch.bfloat16, 1e-5), (torch.float32, 1e-12)])

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, signature
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
+from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.drift import Drift
 from lopd.records.ranks import Ranks
@@ -50,7 +51,16 @@ def _warn_once(optimizer: Optimizer, subject: str, message: str, category: type[
 
 
 def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
-    """Warn if the optimizer lacks some of the trained parameters, or has others where there are several ranks."""
+    """Warn if the optimizer lacks some of the trained parameters, or has others where there are several ranks.
+
+    Raises:
+        ArgumentError: its step needs a closure, as that of LBFGS does.
+    """
+    closure = signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is Parameter.empty:
+        raise ArgumentError(
+            f"Optimizer {type(optimizer).__name__}: its step needs a closure, which computes a step several times; pass one that does not."
+        )
     theirs = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     others = {key for key, parameter in theirs.items() if parameter.requires_grad} - {id(parameter) for parameter in trained.values()}
     if others and (ranks := Ranks.current().size) > 1:
