@@ -20,10 +20,11 @@ from transformers.integrations.flash_attention import get_target_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import tiny_models
 from tiny_models import build_model
 
 from lopd import CausalLMStudent, FusedOPDLoss
-from lopd.engines import borders
+from lopd.engines import borders, causal_lm, probes
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFScorer, load_model, loading
 from lopd.engines.masks import known_rows
@@ -61,6 +62,36 @@ def test_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, take, w
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "size"), [("falcon_h1", 0.1), ("lfm2", 0.02)])
+def test_a_hybrid_whose_weights_hardly_show_it_is_not_packed(kind, size, dtype, monkeypatch):
+    """What is taken here holds for all models of its structure, whatever their weights."""
+    monkeypatch.setattr(tiny_models, "_spread", lambda model: None)
+    model = build_model(kind, initializer_range=size, vocab_size=TOKENIZER_ID.vocab_size).to(dtype)
+    with take_flash(model):
+        assert check_training(model, TOKENIZER_ID.vocab_size) is row_hidden_states
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("ctrl", lambda model: model),  # it scales its embeddings in place
+        ("olmoe", lambda model: model.requires_grad_(False)),
+        ("mistral", lambda model: model.model.compile(backend="eager")),
+    ],
+    ids=["in place", "frozen experts", "compiled"],
+)
+def test_what_is_right_packed_stays_packed_and_as_it_was(kind, change, monkeypatch):
+    monkeypatch.setattr(probes, "knows_lengths", lambda model: True)
+    monkeypatch.setattr(causal_lm, "knows_lengths", lambda model: True)
+    model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size).bfloat16()
+    change(model)
+    with torch.no_grad():
+        assert check_training(model, TOKENIZER_ID.vocab_size) is packed_hidden_states
+    assert not model.get_input_embeddings()._forward_hooks
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

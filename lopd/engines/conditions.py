@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lopd.engines.causal_lm import hidden_states, text_config, unwrap
 from lopd.errors import ModelError, ModelWarning
@@ -171,3 +172,21 @@ def randomly(model: Any) -> Iterator[None]:
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
+
+
+@contextmanager
+def embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
+    """Give a list of what the input embeddings return meanwhile: leaves, to which a gradient can be taken."""
+    kept: list[Tensor] = []
+
+    def keep(*given: Any) -> Tensor:
+        kept.append(given[-1].detach().requires_grad_())
+        return kept[-1].clone()  # some families scale it in place
+
+    # what is compiled does not see a new hook, and FlexAttention warns where it is not compiled
+    with (
+        torch.compiler.set_stance("force_eager"),
+        warnings.catch_warnings(action="ignore"),
+        unwrap(model).get_input_embeddings().register_forward_hook(keep),
+    ):
+        yield kept

@@ -25,7 +25,7 @@ from lopd.engines.causal_lm import (
     row_hidden_states,
     unwrap,
 )
-from lopd.engines.conditions import check_causal_lm, keep_caps, randomly, recompute_plainly, warn_of_bfloat16
+from lopd.engines.conditions import check_causal_lm, embeddings_kept, keep_caps, randomly, recompute_plainly, warn_of_bfloat16
 from lopd.engines.structure import is_exact, once
 from lopd.errors import LopdError, ModelError
 
@@ -86,8 +86,20 @@ def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
     with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training", _step(probe)), probe.precision():
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
+        if probe.hidden is packed_hidden_states:
+            _check_apart(probe)
         with refusing(model, "training", "leave out `autocast`"), evolve(probe, autocast=autocast).precision():
             probe.cut([ids_S])
+
+
+@torch.enable_grad()
+def _check_apart(probe: "_Probe") -> None:
+    """Check that nothing of a packed rollout reaches the next one: what is too small to see with these weights is not with others."""
+    ids_S = probe.rows()[-1][: len(_PROBE_IDS)]
+    with embeddings_kept(probe.model) as embedded:
+        reached = torch.autograd.grad(probe.cut([ids_S, ids_S])[len(ids_S) :].logsumexp(-1).sum(), embedded)
+    if any(bool(part.reshape(2, len(ids_S), -1)[0].any()) for part in reached):
+        probe.refuse("a packed rollout reaches the next one")
 
 
 def _prepare(model: Any, vocab_size: int, ability: str, autocast: torch.dtype | None = None) -> "_Probe":
@@ -189,9 +201,7 @@ class _Probe:
         changed_S = ids_S.clone()
         changed_S[-1] = (changed_S[-1] + 1) % self.vocab_size
         if not self.same(self.cut([changed_S])[:-1], cut_SV[:-1]):
-            self.refuse(
-                "a later token changes the logits of an earlier one", "load it as a decoder (`is_decoder=True`), or use a causal LM"
-            )
+            self.refuse("a later token changes the logits of an earlier one", "load it with `is_decoder=True`, or use a causal LM")
 
     def check_alone(self, rows: Sequence[Tensor], place: int, together_SV: Tensor, alone_SV: Tensor) -> None:
         """Check that a rollout in a batch has the logits that it has alone; the cause of a difference is looked for only if there is one."""
