@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import warnings
 
 import numpy as np
@@ -205,6 +206,20 @@ def test_a_model_that_no_way_decodes_right_is_refused_with_the_cause_and_the_nex
     model.get_decoder().register_forward_hook(alone_is_another_function, with_kwargs=True)
     with pytest.raises(ModelError, match=r"Model LlamaForCausalLM: sampling is not possible here, because decoding .*; sample with vLLM"):
         check_sampling(model, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "distance", "right"),
+    [(torch.bfloat16, 0.2, True), (torch.bfloat16, math.inf, False), (torch.float32, 0.2, False)],
+    ids=["rounding", "NaN", "float32"],
+)
+def test_the_way_without_a_cache_is_not_refused_for_rounding(dtype, distance, right, family, monkeypatch):
+    monkeypatch.setattr(structure, "_of_all", {})
+    monkeypatch.setattr(probing, "_distances", lambda model, vocab_size, way: iter([[distance]]))
+    model = copy.deepcopy(family("llama")).to(dtype)
+    refused = pytest.raises(ModelError, match="decoding without a cache gives other log-probs")
+    with pytest.warns(ModelWarning, match="right but slow") if right else refused:
+        assert check_sampling(model, VOCAB) is Way.WHOLE
 
 
 def test_prompts_of_unlike_length_share_no_batch_where_padding_is_wrong(family, tokenizer, prompts):
