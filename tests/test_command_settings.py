@@ -6,8 +6,10 @@ import re
 from contextlib import nullcontext
 
 import pytest
+from chat_tokenizers import byte_tokenizer
 from test_command_run import example, here, models, written  # noqa: F401
 
+from lopd import make_prompts
 from lopd.errors import ConflictError, InvalidRecordError
 from lopd.tools.command import main, settings
 from lopd.tools.command.before import prepare
@@ -136,6 +138,26 @@ def test_a_folder_that_cannot_be_taken_is_one_sentence(here, tmp_path, capsys, m
 def test_a_scalar_that_yaml_cannot_make_is_one_sentence(scalar, tmp_path):
     with pytest.raises(InvalidRecordError, match="it cannot be read"):
         read_settings(written(tmp_path, f"out: {scalar}\n"))
+
+
+def test_answers_and_ids_in_the_file_are_as_they_are_written(tmp_path):
+    """YAML 1.1 reads no as false, 1:30 as 90 and 010 as 8; a verifier would compare with another answer."""
+    words = ["no", "1:30", "0777", "2e5", "1_000", "1.50", "2024-1-5", "2024-13-45", "True", ".nan", "9" * 5000, "4", "-0.5", "true", "1/2"]
+    lines = [f"- {{prompt: a, id: {word if word != 'true' else 'b'}, answer: {word}}}" for word in words]
+    lines += [
+        "- {prompt: a, answer: ~}",
+        "- {prompt: a, answer: &w 010}",
+        "- {prompt: a, answer: *w, chat_template_kwargs: {n: *w, think: no}}",
+    ]
+    rest = {key: value for key, value in example(out="a").items() if key != "prompts"}
+    prompts = read_settings(
+        written(tmp_path, "\n".join([*(f"{key}: {json.dumps(rest[key])}" for key in rest), "prompts:", *lines]))
+    ).prompts
+    made = make_prompts(prompts[:-1], byte_tokenizer(None))
+    assert [prompt.answer for prompt in made] == [*words, None, "010"]
+    assert [prompt.prompt_id for prompt in made[: len(words) - 2]] == words[:-2]
+    assert [prompts[words.index(word)]["answer"] for word in ("4", "-0.5", "true")] == [4, -0.5, True], "a run is known by what they were"
+    assert (prompts[-1]["answer"], prompts[-1]["chat_template_kwargs"]) == ("010", {"n": 8, "think": False})
 
 
 @pytest.mark.parametrize(

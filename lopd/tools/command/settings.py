@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from lopd.records.checks import check_at_least, check_number
 from lopd.records.manifest import SamplingParams
 from lopd.records.optional import need
 from lopd.records.paths import local_path, read_regular, without_secrets
-from lopd.records.plain import plain
+from lopd.records.plain import as_text, plain
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
 
@@ -23,6 +24,8 @@ _PASSING = ("seeds", "out", "device", "served_as", "key_variable", "wait", "rows
 _LARGEST_GROWTH = 100
 # They are counted up to this: a number of thousands of digits cannot be shown.
 _MANY = 1 << 60
+#: Kinds of plain words that YAML 1.1 rewrites: no is false to it, 1:30 is 90, and 010 is 8.
+_READ_AS_VALUES = ("bool", "int", "float", "timestamp")
 
 
 @frozen
@@ -216,12 +219,27 @@ def read_settings(path: str | Path) -> RunSettings:
 
 
 def _loader(yaml: Any) -> Any:
-    """Return YAML's safe loader, which also refuses a key that is there twice, and anchors that grow, and takes 1e-3 for a number."""
+    """Return YAML's safe loader, which also refuses a key that is there twice, and anchors that grow, and takes 1e-3 for a number.
+
+    Answers and ids of prompts are as they are written.
+    """
+
+    def as_written(self: Any, node: Any) -> Any:
+        if node.tag.rpartition(":")[2] not in _READ_AS_VALUES:
+            return node
+        with suppress(ValueError, OverflowError):  # a number too long to read, or a month 13
+            if as_text(plain(self.construct_object(node), "")) == node.value:
+                return node
+        return yaml.ScalarNode("tag:yaml.org,2002:str", node.value)
 
     def construct_document(self: Any, node: Any) -> Any:
         if (size := _size(node, seen := dict[int, int]())) > _LARGEST_GROWTH * len(seen):
             problem = f"its anchors make {size:,} values of {len(seen):,} that are written"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        tops = node.value if isinstance(node, yaml.MappingNode) else ()
+        lists = (part.value for key, part in tops if key.value == "prompts" and isinstance(part, yaml.SequenceNode))
+        for record in (record for records in lists for record in records if isinstance(record, yaml.MappingNode)):
+            record.value = [(key, as_written(self, part) if key.value in ("answer", "id") else part) for key, part in record.value]
         return yaml.SafeLoader.construct_document(self, node)
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
