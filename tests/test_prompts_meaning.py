@@ -344,6 +344,27 @@ def test_a_role_whose_text_the_template_leaves_out_is_doubted():
     make_prompts([CONVERSATION], byte_tokenizer(THINKING))
 
 
+def test_an_answer_or_a_result_of_a_tool_that_changes_nothing_is_doubted():
+    """Phi 3 knows three roles, and writes nothing of others."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    asked = [*ask("hi"), call, {"role": "tool", "content": [{"type": "text", "text": "5"}]}, *ask("and?")]
+    strips = "{{ (m.content | string).split('</think>')[-1] | trim | tojson }}{{ m.tool_calls }}"
+    for without, kept in (("tool", "assistant"), ("assistant", "tool")):
+        template = CHATML.replace("%}<|im_start|>", f" if m.role != '{without}' %}}<|im_start|>", 1).replace("{{ m['content'] }}", strips)
+        said = [*asked, {"role": "assistant", "content": "<think>so</think> 6"}, *ask("so?")]
+        with pytest.warns(
+            PromptWarning, match=rf"Prompt number 1: the chat template leaves out the text of the role '{without}'"
+        ) as caught:
+            make_prompts([[message for message in said if message["role"] != without], said, said], byte_tokenizer(template))
+        assert len(caught) == 1
+        make_prompts([[message for message in said if message["role"] in ("user", kept)]], byte_tokenizer(template))
+    refusing = CHATML.replace(
+        "<|im_start|>", "{% if 'lopd' in m.content and m.role == 'tool' %}{{ raise_exception('') }}{% endif %}<|im_start|>", 1
+    )
+    make_prompts([[*ask("hi"), {"role": "tool", "content": "5"}]], byte_tokenizer(refusing))
+    make_prompts([asked], byte_tokenizer(THINKING))
+
+
 @pytest.mark.parametrize(
     ("contents", "message"),
     [

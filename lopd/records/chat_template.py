@@ -127,14 +127,25 @@ class ChatTemplate:
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """Return a role whose text the template does not write; tried once for each set of roles."""
-        roles = frozenset(message["role"] for message in messages)
+        roles = frozenset(message["role"] for message in messages if text_of(message))
         if roles in self._tried or not self._source:
             return None
         self._tried.add(roles)
-        # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten
-        written = folded(self._apply(messages, tools, variables, tokenize=False))
-        wanted = (message for message in messages if message["role"] in {"system", "developer", "user"})
-        return next((message["role"] for message in wanted if folded(text_of(message)) not in written), None)
+        whole = str(self._apply(messages, tools, variables, tokenize=False))
+
+        def written(role: str) -> bool:
+            texts = [text_of(message) for message in messages if message["role"] == role]
+            if role not in {"assistant", "tool"}:
+                # spaces and case may be the template's
+                return all(folded(text) in folded(whole) for text in texts)
+            # what an assistant thought, or a tool gave, is often rewritten, so that it counts whether another text changes anything
+            longer = [
+                {**message, "content": text + PROBE} if message["role"] == role and (text := text_of(message)) else message
+                for message in messages
+            ]
+            return self._attempt(longer, tools, variables) != whole
+
+        return next((role for role in ("system", "developer", "user", "assistant", "tool") if role in roles and not written(role)), None)
 
     def mark_in(self, messages: Messages) -> str | None:
         """Return a special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
@@ -186,10 +197,10 @@ class ChatTemplate:
         messages: Messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         return self._attempt(messages) is not None
 
-    def _attempt(self, messages: Messages, **how: Any) -> str | None:
+    def _attempt(self, messages: Messages, tools: Any = None, variables: Mapping[str, Any] | None = None, **how: Any) -> str | None:
         """Return what the template writes of messages of lopd's own; None if it refuses them: what it raises for a prompt is reported there."""
         try:
-            return str(self._apply(messages, None, {}, tokenize=False, **how))
+            return str(self._apply(messages, tools, variables or {}, tokenize=False, **how))
         except Exception:  # a template may raise anything
             return None
 
