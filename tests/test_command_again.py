@@ -23,6 +23,8 @@ from lopd.engines.vllm import VLLMScorer
 from lopd.errors import (
     ConflictError,
     ContextWarning,
+    InvalidRecordError,
+    PromptWarning,
     QuarantineWarning,
     RefusedPromptsWarning,
     SamplerWarning,
@@ -32,7 +34,7 @@ from lopd.tools import phases
 from lopd.tools.command import before, main
 from lopd.tools.command.before import fixed_by, read_verifier
 from lopd.tools.command.settings import read_settings
-from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes
+from lopd.tools.command.whole_run import _AFTER, _BEFORE, _changes, _Seeded
 from lopd.tools.command_line import print_json
 
 pytestmark = [
@@ -234,6 +236,32 @@ def test_a_prompt_that_does_not_fit_is_said_before_anything_is_done_and_is_not_h
     with pytest.warns(RefusedPromptsWarning):
         assert main(["run", written(here, example(**{**changes, "evaluation": {"held_out": 3}, "out": str(tmp_path / "other")}))]) == 2
     assert "there are 3 that fit, expected more than evaluation.held_out" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_copies_of_a_prompt_are_held_out_as_one_and_an_id_that_is_there_twice_is_refused_at_once(here, tmp_path, capsys):
+    texts = ["what is 2 + 1?"] * 5 + ["what is 2 + 2?"] * 2 + ["what is 2 + 3?", "what is 2 + 4?"]
+
+    def prepared(prompts, held_out=3):
+        found = read_settings(written(tmp_path, example(prompts=prompts, evaluation={"held_out": held_out}, out=str(tmp_path / "run"))))
+        return found, *before.prepare(found)
+
+    with pytest.warns(PromptWarning, match=r"Run: 5 of 9 prompts have the tokens of another, .* drop them"):
+        found, prompts, unfit = prepared(texts)
+    for seed in range(4):
+        run = _Seeded.of(found, seed, prompts, unfit)
+        held_out, sampled = ([prompt.text for prompt in part] for part in (run.held_out, run.prompts))
+        assert len({*held_out}) == len(held_out) == 3
+        assert sorted(sampled) == sorted(text for text in texts if text not in held_out)
+    with pytest.warns(PromptWarning), pytest.raises(InvalidRecordError, match="there are 4 of other tokens each, expected more than"):
+        prepared(texts, held_out=4)
+    np.random.default_rng(1).shuffle(order := [*range(4)])
+    found, prompts, unfit = prepared([f"what is {i} + 1?" for i in range(4)])
+    run = _Seeded.of(found, 1, prompts, unfit)
+    assert [*run.held_out, *run.prompts] == [prompts[i] for i in order], "what a run did before copies were looked for"
+    twice = [{"prompt": f"what is {i} + 1?", "id": "same" if i < 2 else str(i)} for i in range(9)]
+    assert main(["run", written(here, example(prompts=twice, out=str(tmp_path / "other")))]) == 2
+    assert "Prompt 'same': its id occurs twice" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

@@ -240,7 +240,7 @@ def test_a_second_call_finds_everything_done_and_json_is_the_summary(unbroken, h
 def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken, here, capsys):
     assert main(["run", written(here, example(opd__steps=13), "other.yaml")]) == 2
     assert "opd.steps is 13 now, and was 16 when runs/command/seed-0/phases/opd.json was written; go back" in capsys.readouterr().err
-    assert main(["run", written(here, example(prompts=["a"] * 20), "other.yaml")]) == 2
+    assert main(["run", written(here, example(prompts=[f"a{i}" for i in range(20)]), "other.yaml")]) == 2
     said = capsys.readouterr().err
     assert "prompts is '" in said
     assert "phases/sft-text.attempts was written; go back to that, or choose another folder.\n" in said

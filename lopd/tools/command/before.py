@@ -18,6 +18,7 @@ from lopd.errors import (
     ContextOverflowError,
     EngineError,
     InvalidRecordError,
+    PromptWarning,
     RefusedPromptsWarning,
     SamplerWarning,
     TeacherConsistencyError,
@@ -25,6 +26,7 @@ from lopd.errors import (
 )
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
+from lopd.protocols.doors import check_prompt_list
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
 from lopd.records.paths import asked, local_path, path_or_url, said_without_secrets, without_secrets
@@ -57,6 +59,7 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
     """Refuse a run that cannot end well, take its folder, and return the prompts, and the ids of those that do not fit.
 
     Warns:
+        PromptWarning: some have the tokens of another.
         RefusedPromptsWarning: there are some that do not fit, see `_unfit`.
         SamplerWarning: the loss would have a biased gradient.
         TrainingWarning: a rollout may be too long for a micro-batch.
@@ -66,7 +69,7 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
         StoreWriteError: `out` cannot be written to.
         TokenizerMismatchError: student and teacher do not share a vocabulary.
         TeacherConsistencyError: the teacher is not known to have written the text of SFT.
-        InvalidRecordError: there are too few prompts, a file that is named is not there, or the verifier cannot judge an empty text.
+        InvalidRecordError: there are too few prompts, two have one id, a file that is named is not there, or the verifier cannot judge an empty text.
     """
     tokenizer = s.student.tokenizer()
     ours = fingerprint_tokenizer(tokenizer)
@@ -83,12 +86,18 @@ def prepare(s: RunSettings) -> tuple[list[Prompt], set[str]]:
         prompts = lopd.read_prompts(
             given.file, tokenizer, field=given.field, template=given.template, chat_template_kwargs=variables, date=day
         )
-    unfit = _unfit(s, prompts, ours)
-    fit = len(prompts) - len(unfit)
-    if s.evaluation and fit <= s.evaluation.held_out:
-        raise InvalidRecordError(
-            f"Prompts: there are {fit}{' that fit' * bool(unfit)}, expected more than evaluation.held_out; hold out fewer."
+    check_prompt_list(prompts, unique=True)
+    if copies := len(prompts) - len({prompt.token_ids.tobytes() for prompt in prompts}):
+        warn_user(
+            f"Run: {copies} of {len(prompts)} prompts have the tokens of another, and are sampled beside it, or left out where it is held out; drop "
+            "them, and for more samples of each raise sampling.samples_per_prompt.",
+            PromptWarning,
         )
+    unfit = _unfit(s, prompts, ours)
+    fit = len({prompt.token_ids.tobytes() for prompt in prompts if prompt.prompt_id not in unfit})
+    if s.evaluation and fit <= s.evaluation.held_out:
+        which = " that fit" * bool(unfit) + " of other tokens each" * bool(copies)
+        raise InvalidRecordError(f"Prompts: there are {fit}{which}, expected more than evaluation.held_out; hold out fewer.")
     _check_batches(s, [prompt.token_ids.size for prompt in prompts if prompt.prompt_id not in unfit])
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:

@@ -122,10 +122,14 @@ class _Seeded:
 
     @classmethod
     def of(cls, s: RunSettings, seed: int, prompts: list[Prompt], unfit: set[str]) -> "_Seeded":
-        held_out = s.evaluation.held_out if s.evaluation else 0
         np.random.default_rng(seed).shuffle(shuffled := [*prompts])
         shuffled.sort(key=lambda prompt: prompt.prompt_id in unfit)  # an evaluation asks for all of its prompts, and would end
-        return cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), shuffled[held_out:], shuffled[:held_out])
+        distinct = dict[bytes, Prompt]()  # copies of one would be draws of one question, and be sampled only to be dropped
+        for prompt in shuffled:
+            distinct.setdefault(prompt.token_ids.tobytes(), prompt)
+        held_out = dict([*distinct.items()][: s.evaluation.held_out if s.evaluation else 0])
+        sampled = [prompt for prompt in shuffled if prompt.token_ids.tobytes() not in held_out]
+        return cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), sampled, [*held_out.values()])
 
     def finish(self) -> list[_Phase]:
         """Do the phases that are left; return all of them."""
