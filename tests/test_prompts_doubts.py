@@ -121,8 +121,14 @@ def test_text_that_carries_the_template_already_is_doubted_and_verbatim_text_has
 
 
 @pytest.mark.parametrize("write", [json.dumps, partial(json.dumps, indent=2), str])
-def test_messages_as_text_are_doubted(write, tmp_path):
-    path = jsonl(tmp_path / "p.jsonl", [{"messages": write([{"role": "user", "content": "hi"}])}])
+def test_messages_as_text_are_doubted_and_read_where_they_are_json_under_their_own_key(write, tmp_path):
+    text = write([{"role": "user", "content": "hi", "name": None}])
+    if write is not str:
+        (plain, *others), sentences = doubts(lambda: make_prompts(["hi", {"messages": text}, {"messages": "hi"}], byte_tokenizer()))
+        assert (sentences, [other.token_ids.tolist() for other in others]) == ([], [plain.token_ids.tolist()] * 2)
+        with pytest.raises(PromptError, match=r"Prompt number 0: its last message is the assistant's \('hi'\); drop the answer"):
+            make_prompts([{"messages": text.replace("user", "assistant")}], byte_tokenizer())
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt" if write is not str else "messages": text}])
     prompts, sentences = doubts(lambda: read_prompts(path, byte_tokenizer()))
     assert prompts[0].text.startswith("[")
     assert sentences == [

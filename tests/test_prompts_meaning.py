@@ -135,7 +135,7 @@ def test_templates_are_shown_calls_as_servers_show_them():
     strict = byte_tokenizer(
         CHATML.replace("m['content'] }}", "m.content.strip() }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}")
     )
-    empty = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": ""}]}
+    empty = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": " "}]}
     assert 'assistant\n[{"name": "f", "arguments": {}}]' in only([*ask("x"), empty, *ask("y")], strict)
 
 
@@ -172,6 +172,8 @@ def test_tools_are_also_functions_or_json_text():
     tokenizer = byte_tokenizer(THINKING)
     assert '"name": "weather", "description": "Look up the weather."' in only("hi", tokenizer, tools=[weather])
     assert only({"prompt": "hi", "tools": json.dumps([CLOCK])}, tokenizer) == only("hi", tokenizer, tools=[CLOCK])
+    blank = {"prompt": "hi", "tools": "", "chat_template_kwargs": " "}
+    assert only(blank, tokenizer, tools=[CLOCK]) == only("hi", tokenizer, tools=[CLOCK]), "as CSV has what is not there"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,10 @@ def _with_arguments(call: Any, where: str) -> Any:
         return call
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _with_arguments(call["function"], where)}
-    return {**call, "arguments": from_json(call["arguments"] or "{}", where, "arguments")} if "arguments" in call else call
+    if "arguments" not in call:
+        return call
+    given = call["arguments"].strip() if isinstance(call["arguments"], str) else call["arguments"]
+    return {**call, "arguments": from_json(given or "{}", where, "arguments")}
 
 
 class Names:

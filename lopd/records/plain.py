@@ -78,7 +78,7 @@ def present(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_json(value: Any, owner: str, key: str) -> Any:
-    """Return what a value that may be JSON text stands for: nested values are often kept as text in columns.
+    """Return what a value that may be JSON text stands for: nested values are often kept as text in columns; None for blank text.
 
     Raises:
         PromptError: it is text that is not JSON.
@@ -86,7 +86,7 @@ def from_json(value: Any, owner: str, key: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{owner}: {key!r} is text that is not JSON ({error}); write the value itself.") from error
 

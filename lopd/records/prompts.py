@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import date as Date  # noqa: N812 -- `date` is an argument here
 from typing import Any
 
@@ -10,8 +11,8 @@ from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several, with_value
 from lopd.records.files import named_file, read_records
-from lopd.records.plain import as_id, as_text, plain
-from lopd.records.rendering import Rendering
+from lopd.records.plain import as_id, as_text, from_json, plain
+from lopd.records.rendering import MESSAGES, Rendering
 from lopd.records.rollouts import Prompt
 
 
@@ -73,7 +74,8 @@ def make_prompts(
 ) -> list[Prompt]:
     """Return prompts from strings (one user message each), lists of messages, or records such as the rows of a Hugging Face dataset.
 
-    A record is a mapping; `record[field]`, or else `record["messages"]`, is a string or a list of messages with "role" and "content".
+    A record is a mapping; `record[field]`, or else `record["messages"]`, is a string or a list of messages with "role" and "content";
+    the second may be JSON text, as tables keep lists.
     "id" and "answer" are taken over; without "id" a prompt is named after its tokens.  "tools" and "chat_template_kwargs" go to the chat
     template, and so does each key of a message.  Keys that are null count as missing, and whole floats as ints, at every depth, so that JSONL,
     parquet and datasets give the same ids.  A columnar file has one order of keys for all records, and a template writes tools in the order
@@ -131,7 +133,8 @@ def _make(
                 f"{where}: its keys with a value are {with_value(record)}, expected {field!r} or 'messages'; name the prompt's with `field`."
             )
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
-        content = in_template(template, checked(known[used], field, where), where)
+        given = _decoded(known[used], where) if used == "messages" else known[used]
+        content = in_template(template, checked(given, field, where), where)
         ids = rendering.tokenise(where, content, known["tools"], known["chat_template_kwargs"])
         name = as_id(known["id"], where) or _name(ids, seen)
         if max_tokens is not None and len(ids) > max_tokens:
@@ -143,6 +146,15 @@ def _make(
         rendering.doubt(owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the prompt's key with `field`")
     rendering.warn()
     return prompts
+
+
+def _decoded(value: Any, where: str) -> Any:
+    """Return messages that are JSON text, as tables keep them, as messages; other text is a prompt itself."""
+    if not isinstance(value, str) or not MESSAGES.match(value):
+        return value
+    with suppress(PromptError):  # as pandas writes them, which is doubted
+        value = from_json(value, where, "messages")
+    return plain(value, where)
 
 
 def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:

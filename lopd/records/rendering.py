@@ -15,7 +15,7 @@ from lopd.records.plain import from_json, plain
 from lopd.records.warn import warn_user
 
 #: Messages that a table keeps as text, as JSON or as pandas writes them.
-_MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
+MESSAGES = re.compile(r"""\s*\[\s*\{.*["']role["']\s*:""", re.DOTALL)
 
 
 class Rendering:
@@ -67,7 +67,7 @@ class Rendering:
         ids = self._converse(self._template, where, *given) if self._template else self._encode(where, content, bare=self._verbatim)
         if not ids:
             raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
-        if isinstance(content, str) and _MESSAGES.match(content):
+        if isinstance(content, str) and MESSAGES.match(content):
             self.doubt(where, "it is a list of messages that was written as text, and is read as text; decode it for the chat template")
         if isinstance(content, str) and not (self._template or self._verbatim) and any(map(content.__contains__, self._special.values())):
             # what stands at the ends of a text is judged with what is added there
@@ -109,7 +109,7 @@ class Rendering:
         if inside := self._inside(ids, response):
             remedy = "leave it if the model itself writes it (channels, thoughts), or else drop it from the text"
             self.doubt(where, f"its response contains {inside!r}, as if a chat template had written it; {remedy}")
-        if _MESSAGES.match(response) and "assistant" in response:
+        if MESSAGES.match(response) and "assistant" in response:
             self.doubt(where, "its response is a list of messages that was written as text, and is read as text; decode it")
         if (mark := re.match(r"\s*(<[^<>\s]+>)", response)) and self.tokenizer.decode([*prompt_ids[-32:]]).rstrip().endswith(mark[1]):
             self.doubt(where, f"its prompt ends with {mark[1]!r}, and its response begins with it again; leave it out of the response")
