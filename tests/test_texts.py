@@ -127,8 +127,11 @@ def test_the_same_call_again_adds_nothing_and_another_text_under_an_id_is_refuse
         return import_text(texts, tokenizer, teacher=WRITER, store=lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m))
 
     assert len(again(PAIRS)) == len(again(PAIRS)) == 2
-    with pytest.raises(ConflictError):
+    with pytest.raises(
+        ConflictError, match=r"with other response_ids, .*; import into .*, and texts .* of several files in one call, as one list"
+    ):
         again([(PAIRS[0][0], "9")])
+    assert len(import_text([*PAIRS, (PAIRS[0][0], "9")], tokenizer, teacher=WRITER)) == 3
 
 
 def test_responses_to_one_prompt_are_its_samples_and_an_id_is_of_one_prompt(tokenizer):

@@ -148,7 +148,7 @@ def _compare(store: LogprobReader, wanted: _Wanted, columns: Mapping[str, Proven
                     how = "without" if kept is None else "with" if given is None else "with other"
                     raise ConflictError(
                         f"{named(store)}: rollout {values['rollout_id']!r} is there {how} {name}, and an import replaces nothing; import into a "
-                        "new store."
+                        "new store, and texts or trajectories of several files in one call, as one list of records."
                     )
 
 
