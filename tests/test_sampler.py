@@ -16,11 +16,23 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import AdvantageWarning, InvalidRecordError, SamplerWarning
-from lopd.losses.fused import FusedOPDLoss
-from lopd.losses.objective import Tokens
-from lopd.losses.reference import ReferenceOPDLoss
-from lopd.losses.variants import extrapolate, importance_ratio, position_weights, ppo_clip, prefix_fraction
+from lopd.losses.beside import EntropyBonus
+from lopd.losses.fused import FusedLoss, FusedOPDLoss
+from lopd.losses.objective import OPDObjective, Tokens, uncorrected
+from lopd.losses.reference import ReferenceOPDLoss, WeightedLoss
+from lopd.losses.variants import (
+    drift_gate,
+    entropy_advantage,
+    extrapolate,
+    importance_ratio,
+    log_compress,
+    position_weights,
+    power,
+    ppo_clip,
+    prefix_fraction,
+)
 from lopd.records import SAMPLER_COLUMN, Lineage, Rollout, ScoredRollout
+from lopd.records.checks import name_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nats a token from its teacher:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -206,16 +218,40 @@ def test_rollouts_that_lack_the_log_probs_of_the_sampler_are_counted_and_go_by_t
     batches(store, teacher=None, ref="behavior")
 
 
-@pytest.mark.parametrize("transforms", [(), (position_weights,), (partial(extrapolate, scale=1.5), partial(prefix_fraction, fraction=0.5))])
+RATIOLESS = [
+    (),
+    (position_weights,),
+    (partial(extrapolate, scale=1.5), partial(prefix_fraction, fraction=0.5)),
+    (log_compress,),
+    (partial(power, alpha=0.5),),
+    (drift_gate,),
+    (entropy_advantage,),
+]
+
+
+@pytest.mark.parametrize("transforms", RATIOLESS, ids=lambda transforms: " ".join(map(name_of, transforms)) or "none")
 def test_a_loss_that_states_it_has_no_ratio_is_warned_of_at_the_first_step(transforms, scored, llama, tokenizer):
     student = CausalLMStudent(copy.deepcopy(llama), tokenizer)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     steps = batches(scored(temperature=0.8), ref="behavior")
     with pytest.warns(SamplerWarning, match=r"Loss FusedOPDLoss: it has no importance ratio, .*pass `ratio_to_ref=True`") as caught:
         next(iter(opd_steps(student, steps, FusedOPDLoss(transforms=transforms), optimizer)))
-    assert len(caught) == 1
+    assert sum(warning.category is SamplerWarning for warning in caught) == 1
     for corrected in ({"ratio_to_ref": True, "transforms": transforms}, {"transforms": (importance_ratio, *transforms)}):
         next(iter(opd_steps(student, steps, FusedOPDLoss(**corrected), optimizer)))
+
+
+def test_what_surely_has_no_ratio_states_so_through_all_that_stands_on_it():
+    def own(signal):
+        return signal
+
+    compressed = OPDObjective(transforms=(log_compress,))
+    for loss in (compressed, FusedLoss(compressed), FusedLoss(EntropyBonus(compressed)), WeightedLoss(((1.0, FusedLoss(compressed)),))):
+        assert loss.ratioless
+        assert not loss.uncorrected
+    for settings in ({"transforms": (own,)}, {"transforms": (log_compress, own)}, {"transforms": (ppo_clip,)}, {"advantage": 1.0}):
+        assert not OPDObjective(**settings).ratioless
+    assert OPDObjective(transforms=(uncorrected(own),)).ratioless
 
 
 def test_records_bring_them_too():

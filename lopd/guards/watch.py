@@ -13,7 +13,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, InvalidRecordError, SamplerWarning
-from lopd.protocols import LogprobReader, StatesCorrection
+from lopd.protocols import LogprobReader, StatesCorrection, StatesRatio
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, evenly, named, walk
@@ -189,8 +189,9 @@ def bias_of(sampling: SamplingParams) -> str:
 
 
 def judge_ratio(loss: object, batches: Iterable[Batch]) -> None:
-    """Warn if a loss states that it is `uncorrected`, and the batches were drawn at another temperature or top-p than 1."""
-    if isinstance(loss, StatesCorrection) and loss.uncorrected and any(batch.sampler_logprobs is not None for batch in batches):
+    """Warn if a loss states that it is `uncorrected` or `ratioless`, and the batches were drawn at another temperature or top-p than 1."""
+    lacking = (isinstance(loss, StatesCorrection) and loss.uncorrected) or (isinstance(loss, StatesRatio) and loss.ratioless)
+    if lacking and any(batch.sampler_logprobs is not None for batch in batches):
         warn_user(
             f"Loss {type(loss).__name__}: it has no importance ratio, and its tokens were not drawn at temperature 1 and top_p 1, so the gradient "
             "is biased before the student has moved; pass `ratio_to_ref=True`.",

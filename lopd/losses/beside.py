@@ -10,7 +10,7 @@ from torch import Tensor
 from lopd.losses.objective import Objective, Signal, TokenLosses
 from lopd.losses.tokens import Tokens, check_per_token
 from lopd.losses.variants import window_ratio
-from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels, StatesRatio
 from lopd.records.checks import check_kind, check_number, own_numbers
 
 
@@ -34,6 +34,11 @@ class OfObjective:
     def uncorrected(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
         return isinstance(self.objective, StatesCorrection) and self.objective.uncorrected
+
+    @property
+    def ratioless(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesRatio`)."""
+        return isinstance(self.objective, StatesRatio) and self.objective.ratioless
 
     @property
     def baselined(self) -> bool:

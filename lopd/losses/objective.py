@@ -55,9 +55,8 @@ def _mark(transform: _Function, mark: str) -> _Function:
 def per_token(transform: _Function) -> _Function:
     """Mark a transform that looks at each token alone, so that a fused loss may apply it chunk by chunk.
 
-    One without the mark is given all counted tokens of a batch at once, at the price of a fourth matrix product.  It may use
-    whole rollouts (they are never split), but not the batch, or the way a step is split would change the gradient.
-    Use what is returned: what takes no attributes, such as a method, is marked in a partial of it.
+    One without the mark sees all counted tokens of a batch at once, at the price of a fourth matrix product.  It may use whole rollouts (they are
+    never split), but not the batch: how a step is split must not matter.  Use what is returned: a method is marked in a partial of it.
     """
     return _mark(transform, "per_token")
 
@@ -109,6 +108,11 @@ def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 def _is_marked(transform: Any, mark: str) -> bool:
     # the outermost that has the mark: a partial may have its own, or that of its function
     return bool(next((getattr(part, mark) for part in unwrapped(transform) if hasattr(part, mark)), False))
+
+
+def _surely_lacks(transform: Any, mark: str) -> bool:
+    # another's may do what the mark is of without having it
+    return getattr(unwrapped(transform)[-1], "__module__", "") == "lopd.losses.variants" and not _is_marked(transform, mark)
 
 
 @frozen(eq=False)
@@ -184,17 +188,14 @@ class OPDSettings:
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
         kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms; needs
-            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online and with weights
-            `by_token` the same expected gradient, with less variance (vOPD, arXiv 2605.07865).  With weights `by_rollout` it changes the
-            expected gradient, since 1/T depends on later tokens: it takes away the push towards longer responses (`lopd.by_rollout`).
-            `opd_steps` warns of that.  Refused beside a transform that replaces the advantage (`extrapolate`, `power`, `entropy_advantage`).
+            `batches(top_k=True)`.  Online and with weights `by_token` the expected gradient is the same, with less variance (vOPD, arXiv 2605.07865);
+            `by_rollout`, where 1/T depends on later tokens, the push towards longer responses is lost (`lopd.by_rollout`), and `opd_steps` warns.
         ratio_cap: \(c\), more than 0: a ratio of more counts as c, and keeps its gradient (`functional.bounded_ratio`).  A smaller cap has less
             variance, and more bias where the student has moved.  None leaves ratios as they are up to \(e^{20}\) (`functional.MAX_LOG_RATIO`).
 
     Raises:
-        InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio;
-            or two of its parts have the ratio, or `kl_baseline` is beside a transform that replaces the advantage, or two such transforms are
-            together, or one comes after a transform that changes the advantage (`add_labels`, `log_compress`).
+        InvalidRecordError: `clip` or `ratio_cap` is out of its range, or the cap is without a ratio; or two parts have the ratio; or one replaces the
+            advantage (`extrapolate`, `power`, `entropy_advantage`) beside another, `kl_baseline`, or behind `add_labels` or `log_compress`.
         ArgumentError: `transforms` are not several functions of a `Signal`.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
@@ -213,8 +214,7 @@ class OPDSettings:
             ("ratio_to_ref", "with_ratio", "the ratio would count twice"),
             ("kl_baseline", "replacing", "the last replaces the advantage"),
         ):
-            named = [setting] if getattr(self, setting) else []
-            named += [name_of(transform) for transform in self.transforms if _is_marked(transform, mark)]
+            named = [setting] * bool(getattr(self, setting)) + [name_of(t) for t in self.transforms if _is_marked(t, mark)]
             if len(named) > 1:
                 raise InvalidRecordError(f"{owner}: it has {' and '.join(named)}, expected one of them, since {why}; leave one out.")
         changing = [transform for transform in self.transforms if _is_marked(transform, "changing")]
@@ -229,6 +229,12 @@ class OPDSettings:
         return not (self.ratio_to_ref or self.advantage) and all(_is_marked(transform, "uncorrected") for transform in self.transforms)
 
     @property
+    def ratioless(self) -> bool:
+        """Whether it surely has neither an importance ratio nor a constant advantage but 0 (`lopd.protocols.StatesRatio`)."""
+        lacks = (_is_marked(t, "uncorrected") or _surely_lacks(t, "with_ratio") for t in self.transforms)
+        return not (self.ratio_to_ref or self.advantage) and all(lacks)
+
+    @property
     def baselined(self) -> bool:
         """Whether it has `kl_baseline`, or a transform marked `baselined` (`lopd.protocols.StatesBaseline`)."""
         return self.kl_baseline or any(_is_marked(transform, "baselined") for transform in self.transforms)
@@ -236,8 +242,7 @@ class OPDSettings:
     @property
     def ignores_labels(self) -> bool:
         """Whether all of its transforms are lopd's own, and none is marked `with_labels` (`lopd.protocols.StatesLabels`)."""
-        own = [getattr(unwrapped(transform)[-1], "__module__", "") == "lopd.losses.variants" for transform in self.transforms]
-        return all(own) and not any(_is_marked(transform, "with_labels") for transform in self.transforms)
+        return all(_surely_lacks(transform, "with_labels") for transform in self.transforms)
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""
@@ -271,8 +276,7 @@ class OPDObjective(OPDSettings):
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""
-        student_M = logprobs_MK[:, 0]
-        signal = self._signal(logprobs_MK.detach(), tokens)
+        student_M, signal = logprobs_MK[:, 0], self._signal(logprobs_MK.detach(), tokens)
         clipped_M = functional.clip_advantages(signal.advantages, self.clip)
         if self.ratio_to_ref:
             loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.sampler(), self.ratio_cap)
@@ -283,11 +287,8 @@ class OPDObjective(OPDSettings):
         return TokenLosses(signal.weight * loss_M, tokens.weight * kl_M, tokens.weight * beyond_M, signal.student_logprobs)
 
     def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
-        student_M = logprobs_MK[:, 0]
-        if self.advantage is None:
-            advantages_M = functional.advantages(tokens.teacher(), student_M, clip=None)
-        else:
-            advantages_M = torch.full_like(student_M, self.advantage)
+        student_M, given = logprobs_MK[:, 0], self.advantage
+        advantages_M = functional.advantages(tokens.teacher(), student_M, None) if given is None else torch.full_like(student_M, given)
         if self.kl_baseline:
             top_k = tokens.top_k()
             advantages_M = advantages_M + reverse_kl(logprobs_MK[:, 1:], top_k.logprobs, top_k.tail)

@@ -14,7 +14,7 @@ from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.losses.beside import OfObjective, check_objective
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, check_ids, counted_rows, naming_ids
-from lopd.protocols import OPDLoss, StatesBaseline, StatesCorrection, StatesLabels
+from lopd.protocols import OPDLoss, StatesBaseline, StatesCorrection, StatesLabels, StatesRatio
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import to_finite
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -114,6 +114,11 @@ class WeightedLoss:
     def uncorrected(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
         return any(isinstance(loss, StatesCorrection) and loss.uncorrected for _, loss in self.terms)
+
+    @property
+    def ratioless(self) -> bool:
+        """Whether any of its terms is (`lopd.protocols.StatesRatio`)."""
+        return any(isinstance(loss, StatesRatio) and loss.ratioless for _, loss in self.terms)
 
     @property
     def baselined(self) -> bool:

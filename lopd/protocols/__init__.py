@@ -16,6 +16,7 @@ from lopd.protocols.stated import StatesCorrection as StatesCorrection
 from lopd.protocols.stated import StatesEnds as StatesEnds
 from lopd.protocols.stated import StatesLabels as StatesLabels
 from lopd.protocols.stated import StatesName as StatesName
+from lopd.protocols.stated import StatesRatio as StatesRatio
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores

@@ -15,6 +15,16 @@ class StatesCorrection(Protocol):
 
 
 @runtime_checkable
+class StatesRatio(Protocol):
+    """What a loss, or its objective, may also state."""
+
+    @property
+    def ratioless(self) -> bool:
+        """Whether it surely has no importance ratio to what drew the tokens, though it may have another answer to drift."""
+        ...
+
+
+@runtime_checkable
 class StatesBaseline(Protocol):
     """What a loss, or its objective, may also state."""
 

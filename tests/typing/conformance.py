@@ -30,6 +30,7 @@ from lopd.protocols import (
     Progress,
     RolloutSource,
     StatesCorrection,
+    StatesRatio,
     Student,
     TeacherScorer,
     Verifier,
@@ -90,6 +91,10 @@ def objectives() -> tuple[Objective, Objective, StatesCorrection]:
 
 def losses_that_state_their_correction(fused: FusedLoss, plain: ReferenceLoss, sum_of_losses: WeightedLoss) -> list[StatesCorrection]:
     return [ReferenceOPDLoss(), FusedOPDLoss(), fused, plain, sum_of_losses]
+
+
+def losses_that_state_their_ratio(fused: FusedLoss, plain: ReferenceLoss, sum_of_losses: WeightedLoss) -> list[StatesRatio]:
+    return [OPDObjective(), EntropyBonus(OPDObjective()), ReferenceOPDLoss(), FusedOPDLoss(), fused, plain, sum_of_losses]
 
 
 def student(model: CausalLMStudent) -> Student:
