@@ -206,6 +206,16 @@ def test_reverse_kl_of_samples_that_are_not_the_policys_own_is_refused(sampling,
         evaluate_reverse_kl(HFSource(llama, tokenizer, SamplingParams(**sampling)), HFScorer(teacher_model, tokenizer), prompts)
 
 
+def test_reverse_kl_of_rollouts_that_carry_the_log_probs_of_another_distribution_is_refused(llama, tokenizer, prompts, teacher_model):
+    class Biased(Spoken):
+        def sample(self, prompts):
+            return [evolve(r, sampler_logprobs=r.behavior_logprobs * 0.7) for r in self.inner.sample(prompts)]
+
+    biased = Biased(HFSource(llama, tokenizer, SamplingParams(max_new_tokens=3)))
+    with pytest.raises(InvalidRecordError, match="its rollouts have sampler_logprobs, so others than the policy drew them"):
+        evaluate_reverse_kl(biased, HFScorer(teacher_model, tokenizer), prompts)
+
+
 def test_reverse_kl_needs_the_log_probs_of_the_sampler(tokenizer, prompts, teacher_model):
     silent = Fixed([[0.1]] * 7, tokenizer, reports=False)
     with pytest.raises(InvalidRecordError, match="behavior_logprobs"):

@@ -67,6 +67,33 @@ def test_every_sampling_field_is_sent_so_that_the_servers_own_defaults_never_cou
     assert expected.items() <= request.items()
 
 
+CHANGING = {"logit_bias": {"7": -100.0}, "bad_words": ["x"], "structured_outputs": {"regex": "a"}, "guided_choice": ["a"], "stop": "\n"}
+
+
+@pytest.mark.parametrize("speaks", ["vllm", "sglang"])
+def test_fields_of_a_servers_own_that_change_what_is_drawn_are_refused(speaks):
+    def of(extra):
+        return source_of(servers=Servers("http://a", "m", speaks=speaks, extra=extra), temperature=0.5)
+
+    for name, value in {**CHANGING, "custom_logit_processor": "{}", "thinking_token_budget": 0}.items():
+        with pytest.raises(InvalidRecordError, match=f"ServerSource: extra of its servers has '{name}', which changes what is drawn"):
+            of({name: value})
+    set_already = {"vllm": ("temperature", "min_p", "max_tokens", "model"), "sglang": ("sampling_params", "input_ids")}
+    for name in set_already[speaks]:
+        with pytest.raises(InvalidRecordError, match=f"has '{name}', which every request sets itself; set it in SamplingParams, or"):
+            of({name: 0.25})
+    of(
+        {
+            "priority": 1,
+            "cache_salt": "a",
+            "logit_bias": None,
+            "return_token_ids": True,
+            **({"temperature": 0.5} if speaks == "vllm" else {}),
+        }
+    )
+    ServerScorer(Servers("http://a", "m", speaks=speaks, extra=CHANGING), TOKENIZER, MODEL)
+
+
 def test_a_response_is_as_long_as_the_context_leaves_room_for(start):
     stub = start(context=20)
     prompts = [Prompt("short", [1] * 4), Prompt("long", [1] * 19)]

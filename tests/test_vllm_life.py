@@ -309,7 +309,7 @@ def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, fol
             scorer_of(folder, options={name: options[name]}).provenance  # noqa: B018
     assert scorer_of(folder, options={"kv_cache_dtype": "auto"}).provenance.model == scorer_of(folder).provenance.model
     reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
-    for name in reserved:
+    for name in (*reserved, "logits_processors"):
         with pytest.raises(InvalidRecordError, match=rf"options has '{name}', expected an argument that lopd does not set itself"):
             VLLMSettings(options={name: 1})
 

@@ -82,7 +82,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, or the source does not sample at temperature 1 without a cut, or reports no
-            log-probs.
+            log-probs, or `sampler_logprobs` beside them.
         SourceError: the source gave other rollouts than it was asked for, or of other prompts.
         ScorerError: the teacher gave other scores than those of the rollouts, in order, or not one for each of their tokens.
     """
@@ -97,6 +97,10 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         )
     rollouts = _sample(source, prompts)
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
+    if any(r.sampler_logprobs is not None for r in rollouts):
+        raise InvalidRecordError(
+            "Source: its rollouts have sampler_logprobs, so others than the policy drew them; sample at temperature 1."
+        )
     if len(student) < len(rollouts):
         raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
     scores = answers_of(Scores, teacher.score(rollouts))

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Protocol, final
 
 from attrs import astuple, frozen
 
-from lopd.errors import EngineError
+from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
 
 # path, what to return where the server has no such path, `must=False` if that goes for a guarded one and a page too: the JSON of its answer
@@ -139,6 +139,13 @@ class Probe:
     judge: Callable[..., None]
 
 
+#: Fields of a server's own that change what it draws; of "guided_..." there are several.
+_RESHAPING = {
+    *("logit_bias", "bad_words", "allowed_token_ids", "logits_processors", "custom_logit_processor", "thinking_token_budget"),
+    *("structured_outputs", "response_format", "use_beam_search", "stop"),
+}
+
+
 class Dialect(Protocol):
     """What one kind of server is asked, and what its answers mean.  What raises names the rollout."""
 
@@ -184,6 +191,24 @@ class Dialect(Protocol):
     def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
         """Return the rollout in its answer; where its log-probs are `processed`, all that are at temperature 1 are missing."""
         ...
+
+
+def check_extra(owner: str, extra: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+    """Check that fields which are added to a request for a response leave what is drawn as it is.
+
+    Raises:
+        InvalidRecordError: the first that the request itself has with another value, or that changes what is drawn.
+    """
+    for name, value in extra.items():
+        if name in body and body[name] != value:
+            raise InvalidRecordError(
+                f"{owner}: extra of its servers has {name!r}, which every request sets itself; set it in SamplingParams, or leave it out."
+            )
+        if (name in _RESHAPING or name.startswith("guided_")) and value not in (None, "", [], {}):
+            raise InvalidRecordError(
+                f"{owner}: extra of its servers has {name!r}, which changes what is drawn, and log-probs of the policy are not those of such draws; "
+                "leave it out, or draw with a source of your own that gives `sampler_logprobs`."
+            )
 
 
 def model_card(name: str, model: str, listed: Any, *, must: bool = True) -> Mapping[str, Any]:

@@ -39,7 +39,7 @@ from lopd.engines.inputs import (
     stream_seed,
 )
 from lopd.engines.server.answers import NotANumberError
-from lopd.engines.server.dialect import Draw, Probe, Widths
+from lopd.engines.server.dialect import Draw, Probe, Widths, check_extra
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
@@ -186,7 +186,7 @@ class ServerSource:
 
     Raises:
         InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` states how a response ends; or `sampling` asks for drawn candidates, or for
-            more candidates than there are tokens.
+            more candidates than there are tokens; or a field in `extra` of the servers changes what is drawn, or is not what lopd asks for.
     """
 
     servers: Servers
@@ -231,6 +231,8 @@ class ServerSource:
                 "ServerSource: eos_ids and sampling.stop_ids are empty, expected ids that end a response; "
                 "pass those of the model's generation_config.json."
             )
+        dialect = self.servers.dialect
+        check_extra("ServerSource", self.servers.extra, dialect.addressed(self.servers.model, dialect.sampling(self._draw("", [], 0)))[1])
 
     @property
     def manifest(self) -> Manifest:
@@ -285,8 +287,11 @@ class ServerSource:
     def _request(self, prompt: Prompt, sample: int, processed: Callable[[], bool]) -> Request[Rollout]:
         name, dialect = rollout_id(prompt.prompt_id, sample, self.generation), self.servers.dialect
         room = min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size)
-        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id) | {"logprobs": self.sampling.candidates}
-        seed = stream_seed(self.sampling, name, SEED_BITS)
-        draw = Draw(name, self.generation, prompt.token_ids.tolist(), room, seed, settings, self.tokenizer_id.vocab_size)
+        draw = self._draw(name, prompt.token_ids.tolist(), room)
         read = lambda answer: [dialect.rollout(draw, answer, processed=processed())]  # noqa: E731
         return Request(f"Rollout {name!r}", dialect.sampling(draw), read)
+
+    def _draw(self, name: str, prompt: list[int], room: int) -> Draw:
+        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id) | {"logprobs": self.sampling.candidates}
+        seed = stream_seed(self.sampling, name, SEED_BITS)
+        return Draw(name, self.generation, prompt, room, seed, settings, self.tokenizer_id.vocab_size)

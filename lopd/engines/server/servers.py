@@ -72,7 +72,7 @@ class Servers:
             `logprobs` that a hosted model may have; the last can score only.
         key_variable: name of the environment variable with the key, in capitals; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
         extra: fields added to each request, of the server's own; they do not replace what lopd asks for.  By default nothing, or for "openai"
-            `return_tokens_as_token_ids`.
+            `return_tokens_as_token_ids`.  `ServerSource` refuses those that change what is drawn, such as `logit_bias`.
 
     Raises:
         ArgumentError: a URL or the key is not text.

@@ -25,6 +25,7 @@ _OURS = {
     "enable_prefix_caching": "nothing: it is on for sampling and off for scoring",
     "enable_chunked_prefill": "nothing: it is on wherever seeds survive it",
     "generation_config": "SamplingParams",
+    "logits_processors": "nothing: tokens would be drawn from another distribution than the policy's, and log-probs not be of it",
     "worker_extension_cls": "nothing: lopd cuts the head with it",
 }
 
