@@ -117,6 +117,40 @@ def test_the_chi_square_of_independent_draws_is_the_one_of_the_distributions():
     assert drift.kl == pytest.approx(float(np.sum(0.25 * np.log(0.25 / p))), abs=0.005)
 
 
+def tempered(logits, temperature):
+    scaled = logits / temperature
+    return scaled - np.log(np.exp(scaled).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("moved", [0.8, 1.25])  # flatter, sharper
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+def test_drift_of_draws_at_another_temperature_is_that_of_draws_of_the_reference_policy(temperature, moved):
+    """By enumeration: each token as often as the sampler draws it, in a million, as a rollout of its own; in halves, one without a sampler."""
+    logits = 2 * np.random.default_rng(5).normal(size=(3, 6))
+    ref, student, sampler = (tempered(logits, t) for t in (1.0, 1 / moved, temperature))
+    often = np.round(1e6 * np.exp(sampler)).astype(int).ravel()
+    columns = [np.repeat(column.ravel(), often) for column in (student, ref, ref)]
+    count = len(columns[0])
+    tokens = TokenLogprobs(*columns, np.ones(count), np.arange(count), np.repeat(sampler.ravel(), often))
+    ratio, probs = np.exp(student - ref), np.exp(ref) / 3
+    drift = measure_drift(tokens)
+    assert drift.ratio_mean == pytest.approx(1, abs=1e-4)
+    assert drift.ratio_std**2 == pytest.approx(drift.chi2) == pytest.approx((probs * (ratio - 1) ** 2).sum(), rel=1e-3)
+    assert drift.kl == pytest.approx((probs * (ref - student)).sum(), rel=1e-3)
+    assert abs(measure_drift(evolve(tokens, sampler=None)).ratio_mean - 1) > 0.03
+    assert measure_drift(evolve(tokens, student=tokens.ref)).ess == 1
+    exact = TokenLogprobs(*(np.repeat(c.ravel(), 2) for c in (student, ref, ref)), np.ones(36), np.arange(36))
+    both = measure_step([evolve(exact, sampler=exact.ref), exact])
+    assert (both.ratio_mean, both.kl) == (measure_drift(exact).ratio_mean, measure_drift(exact).kl)
+
+
+def test_an_infinite_ratio_stays_infinite_under_the_least_weight():
+    drift = measure_drift(
+        TokenLogprobs(np.full(2, -1.0), np.zeros(2), np.array([-1.0, -9999.0]), np.ones(2), np.arange(2), np.full(2, -1.0))
+    )
+    assert (drift.ratio_mean, drift.ratio_std, drift.kl, drift.chi2) == (math.inf,) * 4
+
+
 @pytest.mark.parametrize(("length", "moved"), [(100, 0.1), (100, 0.3), (1000, 0.1), (1000, 0.3)])
 def test_chi_square_does_not_saturate_with_long_rollouts(length, moved):
     """1 / ESS - 1 of 32 rollouts is at most 31; the true one is up to exp(77)."""

@@ -33,6 +33,7 @@ from lopd.losses.variants import (
 )
 from lopd.records import SAMPLER_COLUMN, Lineage, Rollout, ScoredRollout
 from lopd.records.checks import name_of
+from lopd.records.drift import measure_step
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nats a token from its teacher:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -252,6 +253,20 @@ def test_what_surely_has_no_ratio_states_so_through_all_that_stands_on_it():
     for settings in ({"transforms": (own,)}, {"transforms": (log_compress, own)}, {"transforms": (ppo_clip,)}, {"advantage": 1.0}):
         assert not OPDObjective(**settings).ratioless
     assert OPDObjective(transforms=(uncorrected(own),)).ratioless
+
+
+def test_the_drift_of_a_step_weighs_tokens_by_what_drew_them(scored, llama, tokenizer, monkeypatch):
+    seen, loss = [], FusedOPDLoss(ratio_to_ref=True)
+    monkeypatch.setattr("lopd.verbs.train.measure_step", lambda known: seen.extend(known) or measure_step(known))
+    for temperature in (1.0, 0.6):
+        student = CausalLMStudent(copy.deepcopy(llama), tokenizer)
+        steps = batches(scored(temperature=temperature), ref="behavior", rollouts_per_step=7, tokens_per_batch=4096)
+        next(iter(opd_steps(student, steps, loss, torch.optim.SGD(student.parameters(), lr=0.0))))
+    plain, drawn = seen
+    assert plain.sampler is None
+    (batch,) = steps.step(0).batches
+    np.testing.assert_array_equal(drawn.sampler, batch.sampler_logprobs[batch.counted].numpy())
+    assert not np.allclose(drawn.sampler, drawn.ref)
 
 
 def test_records_bring_them_too():

@@ -9,6 +9,7 @@ Shape suffixes: M tokens that count, B rollouts.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,18 +71,23 @@ class Drift:
 
     With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.  Both policies are at
     temperature 1, whatever drew the tokens, so a student that has not moved has ratios of 1; the ratio of a loss is another where
-    temperature or top-p is (`Batch.sampler_logprobs`).
+    temperature or top-p is (`Batch.sampler_logprobs`).  There, means of \(r_t\) weigh tokens by \(\pi_{ref} / q\), q what drew them, so that they
+    are those of draws of the reference policy after the same texts; under top-p or at temperature 0 only over the tokens that were left.
+    What is of whole rollouts (`ess`, \(\sigma_A\)), `advantages` and `gain` are over what was drawn.
 
     Args:
         rollouts, tokens: that it was measured on.
         ratio_mean, ratio_std: mean and spread of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
-            it lacks on stored rollouts is probability that left the tokens the teacher has judged to tokens that it has not.
+            it lacks on stored rollouts is probability that left the tokens the teacher has judged to tokens that it has not.  Where top-p left out
+            tokens, or temperature 0 did, it also lacks what moved to those.
         ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B, so with long rollouts it
-            only shows that one of them has all the weight.
+            only shows that one of them has all the weight.  It is 1 for a student that has not moved, whatever drew the rollouts: the share that is
+            effective for a ratio to the distribution which drew them is less.
         chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) of whole rollouts, the larger of two estimates.  1 / ess - 1 is at most B - 1, and far too small
             for long rollouts.  The mean over rollouts of \((1 + c)^T - 1\), with T the tokens of a rollout and c the mean of \((r_t - 1)^2\) over
             all tokens, takes all tokens to move alike and independently; it is too small where a few states, or rollouts longer than these,
-            have most of the drift.  It grows exponentially with T and may be infinite.
+            have most of the drift.  It grows exponentially with T and may be infinite.  At another temperature or top-p than 1 it is the second
+            alone, as weights of whole rollouts would leave one of them.
         kl: \(KL(\pi_{ref} \| \pi_\theta)\), nats per token: the mean of \(r_t - 1 - \log r_t\).
         gap_bound: \(\sigma_A \sqrt{\chi^2}\), nats: times the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) it bounds the distance
             of the gradient of this loss from the online one, as far as chi2 is right.  \(\sigma_A^2\) is the mean over rollouts of the
@@ -129,12 +135,13 @@ class Drift:
 
 @frozen(eq=False)
 class TokenLogprobs:
-    """What is known of M tokens: log-probs of three models, nats.
+    """What is known of M tokens: log-probs, nats.
 
     Args:
         student, teacher, ref: (M,).
         weight: (M,), as in the loss.
         segments: (M,), which rollout.
+        sampler: (M,), log-probs of the distribution that drew the tokens; None where that is the reference policy.
     """
 
     student: NDArray[Any]
@@ -142,6 +149,7 @@ class TokenLogprobs:
     ref: NDArray[Any]
     weight: NDArray[Any]
     segments: NDArray[Any]
+    sampler: NDArray[Any] | None = None
 
 
 def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -174,8 +182,10 @@ def measure_step(parts: Sequence[TokenLogprobs]) -> Drift | None:
         return None
     before = np.cumsum([0, *(int(part.segments.max()) + 1 for part in parts)])
     parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
-    columns = (np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TokenLogprobs))
-    return measure_drift(TokenLogprobs(*columns))
+    if any(part.sampler is not None for part in parts):
+        parts = [evolve(part, sampler=part.ref if part.sampler is None else part.sampler) for part in parts]
+    names = [f.name for f in fields(TokenLogprobs) if getattr(parts[0], f.name) is not None]
+    return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)))
 
 
 def measure_drift(tokens: TokenLogprobs) -> Drift:
@@ -189,22 +199,32 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
     rollouts = int(segments_M.max()) + 1
     size_B = np.bincount(segments_M, weight_M * np.abs(teacher_M - student_M)) * rollouts / weight_M.sum()
     size = math.sqrt(float(np.mean(size_B**2)))
+    mean = partial(np.average, weights=None if tokens.sampler is None else _by_reference(ref_M, tokens.sampler))
     with np.errstate(over="ignore"):  # a student that has gone wild has an infinite ratio, and that is what to report
         ratio_M = np.exp(log_ratio_M)
-        by_tokens = float(np.expm1(np.bincount(segments_M) * np.log1p(np.mean((ratio_M - 1) ** 2))).mean())
-    chi2 = max(1 / ess - 1, by_tokens)
+        by_tokens = float(np.expm1(np.bincount(segments_M) * np.log1p(mean((ratio_M - 1) ** 2))).mean())
+    chi2 = max(1 / ess - 1, by_tokens) if tokens.sampler is None else by_tokens
+    ratio_mean = float(mean(ratio_M))
     return Drift(
         rollouts=rollouts,
         tokens=student_M.size,
-        ratio_mean=float(ratio_M.mean()),
-        ratio_std=float(ratio_M.std()) if np.isfinite(ratio_M).all() else math.inf,
+        ratio_mean=ratio_mean,
+        ratio_std=math.sqrt(mean((ratio_M - ratio_mean) ** 2)) if np.isfinite(ratio_M).all() else math.inf,
         ess=ess,
         chi2=chi2,
-        kl=float(np.mean(ratio_M - 1 - log_ratio_M)),
+        kl=float(mean(ratio_M - 1 - log_ratio_M)),
         gap_bound=size * math.sqrt(chi2) if size else 0.0,
         advantages=AdvantageSummary.of(teacher_M - student_M),
         gain=_gain_by_likelihood(student_M, teacher_M, ref_M),
     )
+
+
+def _by_reference(ref_M: Float64Array, sampler_M: NDArray[Any]) -> Float64Array:
+    """Return weights of tokens under which draws of the sampler count as draws of the reference policy, the largest 1."""
+    log_weight_M = ref_M - sampler_M
+    # above 0, as an infinite ratio stays infinite under the least weight
+    weight_M: Float64Array = np.exp(np.maximum(log_weight_M - log_weight_M.max(), -700))
+    return weight_M
 
 
 def effective_share(log_weights_B: Float64Array) -> float:

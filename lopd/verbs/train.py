@@ -282,7 +282,7 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
     known = list[TokenLogprobs]()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
-        columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids)
+        columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids, batch.sampler_logprobs)
         stored = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
         known.append(TokenLogprobs(logprobs_M.numpy(), *stored))
     return float(first), rest[0].view(-1, 3).sum(0), known
