@@ -187,7 +187,7 @@ def _train(
             mean_label=labels / labelled if labelled else None,
             unlike_group=unlike / labelled if labelled else None,
         )
-    _summed(student, Ranks.current(), None, torch.zeros(7))  # the caller may have ended the group
+    _summed(student, Ranks.current(), None, torch.zeros(7, device="cpu"))  # the caller may have ended the group
 
 
 def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
