@@ -98,6 +98,17 @@ def test_a_damaged_value_is_an_error_that_names_its_rollout_and_so_does_verify(f
     assert "rollout 'r2'" in problem
 
 
+def test_a_damaged_line_is_the_error_also_where_scores_of_its_row_are_not_there_or_cannot_be_read(filled: LanceStore) -> None:
+    filled.append([tiny_rollout("r2-odd")])
+    (path,) = [path for path in place(filled).glob("rollouts-*/data/*") if b"r2-odd" in path.read_bytes()]
+    path.write_bytes(path.read_bytes().replace(b"r2-odd", b"r2-off"))
+    for scores in (None, next(place(filled).glob("scores.*/data/*"))):
+        if scores is not None:
+            scores.unlink()
+        with pytest.raises(CorruptStoreError, match="rollout 'r2-off': the checksum of its line"):
+            reopened(filled).read([4], ("teacher",))
+
+
 def test_a_lost_file_is_an_error(filled: LanceStore) -> None:
     for pattern, words in (
         ("rollouts-*/data/*", "Not found"),

@@ -1,6 +1,7 @@
 """One table of a store: which rows it has, and at which place Lance keeps each."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from threading import RLock
 from typing import Any, final
 
@@ -11,7 +12,7 @@ from lopd.backends.growing import Growing
 from lopd.backends.lance.decode import read_lines
 from lopd.backends.lance.encode import line_columns
 from lopd.backends.lance.table import COMMIT, LanceTable
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, LopdError
 
 _ROWS_AT_ONCE = 1 << 16
 
@@ -160,12 +161,14 @@ class Part:
         return self.table.take(ordered, columns), np.searchsorted(ordered, places)
 
     def moved(self, rows: NDArray[np.int64]) -> bool:
-        """Return whether other rows are in the places of these by now; all lines are read again then."""
-        rows = np.unique(rows)
-        found, places = self.fetch(rows, ["row"])
-        if np.array_equal(found["row"].to_numpy()[places], rows):
-            return False
-        with self._lock:
-            self.forget()
-            self.lines()
-        return True
+        """Return whether other rows are in the places of these by now, as far as that can be read; all lines are read again then."""
+        with suppress(LopdError):  # it is asked after an error, which is the one to raise
+            # in a table that has every row, one is where it was looked for last, which may be before its line was read
+            rows = np.unique(rows if self._limit is None else rows[self.find(rows) >= 0])
+            found, places = self.fetch(rows, ["row"])
+            if not np.array_equal(found["row"].to_numpy()[places], rows):
+                with self._lock:
+                    self.forget()
+                    self.lines()
+                return True
+        return False
