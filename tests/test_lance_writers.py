@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import pytest
 import torch
+from attrs import evolve
 from lance_stores import filled, reopened, started, table_of  # noqa: F401
 from lancedb.index import BTree
 from s3_server import S3Server
@@ -25,7 +26,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.errors import ConflictError, CorruptStoreError, ForkedStoreError
 from lopd.records import ModelId
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 # Races
 
@@ -223,6 +224,8 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: L
     shutil.rmtree(place(filled))
     shutil.copytree(tmp_path / "kept", place(filled))
     for call in (
+        lambda: filled.append([tiny_rollout("r5", generation=1)]),
+        lambda: filled.append_scores("teacher", filled.columns["teacher"], [evolve(scores[0], top_k=tiny_top_k(3))]),
         lambda: filled.begin_generation(2, ModelId("later", "2", "float32")),
         lambda: filled.begin_generation(3, ModelId("later", "3", "float32")),
         lambda: filled.quarantine("teacher", filled.columns["teacher"], {"m": "too long"}),

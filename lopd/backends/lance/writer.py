@@ -102,6 +102,8 @@ class Writer:
         for name in {None, column}:
             self._rely(name, hold=name != column)
         part = self._snapshot.parts().get(column)
+        if part is not None:  # a new table's record is put behind the last one, which is looked at then
+            self._catalog.check()
         try:
             made = self._create(column, provenance, encode, records) if part is None else self._add(part, encode(seed=part.seed))
         except BaseException as error:
