@@ -263,6 +263,7 @@ def test_a_store_that_was_put_back_and_gone_on_with_gives_nobody_other_rows(more
         other.append(many(30 + 2 * i, 2))
     for call in (
         *(partial(reader.read, [4, 5]) for reader in readers),
+        *(reader.table for reader in readers),
         *(reader.refresh for reader in readers),
         lambda: pickle.loads(copy),  # noqa: S301  # our own
         lambda: filled.append(many(20, 2)),

@@ -91,12 +91,13 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         Raises:
             MissingScoresError: no such column, or nothing was appended yet.
-            CorruptStoreError: that version was removed; `refresh` first.
+            CorruptStoreError: that version was removed (`refresh` first), or is another one by now: the store was put back to an older state.
         """
         part = self._snapshot.parts().get(column)
         if part is None:
             what = "rollouts" if column is None else f"column {column!r}"
             raise MissingScoresError(f"{self.name}: there is no table of {what}; append some first.")
+        part.table.check()
         return self._database.handle(part.table.name, part.table.version)
 
     def compact(self, *, older_than: float = _WEEK) -> None:

@@ -145,7 +145,7 @@ class LanceTable:
         self.version, self._identity = 0, ""
         self._load(seen)
         if seen is not None:
-            self._check()
+            self.check()
 
     def _load(self, seen: tuple[int, int, str] | None = None) -> None:
         there, now, known = int(self._handle.count_rows()), int(self._handle.version), self._identity
@@ -180,13 +180,14 @@ class LanceTable:
         """What a copy is to show."""
         return self.version, self.rows, self._identity
 
-    def _check(self) -> bool:
+    def check(self) -> bool:
+        """Return whether this version is still there; refuse another one of its number."""
         return check_version(self._database.files, self.name, self.version, self._identity)
 
     def refresh(self) -> None:
         """Move to the latest version."""
         with reading(self._named()):
-            there = self._check()
+            there = self.check()
             self._table.checkout_latest()
             if not there and self._handle.version <= self.version:
                 raise put_back(self._database.files, self.name, self.version)
@@ -208,13 +209,13 @@ class LanceTable:
             version = table.version if self._view is None else self._view.version
             try:
                 if self._view is None:
-                    self._check()
+                    self.check()
                     self._view = self._database.view(self.name, version)  # in half the time of LanceDB's queries
                 found = _taken(self._view, offsets, names)
             except Exception as error:
                 if not is_gone(error):
                     raise
-                self._check()
+                self.check()
                 self._view = self.dataset()
                 if self._view.version <= version:
                     raise
