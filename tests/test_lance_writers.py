@@ -241,10 +241,9 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: L
 
 def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(tmp_path: Path) -> None:
     store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
-    copy = pickle.dumps(store)
     shutil.rmtree(place(store))
     assert len(list(store.verify())) == 1
-    for call in (lambda: store.append(many(0, 1)), lambda: store.append([]), lambda: pickle.loads(copy)):  # noqa: S301
+    for call in (lambda: store.append(many(0, 1)), lambda: store.append([])):
         with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
             call()
 

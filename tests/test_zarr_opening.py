@@ -224,9 +224,26 @@ def test_a_copy_is_of_the_store_that_was_copied(there: str, filled: ZarrStore, t
     for i in range(20):
         other.append(many(50 + i, 1))
     for call in (lambda: pickle.loads(copy), filled.history, filled.sweep):  # noqa: S301
-        with pytest.raises(CorruptStoreError, match=r"another place or store|as it was when it was read"):
+        with pytest.raises(CorruptStoreError, match=r"another place or store|another store's|as it was when it was read"):
             call()
     assert any("another place or store" in problem or "as it was when it was read" in problem for problem in filled.verify())
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+@pytest.mark.parametrize("commits", [0, 1])
+def test_a_copy_whose_store_is_not_there_is_told_apart_from_one_in_whose_place_another_is(
+    commits: int, kind: type[ZarrStore | LanceStore], tmp_path: Path
+) -> None:
+    store = kind.create(tmp_path / "run", tiny_manifest())
+    for i in range(commits):
+        store.append(many(i, 1))
+    copy = pickle.dumps(store)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(StoreNotFoundError, match="the folder is not there, expected a store; check the path"):
+        pickle.loads(copy)  # noqa: S301
+    kind.create(tmp_path / "run", tiny_manifest())
+    with pytest.raises(CorruptStoreError, match=r"zarr.json is gone or another store's|json is not what it was when it was read"):
+        pickle.loads(copy)  # noqa: S301
 
 
 def test_a_record_that_a_listing_has_overlooked_is_not_missing(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,8 +22,8 @@ from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.state import CatalogState
 from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
-from lopd.backends.root import Root
-from lopd.errors import LopdError, MissingScoresError
+from lopd.backends.root import Root, read_root
+from lopd.errors import CorruptStoreError, LopdError, MissingScoresError
 from lopd.records.checks import check_number, to_real
 from lopd.records.manifest import Commit
 
@@ -59,7 +59,11 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         if seen is None:
             self._catalog.refresh()
         else:
-            self._catalog.check()
+            try:
+                self._catalog.check()
+            except CorruptStoreError:
+                read_root(files, ROOT)  # the store of a copy may not be there at all
+                raise
         self._snapshot = Snapshot(self._database, self._catalog, versions)
         self._writer = Writer(files, self._database, self._catalog, self._snapshot, self._root)
 

@@ -99,7 +99,11 @@ class CommitLog:
         with suppress(StoreNotFoundError):
             if read_root(self._files, ROOT).creation == self._root.creation:
                 return
-        raise CorruptStoreError(
+        raise self.another()
+
+    def another(self) -> CorruptStoreError:
+        """Return the error for a store whose root is gone or another store's."""
+        return CorruptStoreError(
             f"{self._owner}: its {ROOT.name} is gone or another store's; restore it from a backup, or open the store that is there."
         )
 

@@ -47,8 +47,11 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None, last: str | None = None) -> None:
-        super().__init__(files, root)
+        # a copy's store may not be there, or another one may
+        super().__init__(files, root if last is None else None)
         self._log = CommitLog(files, self._root, self._owner)
+        if root is not None and root.creation != self._root.creation:
+            raise self._log.another()
         self._state = State(files, self._log, self.manifest, self._owner, commits)
         if last not in (None, self._state.last):
             raise self._log.put_back(self._state.commits)
