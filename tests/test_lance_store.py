@@ -376,6 +376,15 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes_and_so_does_its_copy(fil
         assert store.scored("teacher").tolist() == [False, True, False, True, True, False]
 
 
+def test_a_copy_of_an_older_lopd_has_no_identities_of_its_versions(filled: LanceStore) -> None:
+    kind, (files, _, (state, versions)) = filled.__reduce__()
+    copy = kind(files, None, (state, {name: seen[:2] for name, seen in versions.items()}))
+    filled.append(many(10, 1))
+    assert rows_of(copy) == ["m", "b", "r0", "r1"]
+    copy.refresh()
+    assert rows_of(copy) == ["m", "b", "r0", "r1", "r10"]
+
+
 def test_a_copy_writes_too(filled: LanceStore) -> None:
     sent(filled).append(many(10, 1))
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]

@@ -138,9 +138,7 @@ class LanceTable:
 
     def __init__(self, database: Database, name: str, handle: Any, seen: tuple[int, int, str] | None = None) -> None:
         """Read the number of rows."""
-        self._database = database
-        self.name = name
-        self._handle = handle
+        self._database, self.name, self._handle = database, name, handle
         self._view: Any = None
         self.version, self._identity = 0, ""
         self._load(seen)
@@ -151,7 +149,7 @@ class LanceTable:
         there, now, known = int(self._handle.count_rows()), int(self._handle.version), self._identity
         if seen is None and now != self.version and self._database.lasting:
             known = identity(self._database.files, self.name, now)
-        version, rows, known = seen or (now, there, known)
+        version, rows, known = (*seen, known)[:3] if seen else (now, there, known)  # an older lopd pickled no identity
         if there < rows:
             raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
@@ -184,13 +182,17 @@ class LanceTable:
         """Return whether this version is still there; refuse another one of its number."""
         return check_version(self._database.files, self.name, self.version, self._identity)
 
+    def _latest(self) -> None:
+        """Move the handle, and refuse a version that is gone though none followed."""
+        there = self.check()
+        self._table.checkout_latest()
+        if not there and self._handle.version <= self.version:
+            raise put_back(self._database.files, self.name, self.version)
+
     def refresh(self) -> None:
         """Move to the latest version."""
         with reading(self._named()):
-            there = self.check()
-            self._table.checkout_latest()
-            if not there and self._handle.version <= self.version:
-                raise put_back(self._database.files, self.name, self.version)
+            self._latest()
             self._load()
 
     def is_behind(self) -> bool:
@@ -215,16 +217,14 @@ class LanceTable:
             except Exception as error:
                 if not is_gone(error):
                     raise
-                self.check()
-                self._view = self.dataset()
+                self._latest()
+                self._view = self._database.view(self.name, self._handle.version)
                 if self._view.version <= version:
                     raise
                 found = _taken(self._view, offsets, names)
             found.validate(full=True)
         if len(found) != offsets.size:
-            raise CorruptStoreError(
-                f"{self._named()}: {len(found)} rows were read, expected {offsets.size}; restore its files from a backup."
-            )
+            raise CorruptStoreError(f"{self._named()}: {len(found)} rows were read, expected {offsets.size}; restore it from a backup.")
         return found
 
     def insert(self, data: Any, version: int) -> bool:
