@@ -14,6 +14,7 @@ from lancedb.index import BTree
 from zarr_stores import _quick_disk, many, place, rows_of  # noqa: F401
 
 from lopd.backends import id_index
+from lopd.backends.files.local import LocalFiles
 from lopd.backends.growing import Growing
 from lopd.backends.lance import tiers
 from lopd.backends.lance.store import LanceStore
@@ -271,6 +272,17 @@ def test_a_reader_and_its_copy_read_on_when_their_versions_are_removed(filled: L
         assert reader.find(["r10"]).tolist() == [-1]
         reader.refresh()
         assert rows_of(reader) == ["m", "b", "r0", "r1", "r10", "r11"]
+
+
+def test_a_refresh_looks_at_all_versions_side_by_side(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for column in ("a", "b"):
+        filled.append_scores(column, tiny_provenance(column), [tiny_scores(many(0, 1)[0])])
+    reader, run, read, asked = reopened(filled), LocalFiles.run, LocalFiles.read, list[str]()
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or read(self, path))
+    monkeypatch.setattr(LocalFiles, "run", lambda self, calls: [run(self, calls), asked.append("")][0])
+    reader.refresh()
+    manifests = [path.endswith(".manifest") for path in asked]
+    assert manifests == [False, True, True, True, True, False]  # the next record, the four tables at once, the end of them
 
 
 @pytest.mark.parametrize("compacted", [False, True])

@@ -182,17 +182,16 @@ class LanceTable:
         """Return whether this version is still there; refuse another one of its number."""
         return check_version(self._database.files, self.name, self.version, self._identity)
 
-    def _latest(self) -> None:
-        """Move the handle, and refuse a version that is gone though none followed."""
-        there = self.check()
+    def _latest(self, there: bool) -> None:
+        """Move the handle, and refuse a version that is not there any more though none followed."""
         self._table.checkout_latest()
         if not there and self._handle.version <= self.version:
             raise put_back(self._database.files, self.name, self.version)
 
-    def refresh(self) -> None:
-        """Move to the latest version."""
+    def refresh(self, there: bool | None = None) -> None:
+        """Move to the latest version; `there` is what `check` gave, if it was called a moment ago."""
         with reading(self._named()):
-            self._latest()
+            self._latest(self.check() if there is None else there)
             self._load()
 
     def is_behind(self) -> bool:
@@ -217,7 +216,7 @@ class LanceTable:
             except Exception as error:
                 if not is_gone(error):
                     raise
-                self._latest()
+                self._latest(self.check())
                 self._view = self._database.view(self.name, self._handle.version)
                 if self._view.version <= version:
                     raise
