@@ -1,4 +1,7 @@
-"""Adapters are exported for the base that is under them: one that was changed in memory is said before anything is trained, and refused."""
+"""Adapters are exported for the base that is under them: one that was changed in memory is said before anything is trained, and refused.
+
+Those that would stay as they are, loaded to be sampled from, are not trained without a word either.
+"""
 
 import copy
 import re
@@ -156,3 +159,30 @@ def test_adapters_that_name_no_base_are_refused_by_their_folder(content, tokeniz
         folder_model_id(tmp_path)
     with pytest.raises(EngineError, match=refused):
         served_eos(tmp_path, fingerprint_tokenizer(tokenizer), of_both=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["final_layernorm"]}, {"bias": "all"}, {"trainable_token_indices": [5]}, {"loha": True}]
+)
+def test_adapters_that_load_model_gave_are_frozen_as_a_whole(options, dtype, base, tokenizer, tmp_path):
+    loha = peft.LoHaConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(base("phi_bias", dtype), loha) if options == {"loha": True} else adapted(base("phi_bias", dtype), **options)
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    with pytest.raises(ModelError, match=r"0 of its parameters require a gradient, .* load adapters as trainable \(`PeftModel"):
+        CausalLMStudent(load_model(tmp_path / "out")[0], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["final_layernorm"]}, {"bias": "all"}, {"bias": "lora_only"}, {"trainable_token_indices": [5]}]
+)
+def test_adapters_that_stay_frozen_beside_what_is_trained_are_named(options, base, tokenizer):
+    model = adapted(base("phi_bias"), target_modules=["q_proj", "fc1"], **options)
+    for half in ("lora_A", "lora_B"):  # where half of each is trained, as LoRA-FA trains them, nothing is wrong
+        CausalLMStudent(model, tokenizer)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and half not in name)
+    with pytest.warns(
+        ModelWarning, match=r"its adapters stay as they are, since 0 of their parameters .*, while '.*' does; .*is_trainable=True"
+    ):
+        CausalLMStudent(model, tokenizer)

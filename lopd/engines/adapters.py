@@ -65,13 +65,22 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
         found: what was returned before, which counts where the weights are sharded since.
 
     Warns:
-        ModelWarning: the base has no name, so nothing loads what is exported by itself; or `before` has found what is an error later.
+        ModelWarning: the base has no name, so nothing loads what is exported by itself; or `before` has found what is an error later, or adapters
+            that stay as they are while something else is trained.
 
     Raises:
         ModelError: the base has other values than the folder; or several adapters are active.
     """
-    config = model.peft_config[saved_adapter(model) or next(iter(model.peft_config))]
+    adapter = saved_adapter(model) or next(iter(model.peft_config))
+    config = model.peft_config[adapter]
     name, owner = config.base_model_name_or_path, f"Model {type(unwrap(model)).__name__}"
+    kept, beside = _of_adapter(unwrap(model), adapter), [path for path, parameter in model.named_parameters() if parameter.requires_grad]
+    if before and kept and beside and not any(parameter.requires_grad for parameter in kept):
+        warn_user(
+            f"{owner}: its adapters stay as they are, since 0 of their parameters require a gradient, while {beside[0]!r} does; to train them, load "
+            "them by `PeftModel.from_pretrained(base, folder, is_trainable=True)`.",
+            ModelWarning,
+        )
     if not name:
         if not before:
             warn_user(
@@ -90,6 +99,15 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
             raise ModelError(f"{wrong}.")
         warn_user(f"{wrong}; until then its export is refused.", ModelWarning)
     return changed
+
+
+def _of_adapter(base: Any, adapter: str) -> list[Tensor]:
+    """Return the parameters of an adapter in the layers that it changes; saved modules, tokens and biases are beside those."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for path, module in base.named_modules() if isinstance(module, BaseTunerLayer) and not path.endswith(".token_adapter")]
+    named = [(name.split("."), layer, parameter) for layer in layers for name, parameter in layer.named_parameters()]
+    return [parameter for (part, *rest), layer, parameter in named if part in layer.adapter_layer_names and adapter in rest]
 
 
 def _changed(base: Any, name: str, config: Any) -> str | None:

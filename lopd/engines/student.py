@@ -52,8 +52,8 @@ class CausalLMStudent(nn.Module):
 
     Warns:
         ModelWarning: torch.compile is around the model as a whole, where it does nothing; the model also reads images, and the files of its
-            processor are not where it was loaded from; its adapters could not be exported, since it was changed under them; or what
-            `lopd.engines.probes.check_training` warns of.
+            processor are not where it was loaded from; its adapters could not be exported, since it was changed under them, or are
+            frozen while something else is trained; or what `lopd.engines.probes.check_training` warns of.
 
     Raises:
         ModelError: the model has nothing to train, would be trained in float16, could not be exported, or cannot be trained here
@@ -77,7 +77,7 @@ class CausalLMStudent(nn.Module):
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
-                "or load adapters as trainable."
+                "or load adapters as trainable (`PeftModel.from_pretrained(base, folder, is_trainable=True)`)."
             )
         check_trained_dtype(model, autocast)
         check_exportable(model, tokenizer)

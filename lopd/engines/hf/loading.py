@@ -36,7 +36,8 @@ def load_model(
     """Return (model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
     A model that also reads images is loaded whole, as the class that its configuration names, and lopd uses its text part.  Freeze the rest before
-    DistributedDataParallel wraps its student, as the page "Several GPUs and machines" shows.
+    DistributedDataParallel wraps its student, as the page "Several GPUs and machines" shows.  Adapters are loaded frozen, to sample and to score; to
+    go on training them, load their base, and them by `PeftModel.from_pretrained(..., is_trainable=True)`.
 
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
@@ -67,6 +68,9 @@ def load_model(
         model = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
         take_generation_config(model, found)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        # of adapters, transformers leaves saved modules and biases to be trained by themselves
+        model.requires_grad_(False)
     model = model.to(device).eval()
     _set_attention(model, folder, attention, autocast)
     return model, tokenizer
