@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from conftest import TOKENIZER_ID
@@ -135,6 +136,40 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(what, small,
     with pytest.raises(CheckpointError, match=match.get(what, "optimizer")):
         load_checkpoint(tmp_path, student, optimizer)
     assert_same_state(state_of(student, optimizer), before)
+
+
+@pytest.mark.parametrize("kept", ["q_proj.weight", "model.norm.weight", "lora_A"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_on_other_parameters_that_are_not_trained_is_refused(kept, dtype, make_model, tmp_path):
+    def student(dtype=dtype):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(make_model("llama_tied").to(dtype), config)
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_("lora_B" in name)
+        made = CausalLMStudent(adapted, TOKENIZER_ID)
+        return made, torch.optim.AdamW([p for p in made.parameters() if p.requires_grad])
+
+    path = save_checkpoint(tmp_path, *student(), next_step=4, lineage=Lineage())
+    other, optimizer = student()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.mul_(1.1 if kept in name else 1.0)
+    before = state_of(other, optimizer)
+    with pytest.raises(
+        CheckpointError, match=f"parameter '.*{re.escape(kept)}.*', which is not trained, has other values .*on the same base"
+    ):
+        load_checkpoint(tmp_path, other, optimizer)
+    assert_same_state(state_of(other, optimizer), before)
+    # rounding passes: a base in 16 bits, or one that adapters were merged into for a while; so does a checkpoint without such values
+    rounded = student(torch.bfloat16)
+    rounded[0].model.merge_adapter()
+    rounded[0].model.unmerge_adapter()
+    assert load_checkpoint(tmp_path, *rounded) == 4
+    state = json.loads((path / "state.json").read_text())
+    assert all(state.pop("untrained").values())
+    (path / "state.json").write_text(json.dumps(state))
+    assert load_checkpoint(tmp_path, other, optimizer) == 4
 
 
 def test_an_optimizer_with_the_same_parameters_in_another_order_is_refused(small, tmp_path):

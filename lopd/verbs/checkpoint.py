@@ -31,6 +31,7 @@ from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
+from lopd.verbs.parameters import check_parameters, check_untrained, few_values
 
 _RNG = "rng.cpu"
 _STATE = "state.json"
@@ -40,12 +41,13 @@ _Optimizer = TypedDict("_Optimizer", {"class": str, "groups": list[Mapping[str, 
 
 
 class _State(TypedDict):
-    """The content of `state.json`; checkpoints from before settings were saved have no steps."""
+    """The content of `state.json`; checkpoints of an older lopd lack settings of steps, or values of what is not trained."""
 
     next_step: Count
     trained: list[list[str]]
     optimizer: _Optimizer
     steps: NotRequired[Mapping[str, Any] | None]
+    untrained: NotRequired[Mapping[str, list[float]]]
 
 
 class Described(Protocol):
@@ -113,7 +115,8 @@ def save_checkpoint(
     trained = parameter_labels(owner, own, optimizer)
     parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
-    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": None if steps is None else dict(steps.settings)}
+    settings = None if steps is None else dict(steps.settings)
+    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": few_values(own)}
     tensors = {"parameters": parameters, "optimizer": {**on_first(entries), _RNG: torch.get_rng_state()}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
@@ -214,8 +217,9 @@ def load_checkpoint(
 
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
-        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, ranks that find different
-            checkpoints, a folder that cannot be listed, or one checkpoint was named that is not there; nothing was changed.
+        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, other values of what is not trained, a damaged
+            file, ranks that find different checkpoints, a folder that cannot be listed, or one checkpoint was named that is not there; nothing was
+            changed.
     """
     ranks, own, changed = Ranks.current(), inner(student), list(several("Checkpoint: changed", changed))
     looks = ranks.each(lambda: _look(folder, student, optimizer, steps, CheckpointError, itself=_STATE))
@@ -235,7 +239,8 @@ def load_checkpoint(
         _check_settings(path, state.get("steps"), steps, changed)
     saved = _read(path / "parameters.safetensors", load_file)
     current = {name: p.detach() for name, p in _trained(own).items()}
-    _check_parameters(path, saved, current)
+    check_parameters(path, saved, current)
+    check_untrained(path, state.get("untrained", {}), few_values(own))
     if optimizer is not None:
         check_optimizer(path, own, optimizer, state)
         tensors = _read(path / "optimizer.safetensors", load_file, _RNG)
@@ -286,15 +291,3 @@ def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -
     if reason:
         raise CheckpointError(f"Checkpoint file {path}: it cannot be read ({reason}); restore it, or remove its folder.") from cause
     return found
-
-
-def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
-    for name in sorted(saved.keys() ^ current.keys()):
-        where = "the checkpoint only" if name in saved else "the student only"
-        raise CheckpointError(f"Checkpoint {path}: parameter {name!r} is in {where}; rebuild the student.")
-    for name, tensor in saved.items():
-        if tensor.shape != current[name].shape or tensor.dtype != current[name].dtype:
-            raise CheckpointError(
-                f"Checkpoint {path}: parameter {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{current[name].dtype} {tuple(current[name].shape)}; rebuild the student as it was."
-            )

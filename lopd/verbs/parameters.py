@@ -1,0 +1,49 @@
+"""The parameters of a checkpoint: those that are trained are in it, and of the others a few values, since a run is resumed on the same ones."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lopd.errors import CheckpointError
+from lopd.protocols import Student
+
+_VALUES = 8
+#: As a share of their norm: rounding to 16 bits, and what adapters leave that were merged and taken out again, are below it.
+_ROUNDING = 1e-2
+
+
+def few_values(student: Student) -> dict[str, list[float]]:
+    """Return up to 8 values of each parameter that is not trained, evenly spaced; sharded, quantised and absent ones are left out."""
+    plain = {
+        name: p.detach()
+        for name, p in student.named_parameters()
+        if not p.requires_grad and type(p) in (nn.Parameter, Tensor) and p.is_floating_point() and not p.is_meta
+    }
+    return {name: p.reshape(-1)[:: max(p.numel() // _VALUES, 1)][:_VALUES].float().tolist() for name, p in plain.items()}
+
+
+def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: Mapping[str, Sequence[float]]) -> None:
+    """Refuse parameters that are not trained and have other values than were saved, by more than rounding; only names of both are compared."""
+    for name in (name for name in current if name in saved):
+        before, now = torch.tensor(saved[name]), torch.tensor(current[name])
+        # values that are not finite are compared with nothing
+        if before.shape != now.shape or (now - before).norm() > _ROUNDING * before.norm():
+            raise CheckpointError(
+                f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
+                "was, on the same base, and with the same seed where a part of its adapters is frozen."
+            )
+
+
+def check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
+    """Refuse parameters to train other than those that were saved, by name, type and shape."""
+    for name in sorted(saved.keys() ^ current.keys()):
+        where = "the checkpoint only" if name in saved else "the student only"
+        raise CheckpointError(f"Checkpoint {path}: parameter {name!r} is in {where}; rebuild the student.")
+    for name, tensor in saved.items():
+        if tensor.shape != current[name].shape or tensor.dtype != current[name].dtype:
+            raise CheckpointError(
+                f"Checkpoint {path}: parameter {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{current[name].dtype} {tuple(current[name].shape)}; rebuild the student as it was."
+            )
