@@ -9,12 +9,13 @@ import re
 import peft
 import pytest
 import torch
+from test_function_identity import TUNERS
 
 from lopd import CausalLMStudent
 from lopd.engines.adapters import check_base
 from lopd.engines.finding import served_eos
 from lopd.engines.hf import load_model
-from lopd.engines.identity import folder_model_id
+from lopd.engines.identity import folder_model_id, model_id
 from lopd.errors import EngineError, ModelError, ModelWarning
 from lopd.records import Lineage, fingerprint_tokenizer
 
@@ -186,3 +187,25 @@ def test_adapters_that_stay_frozen_beside_what_is_trained_are_named(options, bas
         ModelWarning, match=r"its adapters stay as they are, since 0 of their parameters .*, while '.*' does; .*is_trainable=True"
     ):
         CausalLMStudent(model, tokenizer)
+
+
+@pytest.mark.filterwarnings("ignore:(Failed to load|Setting|Unsupported layer|Model has `tie):UserWarning")  # of peft
+@pytest.mark.parametrize(
+    ("method", "dtype"), [*((method, torch.float32) for method in TUNERS), ("dora", torch.bfloat16), ("norms", torch.bfloat16)]
+)
+def test_an_export_of_this_kind_of_adapters_is_loaded_as_it_was_trained(method, dtype, base, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base("llama_tied" if "tied" in method else "qwen3_padded", dtype), copy.deepcopy(TUNERS[method]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.requires_grad else 0.0)
+    if method == "vera":  # transformers loads none, and what it does not load is named before it is trained
+        with pytest.warns(ModelWarning, match=r"of the kind VERA, which transformers does not load, .*merge them"):
+            CausalLMStudent(model, tokenizer)
+        return
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    loaded = load_model(tmp_path / "out", dtype)[0]
+    assert model_id(loaded).revision == model_id(model).revision == folder_model_id(tmp_path / "out", dtype).revision
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.allclose(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5)

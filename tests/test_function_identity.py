@@ -264,6 +264,7 @@ TUNERS = {
     "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
     "vera": peft.VeraConfig(target_modules=["q_proj"], r=4),
     "lora": peft.LoraConfig(target_modules=["q_proj"]),
+    "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=100),
     "dora": peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
     "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     "saved modules": peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),

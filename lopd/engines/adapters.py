@@ -1,4 +1,4 @@
-"""Adapters of peft: loaded in the precision that they were trained in, with what ends a response of theirs, and on the base that they are for."""
+"""Adapters of peft: loaded whole, in the precision that they were trained in, with what ends a response of theirs, on the base that they are for."""
 
 import re
 from pathlib import Path
@@ -21,24 +21,32 @@ from lopd.records.warn import warn_user
 _REPEATED = ("pissa", "olora", "loftq")
 
 
-def keep_precision(model: Any, folder: str | Path) -> None:
-    """Load the adapters of a model again, in float32 if its weights are narrower, as peft trains them: transformers rounds them to the weights'.
+def read_again(model: Any, folder: str | Path) -> set[str]:
+    """Read the adapters of a model again, by peft, in float32 if its weights are narrower; return the names of the tensors that this did not read.
+
+    transformers rounds them to the type of the weights, and does not find those that peft saves under another name, such as the magnitudes of DoRA.
 
     Args:
-        model: as transformers loaded it from `folder`; one without adapters is left as it is.
+        model: as transformers loaded it, with these adapters.
         folder: a folder with adapters, or a hub name.
     """
-    if not getattr(model, "_hf_peft_config_loaded", False) or model.dtype not in (torch.float16, torch.bfloat16):
-        return
     from peft.tuners.tuners_utils import cast_adapter_dtype
     from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 
     (name,) = model.peft_config
-    cast_adapter_dtype(model, name)
+    narrow = model.dtype in (torch.float16, torch.bfloat16)
+    if narrow and model.peft_config[name].peft_type != "LN_TUNING":  # norms compute in the type of their weights, for peft too
+        cast_adapter_dtype(model, name)
     found = load_peft_weights(str(folder), device=str(model.device))
     # peft looks saved modules and tokens up by the names of this model, which is not in a model of peft's
     weights = {key if ".lora_" in key else key.removeprefix("base_model.model."): value for key, value in found.items()}
-    set_peft_model_state_dict(model, weights, adapter_name=name)
+    try:
+        lacked = set_peft_model_state_dict(model, weights, adapter_name=name).missing_keys
+    except (KeyError, ValueError):  # names of an older architecture, which transformers finds
+        if narrow:
+            raise
+        lacked = [*model.state_dict()]
+    return {key for key in lacked if ".ranknum." not in key}  # AdaLoRA derives it
 
 
 def take_generation_config(model: Any, folder: str | Path) -> None:
@@ -65,8 +73,8 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
         found: what was returned before, which counts where the weights are sharded since.
 
     Warns:
-        ModelWarning: the base has no name, so nothing loads what is exported by itself; or `before` has found what is an error later, or adapters
-            that stay as they are while something else is trained.
+        ModelWarning: nothing loads what is exported by itself, as the base has no name, or transformers does not load such adapters; or `before` has
+            found what is an error later, or adapters that stay as they are while something else is trained.
 
     Raises:
         ModelError: the base has other values than the folder; or several adapters are active.
@@ -79,6 +87,14 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
         warn_user(
             f"{owner}: its adapters stay as they are, since 0 of their parameters require a gradient, while {beside[0]!r} does; to train them, load "
             "them by `PeftModel.from_pretrained(base, folder, is_trainable=True)`.",
+            ModelWarning,
+        )
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if before and getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "uses_shared_state", False):
+        warn_user(
+            f"{owner}: its adapters are of the kind {config.peft_type.value}, which transformers does not load, and so neither does `load_model`; "
+            "after training merge them (`merge_and_unload()`), and export that.",
             ModelWarning,
         )
     if not name:

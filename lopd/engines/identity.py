@@ -20,13 +20,13 @@ from lopd.records.optional import needing
 with needing("transformers", __name__):
     import transformers
 
-from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap
 from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.finding import check_described, local_folder, looking_for
-from lopd.engines.stored import StoredModel, load_whole, plain_config, stored_places
+from lopd.engines.stored import StoredModel, plain_config, stored_places
+from lopd.engines.whole import load_whole
 from lopd.errors import EngineError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
@@ -144,7 +144,6 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
         folder = local_folder(folder)
         if adapters:
             adapted = load_whole(str(folder), dtype or "auto")
-            keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
         else:
             stored = StoredModel(folder, dtype := dtype or folder_dtype(folder))

@@ -11,14 +11,13 @@ import transformers
 from attrs import define, field, frozen
 from safetensors import safe_open
 from torch import Tensor
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from lopd.engines.effective import Weight
 from lopd.errors import ModelError
 from lopd.records.paths import read_regular
 from lopd.records.stored import Name, parse, read_as
 
-_AUTO = transformers.AutoModelForCausalLM
+AUTO = transformers.AutoModelForCausalLM
 _INDEX = "model.safetensors.index.json"
 _REMEDY = (
     "pass `model_id(model)` of the loaded model, or `ModelId(name, commit, dtype)`: as the teacher to `import_text` or `Lineage.of`, as `identity=` "
@@ -103,7 +102,7 @@ class StoredModel:
         with torch.device("meta"):
             self.model = _build(class_of(config), config, self.dtype)
         self._sources = _find_sources(self.model, self._places)
-        text = _text_alone(config, self.model, self._sources.keys())
+        text = text_alone(config, self.model, self._sources.keys())
         if text is not None:
             self.model, self._sources = text, _find_sources(text, self._places)
 
@@ -196,9 +195,9 @@ def named_class(config: Any) -> Any:
 
 def class_of(config: Any) -> Any:
     """Return what makes a whole model of a configuration: the class that it names, where AutoModelForCausalLM has none, or one of its text part."""
-    known, named, text = _AUTO._model_mapping.get(type(config), None), named_class(config), config.sub_configs.get("text_config")
+    known, named, text = AUTO._model_mapping.get(type(config), None), named_class(config), config.sub_configs.get("text_config")
     of_part = known is not None and text is not None and getattr(known, "config_class", None) is text
-    return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else _AUTO
+    return named if named is not None and (known is None or (of_part and named.can_generate() and named is not known)) else AUTO
 
 
 def base_of(adapters: Path) -> str:
@@ -219,44 +218,13 @@ def base_of(adapters: Path) -> str:
     return base
 
 
-def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return a model from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base.
-
-    Raises:
-        ModelError: its files lack weights, which transformers would make up.
-    """
-    described = folder
-    if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
-        described = base_of(Path(adapters))
-    config = transformers.AutoConfig.from_pretrained(described, trust_remote_code=False)
-
-    def load(kind: Any) -> tuple[Any, Collection[str], list[str]]:
-        model, read = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
-        lacked, named = read["missing_keys"], [*model.named_parameters(remove_duplicate=False)]
-        # adapters of tied weights are saved once, and lacking under the other name
-        there = {id(parameter) for name, parameter in named if adapters and name not in lacked}
-        return model, lacked, sorted(name for name, parameter in named if name in lacked and id(parameter) not in there)
-
-    model, lacked, lost = load(class_of(config))
-    # adapters that lack some may be of the text part
-    if lost and _has_part(config) and (adapters or _text_alone(config, model, model.state_dict().keys() - lacked)):
-        model = None  # make room first
-        model, _, lost = load(_AUTO)
-    if lost:
-        raise ModelError(
-            f"Model {folder!r}: its files lack {len(lost)} weights ({lost[0]!r}), expected all of a {type(model).__name__}; transformers draws such "
-            "weights at random, so load the folder of a whole causal LM."
-        )
-    return model
-
-
 def _build(kind: Any, config: Any, dtype: torch.dtype) -> Any:
-    return (kind.from_config if kind is _AUTO else kind._from_config)(config, dtype=dtype)
+    return (kind.from_config if kind is AUTO else kind._from_config)(config, dtype=dtype)
 
 
-def _has_part(config: Any) -> bool:
+def has_part(config: Any) -> bool:
     """Return whether AutoModelForCausalLM makes the text part alone of a configuration."""
-    return class_of(config) is not _AUTO and type(config) in _AUTO._model_mapping
+    return class_of(config) is not AUTO and type(config) in AUTO._model_mapping
 
 
 def _names(model: Any) -> set[str]:
@@ -264,13 +232,13 @@ def _names(model: Any) -> set[str]:
     return {*model.state_dict()} - {*(getattr(model, "all_tied_weights_keys", None) or ())}
 
 
-def _text_alone(config: Any, whole: Any, found: Collection[str]) -> Any:
+def text_alone(config: Any, whole: Any, found: Collection[str]) -> Any:
     """Return the text part, without memory for its weights, if files with these of the tensors have all of it and nothing of the rest; else None."""
     names = _names(whole)
-    if not _has_part(config) or names.issubset(found):
+    if not has_part(config) or names.issubset(found):
         return None
     with torch.device("meta"):
-        text = _build(_AUTO, config, whole.dtype)
+        text = _build(AUTO, config, whole.dtype)
     # its own names may be no names of the whole, or of few of its tensors, such as the head
     known = names.intersection(found)
     return text if known.issubset(text.state_dict()) or len(known) == len(_names(text)) else None

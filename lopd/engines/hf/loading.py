@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from lopd.engines.adapters import keep_precision, take_generation_config
+from lopd.engines.adapters import take_generation_config
 from lopd.engines.borders import stated_borders
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
 from lopd.engines.conditions import drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
-from lopd.engines.stored import load_whole
+from lopd.engines.whole import load_whole
 from lopd.errors import EngineError, ModelError
 from lopd.records.devices import check_device, has_flash_3
 
@@ -66,7 +66,6 @@ def load_model(
     tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:
         model = _from_pretrained(str(found), dtype or "auto")
-        keep_precision(model, found)
         take_generation_config(model, found)
     if getattr(model, "_hf_peft_config_loaded", False):
         # of adapters, transformers leaves saved modules and biases to be trained by themselves

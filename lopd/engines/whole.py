@@ -1,0 +1,46 @@
+"""A whole model from a folder: each weight that it has is in the files, those of its adapters and of the base that they are on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from lopd.engines.adapters import read_again
+from lopd.engines.stored import AUTO, base_of, class_of, has_part, text_alone
+from lopd.errors import ModelError
+
+
+def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
+    """Return a model from a folder or hub name, of `class_of`, or its text part where that is all; adapters on their base.
+
+    Raises:
+        ModelError: its files lack weights, which transformers would make up.
+    """
+    base = folder
+    if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
+        base = base_of(Path(adapters))
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+
+    def load(kind: Any) -> tuple[Any, set[str], list[str]]:
+        model, read = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        lacked = set(read["missing_keys"])
+        if adapters:
+            lacked &= read_again(model, folder)
+        named = [*model.named_parameters(remove_duplicate=False)]
+        # adapters of tied weights are saved once, and lacking under the other name
+        there = {id(parameter) for name, parameter in named if adapters and name not in lacked}
+        return model, lacked, sorted(name for name, parameter in named if name in lacked and id(parameter) not in there)
+
+    model, lacked, lost = load(class_of(config))
+    # adapters that lack some may be of the text part
+    if lost and has_part(config) and (adapters or text_alone(config, model, model.state_dict().keys() - lacked)):
+        model = None  # make room first
+        model, _, lost = load(AUTO)
+    if lost:
+        raise ModelError(
+            f"Model {folder!r}: its files lack {len(lost)} weights ({lost[0]!r}), expected all of a {type(model).__name__}; transformers draws such "
+            "weights at random, so load the folder of a whole causal LM."
+        )
+    return model
