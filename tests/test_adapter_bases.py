@@ -9,6 +9,7 @@ import re
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_function_identity import TUNERS
 
 from lopd import CausalLMStudent
@@ -209,3 +210,16 @@ def test_an_export_of_this_kind_of_adapters_is_loaded_as_it_was_trained(method, 
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.allclose(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_adapters_on_a_base_whose_files_lack_weights_are_refused(name, base, tokenizer, tmp_path):
+    CausalLMStudent(adapted(base()), tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    found = {key: value for file in (tmp_path / "base").glob("*.safetensors") for key, value in load_file(file).items()}
+    del found[name]
+    for file in (tmp_path / "base").glob("model*"):
+        file.unlink()
+    save_file(found, tmp_path / "base/model.safetensors", {"format": "pt"})
+    for load in (load_model, folder_model_id):
+        with pytest.raises(ModelError, match=rf"its files lack 1 weights \('{name}'\)"):
+            load(tmp_path / "out")

@@ -24,14 +24,21 @@ def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
 
     def load(kind: Any) -> tuple[Any, set[str], list[str]]:
-        model, read = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        model, read = kind.from_pretrained(base, dtype=dtype, output_loading_info=True, trust_remote_code=False)
         lacked = set(read["missing_keys"])
+        lost = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in lacked]
         if adapters:
-            lacked &= read_again(model, folder)
-        named = [*model.named_parameters(remove_duplicate=False)]
-        # adapters of tied weights are saved once, and lacking under the other name
-        there = {id(parameter) for name, parameter in named if adapters and name not in lacked}
-        return model, lacked, sorted(name for name, parameter in named if name in lacked and id(parameter) not in there)
+            # by itself, since transformers reports what adapters lack in place of what their base does
+            if getattr(model, "_hf_peft_config_loaded", False):  # they are beside their base
+                lost = []
+            else:
+                lacked = model.load_adapter(folder).missing_keys
+            lacked = lacked & read_again(model, folder)
+            named = [*model.named_parameters(remove_duplicate=False)]
+            # adapters of tied weights are saved once, and lacking under the other name
+            there = {id(parameter) for name, parameter in named if name not in lacked}
+            lost += [name for name, parameter in named if name in lacked and id(parameter) not in there]
+        return model, lacked, sorted(lost)
 
     model, lacked, lost = load(class_of(config))
     # adapters that lack some may be of the text part
