@@ -4,6 +4,7 @@ Those that would stay as they are, loaded to be sampled from, are not trained wi
 """
 
 import copy
+import json
 import re
 
 import peft
@@ -223,3 +224,18 @@ def test_adapters_on_a_base_whose_files_lack_weights_are_refused(name, base, tok
     for load in (load_model, folder_model_id):
         with pytest.raises(ModelError, match=rf"its files lack 1 weights \('{name}'\)"):
             load(tmp_path / "out")
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_adapters_on_a_base_that_was_quantised_as_it_was_loaded_are_named(quantised, base, tmp_path):
+    model, method = adapted(base()), {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    model.get_base_model().config.quantization_config = method  # as its loader leaves it; it needs a GPU
+    if quantised:
+        config = tmp_path / "base/config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": method}))
+        check_base(model, before=True)
+    else:
+        with pytest.warns(
+            ModelWarning, match=r"its weights were quantised when it was loaded, and those of .*base, .*; save the quantised model"
+        ):
+            check_base(model, before=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lopd.engines.causal_lm import unwrap
 from lopd.engines.effective import effective_weights, saved_adapter
 from lopd.engines.finding import local_folder
-from lopd.engines.stored import StoredModel
+from lopd.engines.stored import StoredModel, plain_config
 from lopd.errors import ModelError, ModelWarning
 from lopd.records.ranks import sharded
 from lopd.records.warn import warn_user
@@ -74,7 +74,8 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
 
     Warns:
         ModelWarning: nothing loads what is exported by itself, as the base has no name, or transformers does not load such adapters; or `before` has
-            found what is an error later, or adapters that stay as they are while something else is trained.
+            found what is an error later, adapters that stay as they are while something else is trained, or a base that was quantised while it was
+            loaded.
 
     Raises:
         ModelError: the base has other values than the folder; or several adapters are active.
@@ -91,7 +92,7 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
         )
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
 
-    if before and getattr(PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type], "uses_shared_state", False):
+    if before and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type), "uses_shared_state", False):
         warn_user(
             f"{owner}: its adapters are of the kind {config.peft_type.value}, which transformers does not load, and so neither does `load_model`; "
             "after training merge them (`merge_and_unload()`), and export that.",
@@ -105,6 +106,12 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
                 ModelWarning,
             )
         return None
+    if before and getattr(unwrap(model).config, "quantization_config", None) and _is_plain(name):
+        warn_user(
+            f"{owner}: its weights were quantised when it was loaded, and those of {name}, on which an export of its adapters is loaded, are not, so "
+            "the export is another policy than the student; save the quantised model with its tokenizer, load that, and put adapters on it.",
+            ModelWarning,
+        )
     changed = _changed(unwrap(model), name, config) or (found if sharded(model) else None)
     if changed:
         wrong = (
@@ -126,6 +133,18 @@ def _of_adapter(base: Any, adapter: str) -> list[Tensor]:
     return [parameter for (part, *rest), layer, parameter in named if part in layer.adapter_layer_names and adapter in rest]
 
 
+def _here(name: str) -> Path:
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether the weights in a folder, or of a hub name that is on this machine, are not quantised."""
+    try:
+        return plain_config(_here(name)) is not None
+    except Exception:  # it is quantised, or cannot be read
+        return False
+
+
 def _changed(base: Any, name: str, config: Any) -> str | None:
     """Return the first weight under adapters that the files of this folder or hub name hold otherwise."""
     # merged adapters are in weights until they are taken out again, and trained biases are saved with adapters
@@ -133,7 +152,7 @@ def _changed(base: Any, name: str, config: Any) -> str | None:
     repeated = str(getattr(config, "init_lora_weights", None)).lower() in _REPEATED
     biased = getattr(config, "bias", "none") != "none"
     try:
-        stored = StoredModel(Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True)), base.dtype)
+        stored = StoredModel(_here(name), base.dtype)
         for path, held in base.named_parameters():
             plain = type(held) in (torch.nn.Parameter, Tensor) and held.is_floating_point() and not held.is_meta
             own = (repeated and ".base_layer." in path) or (biased and "bias" in path) or path.startswith(tuple(aside))
