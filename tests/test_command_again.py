@@ -15,7 +15,7 @@ import torch
 from engine_models import save_model
 from test_command_run import example, here, models, written  # noqa: F401
 from test_vllm_life import fake  # noqa: F401
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 import lopd
 from lopd import ZarrStore
@@ -97,6 +97,33 @@ def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, 
     assert weights(tmp_path / "changed") != weights(tmp_path / "fresh")
     evaluations = [json.loads((tmp_path / f"{name}/seed-0/phases/evaluation-after-opd.json").read_text()) for name in ("changed", "fresh")]
     assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
+
+
+@pytest.mark.filterwarnings("ignore:.*drop values at random:lopd.errors.ModelWarning")
+def test_dropout_gives_the_same_student_whichever_seeds_and_phases_ran_before(here, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained("runs/tiny/student")
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(shape).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+
+    def run(name, seeds):
+        training = {"steps": 2, "lr": 1e-3}
+        short = {"sampling": {"max_new_tokens": 4}, "sft": training, "opd": training, "evaluation": None, "seeds": seeds}
+        return main(["run", written(here, example(**short, student=str(tmp_path / "gpt2"), out=str(tmp_path / name)))])
+
+    assert run("both", [0, 1]) == run("one", [1]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("lopd.score_rollouts", interrupt)
+        assert run("killed", [1]) == 130
+    torch.rand(1)
+    assert run("killed", [1]) == 0
+    for phase in ("sft", "opd"):
+        assert len({(tmp_path / f"{name}/seed-1/{phase}/model.safetensors").read_bytes() for name in ("both", "one", "killed")}) == 1
+    assert (tmp_path / "both/seed-0/opd/model.safetensors").read_bytes() != (tmp_path / "both/seed-1/opd/model.safetensors").read_bytes()
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(("name", "removable"), [("opd.lr", True), ("sft.lr", False), ("loss.top_k", False), ("sampling.seed", False)])

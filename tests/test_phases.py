@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from small_runs import scored, small, teacher_model  # noqa: F401
+from conftest import TOKENIZER_ID
+from small_runs import adamw, scored, small, teacher_model  # noqa: F401
 
-from lopd import FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts, save_checkpoint
+from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, batches, by_token, label_rollouts, save_checkpoint
 from lopd.errors import ConflictError, StoreWriteError
 from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels
@@ -110,3 +111,18 @@ def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, 
     steps = batches(store, rollouts_per_step=14, teacher=None, label="label", ref="behavior", weighting=by_token)[:1]
     loss = FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))
     assert len(train_phase(tmp_path, *small, steps, loss, rate=lambda _: 1e-3)["history"]) == 1
+
+
+def test_what_dropout_draws_follows_from_the_seed_and_not_from_the_caller(tmp_path, make_model, scored):
+    def train(name, seed=0):
+        student = CausalLMStudent(make_model("gpt2_dropout"), TOKENIZER_ID)
+        steps = batches(scored, teacher=None, rollouts_per_step=len(scored), seed=seed)[:2]
+        torch.manual_seed(len(name))
+        state = torch.get_rng_state()
+        found = train_phase(tmp_path / name, student, adamw(student), steps, SFTLoss(), rate=lambda _: 1e-3)
+        assert torch.equal(torch.get_rng_state(), state)
+        return [step["loss"] for step in found["history"]]
+
+    assert (first := train("first")) == train("a second time")
+    # by the order of rollouts alone, a step that has all of them would be rounded otherwise
+    assert train("another seed", 1)[0] != pytest.approx(first[0], rel=1e-4)

@@ -210,8 +210,8 @@ def make_scorer(recipe: OneGpu) -> HFScorer:
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
     """Load the student on this card in float32, with new adapters if the recipe trains these; and its tokenizer."""
     model, tokenizer = load_model(start, torch.float32, recipe.device)
+    torch.manual_seed(recipe.seed)  # of adapters, and of dropout
     if recipe.lora_rank:
-        torch.manual_seed(recipe.seed)
         model = get_peft_model(model, lora_config(recipe.lora_rank))
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
     return CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=True), tokenizer

@@ -10,9 +10,11 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
+import torch
 from attrs import asdict, evolve, frozen
 from torch.optim import Optimizer
 
+from lopd.engines.conditions import randomly
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import StoreWriteError, TrainingWarning
 from lopd.guards.watch import watch_drift
@@ -187,7 +189,7 @@ def train_phase(
 ) -> dict[str, Any]:
     """Train on the steps of a store, resumably; return their tokens, and the metrics of all steps as their history.
 
-    A student that is fine-tuned on a text stops where that ends, from then on.
+    A student that is fine-tuned on a text stops where that ends, from then on.  What dropout draws follows from the seed of the steps.
 
     Args:
         checkpoints: folder of the checkpoints.
@@ -202,7 +204,6 @@ def train_phase(
         if end is not None:
             student.stop_at(end)
             console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
-
     peak = max(map(rate, range(steps.stop or 0)), default=0.0)
 
     def paced(done: int) -> Iterator[Step]:
@@ -214,7 +215,10 @@ def train_phase(
         trained = opd_steps(student, paced(done), loss, optimizer)
         return watch_drift(trained) if steps.columns.teachers and steps.columns.ref else trained
 
-    history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
+    drawn_for = repr((steps.seed, steps.columns.teachers, steps.columns.label, Ranks.current().rank))  # SFT and OPD draw their own
+    with randomly(student):
+        torch.manual_seed(int(hashlib.sha256(drawn_for.encode()).hexdigest()[:15], 16))
+        history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
     still = [metrics.step for metrics in history if metrics.grad_norm < _STILL]
     if still:
         warn_user(
