@@ -157,6 +157,12 @@ def main(rank: int, size: int, folder: str) -> None:
                 found[f"{wrap} {name}"] = len(list(opd_steps(of, steps, FusedOPDLoss(), make_optimizer(of))))
             except InvalidRecordError as error:
                 found[f"{wrap} {name}"] = str(error)
+        pair = student, make_optimizer(student)
+        torch.manual_seed(100 + rank)
+        save_checkpoint(Path(folder) / f"random-{wrap}", *pair, next_step=1, lineage=Lineage())
+        drawn = torch.rand(3).tolist()
+        load_checkpoint(Path(folder) / f"random-{wrap}", *pair)
+        found[f"{wrap} drawn"] = Ranks.current().gather([(drawn, torch.rand(3).tolist())])
         inner(student).export(Path(folder) / f"export-{wrap}", build_tokenizer(), Lineage())
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

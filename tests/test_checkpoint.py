@@ -19,7 +19,7 @@ from lopd import batches, load_checkpoint, opd_steps, save_checkpoint
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.losses.reference import ReferenceOPDLoss
-from lopd.records import Lineage
+from lopd.records import Lineage, Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -61,6 +61,39 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer,
         other, other_optimizer = fresh(1)
         torch.manual_seed(10)
         assert advance(other, other_optimizer, scored, 0, 6) != losses, "without dropout the random state would not be tested"
+
+
+def test_each_rank_draws_on_and_those_of_another_number_draw_apart(small, tmp_path, monkeypatch):
+    def drawn(rank, size):
+        monkeypatch.setattr(Ranks, "current", lambda: Ranks(rank, size))
+        torch.manual_seed(3)
+        assert load_checkpoint(tmp_path, *small) == 1
+        return torch.rand(3).tolist()
+
+    states, wanted = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        states.append({"rng.cpu": torch.get_rng_state()})
+        wanted.append(torch.rand(3).tolist())
+    monkeypatch.setattr(Ranks, "gather", lambda ranks, mine: [states[0], states[1]] if isinstance(mine[0], dict) else mine * ranks.size)
+    save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+    assert [drawn(0, 2), drawn(1, 2)] == wanted
+    three = [drawn(rank, 3) for rank in range(3)]
+    assert three[0] == wanted[0] == drawn(0, 1)
+    assert len({*map(tuple, [*three, *wanted])}) == 4
+    assert three == [drawn(rank, 3) for rank in range(3)]
+
+
+def test_what_a_gpu_draws_goes_on(small, tmp_path, monkeypatch):
+    states = {torch.device("cuda", 1): torch.arange(16, dtype=torch.uint8), torch.device("cuda", 0): torch.ones(16, dtype=torch.uint8)}
+    now = dict(states)
+    monkeypatch.setattr("lopd.verbs.random_state._cards", lambda _: [*states])
+    monkeypatch.setattr(torch.cuda, "get_rng_state", now.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, card: now.update({card: state}))
+    save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+    now.clear()
+    load_checkpoint(tmp_path, *small)
+    assert all(torch.equal(now[card], state) for card, state in states.items())
 
 
 def test_a_checkpoint_is_found_by_its_own_folder_too(small, tmp_path):

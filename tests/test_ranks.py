@@ -111,6 +111,14 @@ def test_ranks_that_find_different_checkpoints_are_refused(wrap, several):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_each_rank_that_is_resumed_draws_what_it_would_have_drawn(wrap, several):
+    drawn = several[0][f"{wrap} drawn"]
+    assert all(again == first for first, again in drawn)
+    assert len({tuple(first) for first, _ in drawn}) == len(drawn)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_several_ranks_train_as_one_process_does(case, several, alone):
     found, _ = several

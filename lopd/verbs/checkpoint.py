@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,8 +31,8 @@ from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 from lopd.verbs.parameters import check_parameters, check_untrained, few_values
+from lopd.verbs.random_state import RNG, random_states, restore_random
 
-_RNG = "rng.cpu"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 
@@ -74,10 +73,10 @@ def save_checkpoint(
     steps: Described | None = None,
     keep: int | None = 1,
 ) -> Path:
-    """Write trained parameters, optimizer, random state, data position and lineage; then remove older checkpoints in `folder`.
+    """Write trained parameters, optimizer, random states, data position and lineage; then remove older checkpoints in `folder`.
 
     Where several ranks train, each calls this; what is sharded is put together, tensor by tensor, and rank 0 writes.  The files are those of one
-    process, so a run may be resumed on any number of ranks, sharded or not.
+    process, so a run may be resumed on any number of ranks, sharded or not; with another number, all but rank 0 then drop other values.
 
     Args:
         folder: the run's folder; each checkpoint is a folder in it.
@@ -117,7 +116,7 @@ def save_checkpoint(
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     settings = None if steps is None else dict(steps.settings)
     state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": few_values(own)}
-    tensors = {"parameters": parameters, "optimizer": {**on_first(entries), _RNG: torch.get_rng_state()}}
+    tensors = {"parameters": parameters, "optimizer": {**on_first(entries), **random_states(own)}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
 
@@ -243,9 +242,9 @@ def load_checkpoint(
     check_untrained(path, state.get("untrained", {}), few_values(own))
     if optimizer is not None:
         check_optimizer(path, own, optimizer, state)
-        tensors = _read(path / "optimizer.safetensors", load_file, _RNG)
+        tensors = _read(path / "optimizer.safetensors", load_file, RNG)
         restore(path, optimizer, tensors, state["optimizer"])
-        torch.set_rng_state(tensors[_RNG])
+        restore_random(own, tensors)
     for name, tensor in saved.items():
         current[name].copy_(alike(tensor, current[name]))
     return int(state["next_step"])
