@@ -1,5 +1,6 @@
 """What networks and rivals do to stores in a bucket."""
 
+import random
 import re
 import time
 from collections.abc import Callable
@@ -44,6 +45,22 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def faulty(place: Place, proxy: FaultProxy, short_pauses: None) -> Place:
     """Return the same place through the proxy, with time-outs of seconds."""
     return place.through(proxy.storage_options | IMPATIENT)
+
+
+def test_a_pause_takes_nothing_from_the_random_numbers_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
+
+    def fail() -> None:
+        raise OSError
+
+    for _ in range(2):
+        random.seed(0)
+        state = random.getstate()
+        with pytest.raises(OSError):
+            retry.repeat(fail, lambda _: True, seconds=9.0, times=3, pause=1.0, longest=9.0)
+        assert random.getstate() == state
+    assert len({*pauses}) == 6, "two processes of one seed wait alike"
 
 
 Plan = Callable[[FaultProxy, int, str, str], None]

@@ -11,6 +11,8 @@ from lopd.records.waiting import QUIET_S
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
+#: Processes that seed `random` alike would wait alike, and draw other numbers themselves after a pause.
+_RANDOM = random.SystemRandom()
 
 
 def repeat(
@@ -38,5 +40,5 @@ def repeat(
             if silent and elapsed > QUIET_S:
                 silent = False
                 _LOG.warning("Storage: trying again, for up to %.0f s: %s", seconds, printable(str(error)))
-        time.sleep(min(pause * 2**failures, longest) * random.random())  # noqa: S311 (not a secret)
+        time.sleep(min(pause * 2**failures, longest) * _RANDOM.random())
         failures += 1
