@@ -378,15 +378,15 @@ def test_15_the_text_is_learnt_and_its_writer_is_remembered(run):
     assert "the student remembers its teacher: True" in out
     # 16 answers of one digit, and their ends
     assert "16 texts by teacher, 32 tokens to learn" in out
-    again, _ = run("15_text_you_have")
-    assert again == out, "the second run adds nothing to the store"
+    assert run("15_text_you_have")[0] == out, "the second run adds nothing to the store"
 
 
 def test_16_a_student_that_is_told_teaches_itself(run):
     out, names = run("16_privileged_context")
     curve = reverse_kl(out)
-    assert np.mean(curve[-4:]) < 0.5 * np.mean(curve[:4])
+    assert np.mean(curve[-4:]) < 0.6 * np.mean(curve[:4])
     assert names["after"].mean < names["before"].mean
+    assert names["fresh"].seed != names["store"].manifest.sampling.seed
     assert names["store"].columns["teacher"].is_of(names["store"].manifest.policy) is False
     assert Lineage.read(Path("runs/16/student")).opd_teacher == names["store"].manifest.policy
 

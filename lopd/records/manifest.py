@@ -48,7 +48,7 @@ class SamplingParams:
         samples_per_prompt: responses for each prompt.
         seed: each (seed, prompt, sample, generation) has its own random stream, whichever model draws, so models are compared on the same numbers.
             Give the writer of a text for SFT another one than the student that learns from it: that draws what these numbers drew far more often
-            than its policy does.
+            than its policy does; and so does an evaluation on the prompts of a training: give it another than the rollouts have.
         stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.  They take the place of those, so name EOS too unless
             a response may go on after it.
         candidates: how many of the most likely tokens are kept at each response token, with their log-probs at temperature 1.

@@ -78,6 +78,9 @@ def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
 def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: Sequence[Prompt]) -> Estimate:
     """Return KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
 
+    On prompts that were trained on, give the source another `SamplingParams.seed` than those rollouts have: with theirs a trained policy draws them
+    again, far more often than by itself, and the KL is too low.
+
     Raises:
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
