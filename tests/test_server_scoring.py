@@ -352,6 +352,14 @@ def test_a_path_that_answers_with_trouble_is_of_a_server_that_is_down(start, hos
             scorer.score(make_rollouts())
 
 
+@pytest.mark.parametrize("torn", [b'{"choices": [{"te', b""])
+def test_an_answer_to_the_first_probe_that_breaks_off_is_asked_for_again(host, torn):
+    rollouts = make_rollouts()
+    host.fail(1, changed(lambda _: torn))
+    for rollout, scores in zip(rollouts, hosted(host).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+
+
 def test_a_model_that_is_not_served_is_an_error_that_says_which_are(stub):
     with pytest.raises(EngineError, match="serves 'table', expected 'qwen'"):
         scorer_of(stub, model="qwen").score(make_rollouts())

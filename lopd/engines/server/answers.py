@@ -104,7 +104,7 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
         url: that answers.
         response: the server's response.
         key: that was sent; it is not repeated where a server does.
-        first: whether the server was never heard of before: what is not JSON then comes from something else.
+        first: whether the server was never heard of before: what is not JSON, nor the beginning of it, then comes from something else.
     """
     answer = _parsed(owner, url, response, first=first) if response.is_success else None
     status, message = _outcome(response, answer, key.value)
@@ -129,8 +129,9 @@ def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first
 def _parsed(owner: str, url: str, response: httpx2.Response, *, first: bool) -> Any:
     try:
         return response.json()
-    except (ValueError, RecursionError):
-        if first:
+    except (ValueError, RecursionError) as error:
+        begun = isinstance(error, ValueError) and response.text.strip()[:1] in ("", "{", "[")
+        if first and not begun:
             kind = response.headers.get("Content-Type", "text").partition(";")[0]
             raise EngineError(
                 f"{owner}: {url} answers {response.status_code} with {kind:.40}, expected the JSON of a model server; check host, port and path, "
