@@ -312,14 +312,34 @@ def test_more_candidates_than_the_server_gives_is_an_error_that_says_how_to_star
         scorer_of(stub, top_k=5).score(make_rollouts())
 
 
-def test_a_host_that_leaves_the_log_probs_of_prompts_empty_is_refused_before_a_rollout_is_sent(host):
-    def empty(body):
-        values = body["choices"][0]["logprobs"]["token_logprobs"]
-        values[:] = [None] * len(values)
+def emptied(fits):
+    """Leave all log-probs of choices of such ids out."""
 
+    def change(body):
+        for logprobs in (choice["logprobs"] for choice in body["choices"]):
+            if fits([int(token.removeprefix("token_id:")) for token in logprobs["tokens"][:-1]]):
+                logprobs["token_logprobs"] = [None] * len(logprobs["tokens"])
+
+    return changed(change)
+
+
+@pytest.mark.parametrize("tokens", [1, 1000])
+def test_a_rollout_whose_log_probs_a_host_leaves_empty_is_quarantined_and_the_others_are_scored(host, tokens):
+    rollouts, scorer = make_rollouts(), hosted(host, tokens_per_request=tokens)
+    store = MemoryStore(Manifest(scorer.tokenizer_id, MODEL, SamplingParams()))
+    store.append(rollouts)
+    host.fail(10**6, emptied(lambda ids: ids == ids_of(rollouts[5])))
+    with pytest.warns(QuarantineWarning, match="1 rollouts are without scores"):
+        score_rollouts(store, scorer)
+    ((row, reason),) = store.quarantined("teacher").items()
+    assert row == 5
+    assert "Rollout 'r5': the server gives null for all log-probs of the echoed prompt" in reason
+
+
+def test_a_host_that_leaves_the_log_probs_of_prompts_empty_is_refused_before_a_rollout_is_sent(host):
     store = MemoryStore(Manifest(hosted(host).tokenizer_id, MODEL, SamplingParams()))
     store.append([rollout for rollout in make_rollouts() if rollout.response_ids.size > 1])
-    host.fail(10**6, changed(empty))
+    host.fail(10**6, emptied(lambda _: True))
     with pytest.raises(EngineError, match=rf"^Server {host.url}: .* gives null for all log-probs of the echoed prompt, .*; use a host"):
         score_rollouts(store, hosted(host))
     assert len(host.requests) == 1

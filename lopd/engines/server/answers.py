@@ -62,6 +62,10 @@ class NotANumberError(InvalidRecordError):
     """Something in the place of a log-prob: the model is at fault, or what it reads."""
 
 
+class AllNullError(NotANumberError):
+    """Null in the place of each log-prob: of the first text that is asked for the server is at fault, of a later one that text may be."""
+
+
 def received(url: str, response: httpx2.Response, started: float, within_s: float | None) -> httpx2.Response:
     """Return a streamed response with its body, decompressed and of bounded size.
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn, final
 import numpy as np
 
 from lopd.engines.inputs import all_ids
+from lopd.engines.server.answers import AllNullError
 from lopd.engines.server.dialect import Dialect, Draw, Get, Served, Widths, model_card, positions
 from lopd.engines.server.reading import check_first, choices_of, listed, most_likely, named_id, number
 from lopd.engines.supports import make_scores
@@ -87,7 +88,7 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
     if len(values) == len(ids):  # one more is of the generated token, and leaves no room for a shift
         check_first(owner, values[0])
     if len(ids) > 2 and all(value is None for value in values[1 : len(ids)]):  # a single one may be a NaN
-        raise EngineError(
+        raise AllNullError(
             f"{owner}: the server gives null for all log-probs of the echoed prompt, expected numbers; {_REMEDY}, or check the model for NaN."
         )
     tokens = rollout.response_ids.tolist()

@@ -38,7 +38,7 @@ from lopd.engines.inputs import (
     sampling_settings,
     stream_seed,
 )
-from lopd.engines.server.answers import NotANumberError
+from lopd.engines.server.answers import AllNullError, NotANumberError
 from lopd.engines.server.dialect import Draw, Probe, Widths, check_extra
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Servers
@@ -98,6 +98,7 @@ class ServerScorer:
     tokens_per_request: int = 2048
     candidates: int = 0
     drawn: int = 0
+    _gave_numbers: bool = field(default=False, init=False, repr=False)  # whether a probe did: what lacks them later may be the rollout
 
     def __attrs_post_init__(self) -> None:
         _check_parts("ServerScorer", self.servers, self.identity)
@@ -160,8 +161,10 @@ class ServerScorer:
             try:
                 dialect.scores([few], widths, body, answer)
             except LopdError as error:
-                kind = NotANumberError if isinstance(error, NotANumberError) else EngineError
+                known = self._gave_numbers or not isinstance(error, AllNullError)
+                kind = NotANumberError if isinstance(error, NotANumberError) and known else EngineError
                 raise kind(f"{owner}: {error}") from error
+            self._gave_numbers = True
 
         return Probe((body,), judge)
 
