@@ -253,6 +253,27 @@ def test_a_secret_in_the_url_of_a_server_is_refused_and_not_repeated(url: str) -
     assert "SECRET" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"urls": []}, "number of urls is 0"),
+        ({"urls": ["localhost:8000"]}, "'localhost:8000', expected http://"),
+        ({"urls": ["http://"]}, "'http:', expected http://"),
+        ({"urls": ["http://[::1"]}, "'http://\\[::1', expected http://"),
+        ({"urls": ["http://me:sesame@localhost"]}, "one with a user or password"),
+        ({"urls": "http://a", "api_key": "sesame\n"}, "api_key has spaces"),
+        ({"urls": "http://a", "concurrency": 0}, "concurrency is 0"),
+        ({"urls": "http://a", "attempts": 0}, "attempts is 0"),
+        ({"urls": "http://a", "patience_s": 0}, "patience_s is 0"),
+        ({"urls": "http://a", "timeout_s": -1}, "timeout_s is -1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_and_secrets_not_repeated(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidRecordError, match=says) as caught:
+        Servers(model="table", **settings)
+    assert "sesame" not in str(caught.value)
+
+
 def test_a_long_wait_for_a_server_says_what_it_waits_for(
     closed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -26,6 +26,8 @@ _PROXY = (
 )
 # OpenAI's word for an account without credit, which waiting does not change
 _SPENT = ("insufficient_quota",)
+# the code of an error in an answer of 200, where it is a status
+_CODE = re.compile("[45][0-9][0-9]")
 # What x-ratelimit headers are about, and parts of a duration as OpenAI writes it: 6m0s, 1.5s, 20ms
 _LIMITED = ("requests", "tokens")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -145,14 +147,15 @@ def _parsed(owner: str, url: str, response: httpx2.Response, *, first: bool) -> 
 
 
 def _outcome(response: httpx2.Response, answer: Any, key: str | None) -> tuple[int, str]:
-    """Return the status and the error's message; of a 200 that carries an error, as routers send it once a model has begun, the error's own code."""
+    """Return the status and the error's message; of a 200 with an error, as routers send once a model has begun, what its code or words mean."""
     status = response.status_code
     if response.is_success:
         held = answer if isinstance(answer, Mapping) and not (answer.get("choices") or answer.get("meta_info")) else {}
         if not (error := held.get("error")):
             return status, ""
-        code = error.get("code") if isinstance(error, Mapping) else None
-        status = code if type(code) is int and 400 <= code < 600 else 500
+        code, message = str(error.get("code") if isinstance(error, Mapping) else ""), _message(response, key)
+        known = 402 if any(word in response.text for word in _SPENT) else 400 if any(words in message for words in _TOO_LONG) else 500
+        return int(code) if _CODE.fullmatch(code) else known, f"in a 200: {message}"
     return status, _message(response, key)
 
 
