@@ -24,6 +24,8 @@ from lopd.errors import InvalidRecordError, ModelError, ModelWarning, TrainingWa
 from lopd.losses.fused import FusedOPDLoss
 from lopd.records import Lineage, Ranks
 from lopd.records.ranks import check_summed
+from lopd.records.steps import Step
+from lopd.verbs.train import _check_shares
 
 # the models are random, and so are the log-probs of the reference policy
 pytestmark = pytest.mark.filterwarnings(
@@ -82,7 +84,7 @@ def test_ranks_whose_steps_are_not_shares_of_one_are_refused(wrap, several):
 
 
 UNLIKE = {
-    "one share": r"Step 0: rank 1 has share 0 of (\d), expected one of \1 that no other rank has; make the steps after the process group",
+    "one share": r"Step 0: rank 1 has share 0 of (\d), expected one of \1 that no other rank has; .*`evolve\(step, ranks=None\)`",
     "made before the group": r"Step 0: rank 0 has share 0 of 1, expected one of \d that no other rank has",
     "another left out": r"Step 2: rank 1 has a share of step 2 .*, expected one of rank 0's step 1 .*leave out the same steps on each",
     "one more": "Steps: rank 1 has come to their end, and rank 0 has another; give each as many",
@@ -309,6 +311,18 @@ def test_adapters_on_a_base_that_was_changed_are_refused_at_the_export_though_th
         fully_shard(module)
     with pytest.raises(ModelError, match=r"'model\.norm\.weight' under its adapters is not as in .*; export it merged"):
         student.export(tmp_path / "out", tokenizer, Lineage())
+
+
+def test_shares_of_many_ranks_are_compared_once_each_and_of_none_where_they_are_not_stated(monkeypatch):
+    compared, equal = [], Ranks.__eq__
+    monkeypatch.setattr(Ranks, "__eq__", lambda one, other: compared.append(1) or equal(one, other))
+    _check_shares([Step(0, (), ranks=Ranks(rank, 300)) for rank in range(300)])
+    assert len(compared) <= 300
+    for shares in ([Ranks(1, 2)] * 2, [Ranks()] * 2):
+        found = [Step(0, (), ranks=share) for share in shares]
+        with pytest.raises(InvalidRecordError, match=r"expected one of 2 that no other rank has; .*`evolve\(step, ranks=None\)`"):
+            _check_shares(found)
+        _check_shares([evolve(step, ranks=None) for step in found])
 
 
 def test_a_step_without_weight_anywhere_is_refused():

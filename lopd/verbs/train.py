@@ -207,7 +207,7 @@ def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step
 
 
 def _check_shares(found: list[Step | None]) -> None:
-    first = found[0]
+    first, taken = found[0], set[Ranks | None]()
     for rank, step in enumerate(found):
         if step is None or first is None:
             if step is not first:
@@ -222,11 +222,13 @@ def _check_shares(found: list[Step | None]) -> None:
                 f"({first.shares}); open the store on every rank once it is written, give all the same `rows`, `seed`, `rollouts_per_step` and "
                 "`tokens_per_batch`, and leave out the same steps on each."
             )
-        if (mine := step.ranks) and (mine.size != len(found) or mine in [one and one.ranks for one in found[:rank]]):
+        if (mine := step.ranks) and (mine.size != len(found) or mine in taken):
             raise InvalidRecordError(
                 f"Step {step.index}: rank {rank} has share {mine.rank} of {mine.size}, expected one of {len(found)} that no other rank has; make the "
-                "steps after the process group, or leave `ranks` of `batches` out."
+                "steps after the process group, or leave `ranks` of `batches` out; where you shared the step out yourself, pass "
+                "`evolve(step, ranks=None)` (of attrs)."
             )
+        taken.add(mine)
 
 
 def _check_counts(step: Step | None, counts: list[int], wrapped: bool) -> None:
