@@ -52,7 +52,7 @@ def opd_steps(
 
     Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` first, or call
     `fully_shard` on each layer and then on it.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one
-    process on all of it, up to rounding.
+    process on all of it, up to rounding.  Ranks meet once more at the end of their steps: leave the loop on all alike, or the others wait there.
 
     On a GPU nothing waits between the first forward of a step and the end of its last backward: what is reported of a step comes to the host
     there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
