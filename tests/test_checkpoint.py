@@ -205,6 +205,16 @@ def test_a_checkpoint_on_other_parameters_that_are_not_trained_is_refused(kept, 
     assert load_checkpoint(tmp_path, other, optimizer) == 4
 
 
+def test_a_parameter_that_is_not_trained_and_not_finite_is_compared_with_nothing(small, tmp_path):
+    student, _ = small
+    frozen, *trained = student.parameters()
+    frozen.requires_grad_(False)
+    frozen.data.fill_(float("nan"))
+    optimizer = torch.optim.AdamW(trained)
+    save_checkpoint(tmp_path, student, optimizer, next_step=4, lineage=Lineage())
+    assert load_checkpoint(tmp_path, student, optimizer) == 4
+
+
 def test_an_optimizer_with_the_same_parameters_in_another_order_is_refused(small, tmp_path):
     student, optimizer = small
     save_checkpoint(tmp_path, student, optimizer, next_step=4, lineage=Lineage())

@@ -15,20 +15,20 @@ _ROUNDING = 1e-2
 
 
 def few_values(student: Student) -> dict[str, list[float]]:
-    """Return up to 8 values of each parameter that is not trained, evenly spaced; sharded, quantised and absent ones are left out."""
+    """Return up to 8 values of each parameter that is not trained, evenly spaced; sharded, quantised, absent and infinite ones are left out."""
     plain = {
         name: p.detach()
         for name, p in student.named_parameters()
         if not p.requires_grad and type(p) in (nn.Parameter, Tensor) and p.is_floating_point() and not p.is_meta
     }
-    return {name: p.reshape(-1)[:: max(p.numel() // _VALUES, 1)][:_VALUES].float().tolist() for name, p in plain.items()}
+    chosen = {name: p.reshape(-1)[:: max(p.numel() // _VALUES, 1)][:_VALUES].float() for name, p in plain.items()}
+    return {name: values.tolist() for name, values in chosen.items() if values.isfinite().all()}
 
 
 def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: Mapping[str, Sequence[float]]) -> None:
     """Refuse parameters that are not trained and have other values than were saved, by more than rounding; only names of both are compared."""
     for name in (name for name in current if name in saved):
         before, now = torch.tensor(saved[name]), torch.tensor(current[name])
-        # values that are not finite are compared with nothing
         if before.shape != now.shape or (now - before).norm() > _ROUNDING * before.norm():
             raise CheckpointError(
                 f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
