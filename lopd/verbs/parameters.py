@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from lopd.errors import CheckpointError
@@ -28,8 +28,8 @@ def few_values(student: Student) -> dict[str, list[float]]:
 def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: Mapping[str, Sequence[float]]) -> None:
     """Refuse parameters that are not trained and have other values than were saved, by more than rounding; only names of both are compared."""
     for name in (name for name in current if name in saved):
-        before, now = torch.tensor(saved[name]), torch.tensor(current[name])
-        if before.shape != now.shape or (now - before).norm() > _ROUNDING * before.norm():
+        before, now = np.array(saved[name]), np.array(current[name])
+        if before.shape != now.shape or np.linalg.norm(now - before) > _ROUNDING * np.linalg.norm(before):
             raise CheckpointError(
                 f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
                 "was, on the same base, and with the same seed where a part of its adapters is frozen."
