@@ -228,7 +228,7 @@ def has_part(config: Any) -> bool:
 
 
 def _names(model: Any) -> set[str]:
-    """Return the names of the tensors that the files of a model have: of tied ones the first."""
+    """Return the names of the tensors in the files of a model; tied tensors are there under their first name."""
     return {*model.state_dict()} - {*(getattr(model, "all_tied_weights_keys", None) or ())}
 
 

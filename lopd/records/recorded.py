@@ -135,7 +135,7 @@ def _has_entries(value: Any) -> bool:
 
 
 def _mask(call: Mapping[str, Any], key: str) -> BoolArray:
-    """Return the mask under a key, empty where there is none; an InvalidRecordError names the key."""
+    """Return the mask under a key, an empty one where the key is missing; an InvalidRecordError names the key."""
     try:
         return to_mask([] if call.get(key) is None else call[key])
     except InvalidRecordError as error:

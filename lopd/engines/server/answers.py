@@ -65,7 +65,7 @@ class NotANumberError(InvalidRecordError):
 
 
 class AllNullError(NotANumberError):
-    """Null in the place of each log-prob: of the first text that is asked for the server is at fault, of a later one that text may be."""
+    """A server gave null for each log-prob: for the first text it is asked about, it cannot give any; for a later one, the text may be the cause."""
 
 
 def received(url: str, response: httpx2.Response, started: float, within_s: float | None) -> httpx2.Response:
