@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
+from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.drift import Drift
-from lopd.records.ranks import Ranks
-from lopd.records.steps import Batch, Step
+from lopd.records.ranks import Ranks, inner
+from lopd.records.steps import Batch, Step, StepMetrics
 from lopd.records.warn import warn_user
 
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
@@ -34,8 +35,7 @@ MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
 _LEAST_NORM = 1e-3
 _SAMPLED, _SHOWN = 4096, 3
-#: Fewer responses than this do not show which token ends them.
-_ENDS_NEEDED = 4
+_ENDS_NEEDED = 4  # fewer responses do not show which token ends them
 #: Relative difference of two rollouts' weights that is rounding.
 _SAME = 1e-3
 
@@ -108,7 +108,7 @@ def judge_distance(optimizer: Optimizer, loss: object, step: Step, reverse_kl: f
 
     Args:
         optimizer: whose first step it is.
-        loss: the step's loss.
+        loss: the step's.
         step: a run that was resumed begins after step 0, in which such a loss was judged.
         reverse_kl: nats a token.
     """
@@ -258,3 +258,42 @@ def _sample(tensor: Any) -> Tensor:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+class FirstSteps:
+    """What `opd_steps` asks of its steps, each judgement at its moment.
+
+    Args:
+        student, loss, optimizer: as in `opd_steps`.
+        trained: the student's parameters that require a gradient, by name.
+    """
+
+    def __init__(self, student: object, loss: object, optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
+        self._student, self._loss, self._optimizer, self._trained, self._steps, self._moved = student, loss, optimizer, trained, 0, False
+
+    def judge_batches(self, step: Step) -> None:
+        """Judge what the first step brings, before it is read."""
+        if self._steps == 0:
+            judge_ratio(self._loss, step.batches)
+            judge_baseline(self._optimizer, self._loss, step.batches)
+            judge_labels(self._optimizer, self._loss, step.batches)
+            judge_ends(self._optimizer, inner(self._student), step.batches)
+
+    def judge_gradients(self, grad_norm: float) -> Callable[[], None]:
+        """Judge the gradients of the first step; return what to call after the update: of the first one at the full rate, it judges what moved."""
+        if self._steps == 0:
+            judge_gradients(self._optimizer, self._student, self._trained)
+        if self._moved or not at_full_rate(self._optimizer):
+            return lambda: None
+        self._moved = True
+        return watch_movement(self._optimizer, grad_norm)
+
+    def judge_metrics(self, step: Step, metrics: StepMetrics, drift: Drift | None) -> None:
+        """Judge what was measured of a step: in the first one its drift from the policy, whether or not it is in the metrics."""
+        if self._steps == 0:
+            judge_distance(self._optimizer, self._loss, step, metrics.reverse_kl)
+            judge_policy(self._optimizer, step, drift)
+        # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
+        if self._steps == 1 and metrics.drift is not None:
+            judge_loss(self._loss, metrics.drift.advantages)
+        self._steps += 1

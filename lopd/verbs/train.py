@@ -14,18 +14,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
-from lopd.guards.first_step import (
-    at_full_rate,
-    judge_baseline,
-    judge_distance,
-    judge_ends,
-    judge_gradients,
-    judge_labels,
-    judge_optimizer,
-    judge_policy,
-    watch_movement,
-)
-from lopd.guards.watch import judge_loss, judge_ratio
+from lopd.guards.first_step import FirstSteps, judge_optimizer
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_kind, check_number, to_real
@@ -112,68 +101,36 @@ def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
     ranks, trained = Ranks.current(), _trained_parameters(student)
-    judged, device = False, next(iter(trained.values())).device.type
-    for place_of_step, step in enumerate(steps):
+    guard = FirstSteps(student, loss, optimizer, trained)
+    for step in steps:
         started = perf_counter()
         check_kind("Step", step, Step, "pass `batches(store)[:150]`")
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
-        read = step.batches[: len(step.batches) - step.idle]
-        sizes = [
-            (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
-        ]
-        mine = torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
-        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = _summed(student, ranks, step, mine)
-        if place_of_step == 0:
-            judge_ratio(loss, step.batches)
-            judge_baseline(optimizer, loss, step.batches)
-            judge_labels(optimizer, loss, step.batches)
-            judge_ends(optimizer, inner(student), read)
+        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = _summed(student, ranks, step)
+        guard.judge_batches(step)
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         # those that the optimizer lacks would pile up from step to step
         for parameter in trained.values():
             parameter.grad = None
-        said: list[LossOutput] = []
-        # the student moves each to where it computes, so a GPU holds one of them at a time
-        for place, batch in enumerate(step.batches, 1):
-            # a product in an autocast that the caller is in would round gradients; a student has its own
-            with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
-                output = student(batch, loss)
-                _check_output(loss, output, batch)
-                # torch averages gradients over ranks, and a step is a sum
-                (output.loss_sum * ranks.size / total).backward()
-            said.append(evolve(output, loss_sum=output.loss_sum.detach()))
-            del output
+        said = _backward(student, step, loss, ranks, total)
         norm = whole(clip_grad_norm_(_updated(optimizer, trained.values()), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
-        # rewards alone have no teacher: in its place the first step has the policy, from which it judges how far the student is
-        alone = all(batch.teacher_logprobs is None and batch.label_values is not None for batch in step.batches)
-        compared = [evolve(b, teacher_logprobs=_policy_of(b)) for b in step.batches] if alone and place_of_step == 0 else step.batches
-        grad_norm, sums, known = _fetch(norm, compared, said)
+        grad_norm, sums, known = _fetch(norm, step.batches, said)
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
-        if place_of_step == 0:
-            judge_gradients(optimizer, student, trained)
-        movement = None if judged or not at_full_rate(optimizer) else watch_movement(optimizer, grad_norm)
+        judge_update = guard.judge_gradients(grad_norm)
         optimizer.step()
-        if movement is not None:
-            judged = True
-            movement()
-        drift = measure_step(ranks.gather(known))
-        # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
-        if place_of_step == 1 and drift is not None:
-            judge_loss(loss, drift.advantages)
-        mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
-        if place_of_step == 0:
-            judge_distance(optimizer, loss, step, reverse_kl)
-            judge_policy(optimizer, step, drift)
+        judge_update()
         # what lies on a GPU: the caller may need the memory for something else before the next step
-        del norm, said, movement
-        yield StepMetrics(
+        del norm, said, judge_update
+        drift = measure_step(ranks.gather(known))
+        mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
+        metrics = StepMetrics(
             step=step.index,
             loss=mean_loss,
             reverse_kl=reverse_kl,
@@ -181,25 +138,47 @@ def _train(
             grad_norm=grad_norm,
             rollouts=int(rollouts),
             read_tokens=int(read_tokens),
-            drift=None if alone or any(batch.ref_logprobs is None for batch in step.batches) else drift,
+            drift=None if any(batch.ref_logprobs is None or batch.teacher_logprobs is None for batch in step.batches) else drift,
             response_tokens=int(response_tokens),
             seconds=perf_counter() - started,
             mean_label=labels / labelled if labelled else None,
             unlike_group=unlike / labelled if labelled else None,
         )
-    _summed(student, Ranks.current(), None, torch.zeros(7, device="cpu"))  # the caller may have ended the group
+        guard.judge_metrics(step, metrics, drift)
+        yield metrics
+    _summed(student, Ranks.current(), None)  # the caller may have ended the group
+
+
+def _backward(student: Student | DistributedDataParallel, step: Step, loss: OPDLoss, ranks: Ranks, total: float) -> list[LossOutput]:
+    """Add the gradient of each micro-batch, as a share of the step's total weight, and return what the loss gave of each, detached."""
+    said: list[LossOutput] = []
+    device = next(iter(_trained_parameters(student).values())).device.type
+    # the student moves each to where it computes, so a GPU holds one of them at a time
+    for place, batch in enumerate(step.batches, 1):
+        # a product in an autocast that the caller is in would round gradients; a student has its own
+        with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
+            output = student(batch, loss)
+            _check_output(loss, output, batch)
+            # torch averages gradients over ranks, and a step is a sum
+            (output.loss_sum * ranks.size / total).backward()
+        said.append(evolve(output, loss_sum=output.loss_sum.detach()))
+        del output
+    return said
 
 
 def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step | None, sizes: Tensor) -> list[float]:
-    """Return the sizes summed over the ranks, which must all be at shares of one step, or all at the end of theirs (None).
+def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step | None) -> list[float]:
+    """Return sizes of a step, summed over the ranks, which must all be at shares of one step, or all at the end of theirs (None).
 
     Otherwise some rollouts would count twice and others never, or the ranks would wait for each other for ever.
     """
-    found = ranks.gather([(step and evolve(step, batches=()), len(step.batches) if step else 0, sizes)])
+    read = step.batches[: len(step.batches) - step.idle] if step else ()
+    sizes = [(float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read]
+    mine = torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
+    found = ranks.gather([(step and evolve(step, batches=()), len(step.batches) if step else 0, mine)])
     if ranks.size > 1:
         _check_shares([one for one, _, _ in found])
         _check_counts(found[0][0], [count for _, count, _ in found], isinstance(student, DistributedDataParallel))
@@ -265,8 +244,10 @@ def _updated(optimizer: Optimizer, trained: Iterable[Tensor]) -> list[Tensor]:
     return [parameter for parameter in trained if id(parameter) in theirs]
 
 
-def _policy_of(batch: Batch) -> Tensor | None:
-    return batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
+def _compared(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the student is compared with, the teacher's log-probs and the policy's; rewards alone have the policy in the teacher's place."""
+    policy = batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
+    return policy if batch.teacher_logprobs is None and batch.label_values is not None else batch.teacher_logprobs, policy
 
 
 def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, list[TokenLogprobs]]:
@@ -274,7 +255,7 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     measured = [
         (batch, output.logprobs)
         for batch, output in zip(batches, said, strict=True)
-        if output.logprobs is not None and batch.teacher_logprobs is not None and _policy_of(batch) is not None
+        if output.logprobs is not None and all(values is not None for values in _compared(batch))
     ]
     reported = ((output.loss_sum, output.reverse_kl_sum, output.clipped_sum) for output in said)
     # a loss may have made one of them on the CPU
@@ -284,7 +265,7 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
     known = list[TokenLogprobs]()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
-        columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids, batch.sampler_logprobs)
+        columns = (*_compared(batch), batch.weight, batch.segment_ids, batch.sampler_logprobs)
         stored = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
         known.append(TokenLogprobs(logprobs_M.numpy(), *stored))
     return float(first), rest[0].view(-1, 3).sum(0), known
