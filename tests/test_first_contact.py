@@ -7,7 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,8 +18,10 @@ import torch
 from hub_stub import hub  # noqa: F401
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
+from other_stubs import CompletionsStub
 from s3_server import S3Server
-from served_table import MODEL, TOKENIZER
+from served_table import MODEL, TOKENIZER, make_rollouts, scorer_of
+from vllm_stub import answer
 
 from lopd.backends import retry
 from lopd.backends.files import cloud, failures
@@ -272,6 +274,26 @@ def test_settings_that_make_no_sense_are_refused_and_secrets_not_repeated(settin
     with pytest.raises(InvalidRecordError, match=says) as caught:
         Servers(model="table", **settings)
     assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ({"type": "invalid_request_error", "code": "unsupported_parameter"}, r"answers 400 \(in a 200: no\), expected 200; check URL"),
+        ({"type": "InvalidRequestError", "code": None}, "answers 400"),
+        ({"type": "server_error", "code": "model_not_found"}, "answers 400"),
+        ({"type": "invalid_request_error", "code": "invalid_api_key"}, "answers 401 .* key"),
+        ({"type": "authentication_error"}, "answers 401"),
+        ({"type": "permission_error"}, "answers 403"),
+        ({"type": "billing_error"}, r"answers 402 .*, expected credit"),
+    ],
+)
+def test_a_server_that_refuses_for_good_in_an_answer_of_200_is_asked_once(error: dict[str, Any], says: str) -> None:
+    with closing(CompletionsStub()) as host:
+        host.fail(10**6, answer(200, body={"error": {"message": "no", **error}}))
+        with pytest.raises(EngineError, match=says):
+            scorer_of(host, speaks="openai", context=64, patience_s=1).score(make_rollouts())
+        assert len(host.requests) == 1
 
 
 def test_a_long_wait_for_a_server_says_what_it_waits_for(

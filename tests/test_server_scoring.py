@@ -282,6 +282,7 @@ def test_a_refusal_is_one_error_that_names_the_rollout_and_is_not_sent_again(stu
 
 TOO_LONG, CODES = "maximum context length", (400, "400", "context_length_exceeded", None)
 PASSING = [({"code": 502, "message": "overloaded"}, 2), ({"code": 429}, 6), ({"code": "429"}, 6), ("overloaded", 2)]
+PASSING += [({"code": "rate_limit_exceeded", "type": "invalid_request_error"}, 6), ({"type": "overloaded_error"}, 2)]
 
 
 @pytest.mark.parametrize(("error", "count"), PASSING)
@@ -299,6 +300,7 @@ def test_a_passing_error_in_an_answer_of_200_is_asked_again(stub, host, error, c
         (502, "Provider returned error", EngineError, r"answers 502 \(in a 200: Provider returned error\), at last of 2 attempts", 2),
         (None, "no such thing", EngineError, r"answers 500 \(in a 200: no such thing\), at last of 2 attempts", 2),
         ("no_such_code", "no such thing", EngineError, r"answers 500 \(in a 200: no such thing\), at last of 2 attempts", 2),
+        ("invalid_upstream_response", "cut", EngineError, r"answers 500 \(in a 200: cut\), at last of 2 attempts", 2),
         (402, "Insufficient credits", EngineError, r"answers 402 \(in a 200: Insufficient credits\), expected credit", 1),
         ("insufficient_quota", "Quota exceeded", EngineError, r"answers 402 \(in a 200: Quota exceeded\), expected credit", 1),
         *(

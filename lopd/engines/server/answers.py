@@ -26,8 +26,17 @@ _PROXY = (
 )
 # OpenAI's word for an account without credit, which waiting does not change
 _SPENT = ("insufficient_quota",)
-# the code of an error in an answer of 200, where it is a status
+# the code of an error in an answer of 200, where it is a status; and what the letters of its code and type mean, first what passes
 _CODE = re.compile("[45][0-9][0-9]")
+_MEANT = {
+    429: re.compile("ratelimit|toomanyrequests|resourceexhausted"),
+    503: re.compile("overload|unavailable"),
+    401: re.compile("invalidapikey|authenticat|unauthorized"),
+    402: re.compile("payment|billing"),
+    403: re.compile("permission|forbidden"),
+    # not an invalid response, as a router gets from a host that may give a valid one
+    400: re.compile("invalid(?!.*respon)|unsupported|notsupported|notfound|badrequest"),
+}
 # What x-ratelimit headers are about, and parts of a duration as OpenAI writes it: 6m0s, 1.5s, 20ms
 _LIMITED = ("requests", "tokens")
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -147,15 +156,24 @@ def _parsed(owner: str, url: str, response: httpx2.Response, *, first: bool) -> 
 
 
 def _outcome(response: httpx2.Response, answer: Any, key: str | None) -> tuple[int, str]:
-    """Return the status and the error's message; of a 200 with an error, as routers send once a model has begun, what its code or words mean."""
+    """Return the status and the error's message; of a 200 with an error, as routers send once a model has begun, what its words mean."""
     status = response.status_code
     if response.is_success:
         held = answer if isinstance(answer, Mapping) and not (answer.get("choices") or answer.get("meta_info")) else {}
         if not (error := held.get("error")):
             return status, ""
-        code, message = str(error.get("code") if isinstance(error, Mapping) else ""), _message(response, key)
-        known = 402 if any(word in response.text for word in _SPENT) else 400 if any(words in message for words in _TOO_LONG) else 500
-        return int(code) if _CODE.fullmatch(code) else known, f"in a 200: {message}"
+        message = _message(response, key)
+        words = [str(error.get(name)) for name in ("code", "type")] if isinstance(error, Mapping) else [""]
+        if _CODE.fullmatch(words[0]):
+            meant = int(words[0])
+        elif any(word in response.text for word in _SPENT):
+            meant = 402
+        elif any(part in message for part in _TOO_LONG):
+            meant = 400
+        else:
+            joined = ["".join(filter(str.isalpha, word.lower())) for word in words]
+            meant = next((status for status, found in _MEANT.items() if any(map(found.search, joined))), 500)
+        return meant, f"in a 200: {message}"
     return status, _message(response, key)
 
 
