@@ -75,12 +75,13 @@ def test_fields_of_a_servers_own_that_change_what_is_drawn_are_refused(speaks):
     def of(extra):
         return source_of(servers=Servers("http://a", "m", speaks=speaks, extra=extra), temperature=0.5)
 
-    for name, value in {**CHANGING, "custom_logit_processor": "{}", "thinking_token_budget": 0}.items():
+    more = {"custom_logit_processor": "{}", "thinking_token_budget": 0, "best_of": 4, "vllm_xargs": {"to": 5}, "use_beam_search": True}
+    for name, value in {**CHANGING, **more, "response_format": {"type": "json_object"}}.items():
         with pytest.raises(InvalidRecordError, match=f"ServerSource: extra of its servers has '{name}', which changes what is drawn"):
             of({name: value})
     set_already = {"vllm": ("temperature", "min_p", "max_tokens", "model"), "sglang": ("sampling_params", "input_ids")}
     for name in set_already[speaks]:
-        with pytest.raises(InvalidRecordError, match=f"has '{name}', which every request sets itself; set it in SamplingParams, or"):
+        with pytest.raises(InvalidRecordError, match=f"has '{name}', which every request sets itself, from .* Servers; leave it"):
             of({name: 0.25})
     of(
         {
@@ -88,6 +89,11 @@ def test_fields_of_a_servers_own_that_change_what_is_drawn_are_refused(speaks):
             "cache_salt": "a",
             "logit_bias": None,
             "return_token_ids": True,
+            "use_beam_search": False,
+            "best_of": 1,
+            "response_format": {"type": "text"},
+            "guided_decoding_backend": "xgrammar",
+            "lora_path": "adapter",
             **({"temperature": 0.5} if speaks == "vllm" else {}),
         }
     )

@@ -139,11 +139,14 @@ class Probe:
     judge: Callable[..., None]
 
 
-#: Fields of a server's own that change what it draws; of "guided_..." there are several.
-_RESHAPING = {
-    *("logit_bias", "bad_words", "allowed_token_ids", "logits_processors", "custom_logit_processor", "thinking_token_budget"),
-    *("structured_outputs", "response_format", "use_beam_search", "stop"),
-}
+#: Fields of a server's own that change what it draws, unless empty, None, or the value of the last three; an adapter (`lora_path`) is of the policy.
+_RESHAPING = dict[str, Any].fromkeys(
+    [
+        *("logit_bias", "bad_words", "allowed_token_ids", "logits_processors", "custom_logit_processor", "vllm_xargs", "stop"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag", "structured_outputs"),
+        "thinking_token_budget",
+    ]
+) | {"best_of": 1, "response_format": {"type": "text"}, "use_beam_search": False}
 
 
 class Dialect(Protocol):
@@ -202,9 +205,10 @@ def check_extra(owner: str, extra: Mapping[str, Any], body: Mapping[str, Any]) -
     for name, value in extra.items():
         if name in body and body[name] != value:
             raise InvalidRecordError(
-                f"{owner}: extra of its servers has {name!r}, which every request sets itself; set it in SamplingParams, or leave it out."
+                f"{owner}: extra of its servers has {name!r}, which every request sets itself, from SamplingParams, the prompt and Servers; "
+                "leave it out."
             )
-        if (name in _RESHAPING or name.startswith("guided_")) and value not in (None, "", [], {}):
+        if name in _RESHAPING and value not in (None, "", [], {}, _RESHAPING[name]):
             raise InvalidRecordError(
                 f"{owner}: extra of its servers has {name!r}, which changes what is drawn, and log-probs of the policy are not those of such draws; "
                 "leave it out, or draw with a source of your own that gives `sampler_logprobs`."
