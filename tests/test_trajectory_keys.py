@@ -31,11 +31,15 @@ def test_records_of_several_forms_come_through_pandas(tokenizer):
     assert all(rollout.behavior_logprobs.tolist() == LOGPROBS for rollout in made)
 
 
+def by_place(values):
+    return {str(place): value for place, value in enumerate(values)}
+
+
 def without(record, key):
     return {name: value for name, value in record.items() if name != key}
 
 
-@pytest.mark.parametrize("made", [list, np.array, torch.tensor, lambda values: {"content": values}])
+@pytest.mark.parametrize("made", [list, np.array, torch.tensor, lambda values: {"content": values}, by_place])
 @pytest.mark.parametrize(
     ("form", "key", "own"),
     [
@@ -64,7 +68,15 @@ def test_a_second_mask_is_refused_where_it_leaves_tokens_out(key, tokenizer):
         imported([{**PRIME, key: DRAWN[:5]}], tokenizer)
     with pytest.raises(PromptError, match="'completion_mask' has 5 entries, expected 7"):
         imported([{**PRIME, "completion_mask": DRAWN[:5], key: DRAWN}], tokenizer)
-    for unreadable in ([None] * 7, ["a"] * 7, [{"tool": 0}] * 7, {"content": DRAWN}, {"tools": {"content": np.array(DRAWN)}}):
+    for unreadable in (
+        [None] * 7,
+        ["a"] * 7,
+        [{"tool": 0}] * 7,
+        {0: 1},
+        by_place(DRAWN),
+        {"content": DRAWN},
+        {"tools": {"content": np.array(DRAWN)}},
+    ):
         with pytest.raises(InvalidRecordError, match=rf"^Trajectory number 0: '{key}' is not a mask \(Loss mask: .*pass True"):
             imported([{**PRIME, key: unreadable}], tokenizer)
     nothing = ([], "text", True, {}, {"kind": "tools", "on": True, "names": []})

@@ -128,9 +128,9 @@ def _others(call: Mapping[str, Any], keys: Mapping[str, None], own: str) -> Iter
 
 
 def _has_entries(value: Any) -> bool:
-    """Return whether there are any, a mapping having those of its values; what is empty, a text or a flag has none."""
+    """Return whether there are any, a mapping by places being them, another having those of its values; what is empty, a text or a flag has none."""
     if isinstance(value, Mapping):
-        return any(map(_has_entries, value.values()))
+        return any(str(key).isdecimal() or _has_entries(inner) for key, inner in value.items())
     return isinstance(value, Sized) and not isinstance(value, str) and getattr(value, "ndim", None) != 0 and len(value) > 0
 
 
