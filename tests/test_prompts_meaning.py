@@ -13,6 +13,7 @@ from chat_tokenizers import CHATML, PARTS, THINKING, byte_tokenizer, texts
 
 from lopd import make_prompts, read_prompts
 from lopd.errors import PromptError, PromptWarning
+from lopd.records import chat_template
 
 WEATHER = {
     "type": "function",
@@ -344,6 +345,13 @@ def test_a_role_whose_text_the_template_leaves_out_is_doubted():
     rewritten = byte_tokenizer(CHATML.replace("m['content']", "m['content'] | trim | upper"))
     make_prompts([[{"role": "system", "content": " Be brief.\n"}, *ask("hi ")]], rewritten)
     make_prompts([CONVERSATION], byte_tokenizer(THINKING))
+
+
+def test_the_text_that_a_template_writes_is_folded_once(monkeypatch):
+    folded = []
+    monkeypatch.setattr(chat_template, "folded", lambda text: folded.append(text) or text)
+    make_prompts([[*ask("x"), *ask("y"), *ask("z")]], byte_tokenizer())
+    assert sorted(folded)[1:] == ["x", "y", "z"]
 
 
 def test_an_answer_or_a_result_of_a_tool_that_changes_nothing_is_doubted():

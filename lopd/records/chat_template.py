@@ -132,12 +132,13 @@ class ChatTemplate:
             return None
         self._tried.add(roles)
         whole = str(self._apply(messages, tools, variables, tokenize=False))
+        page = folded(whole)
 
         def written(role: str) -> bool:
             texts = [text_of(message) for message in messages if message["role"] == role]
             if role not in {"assistant", "tool"}:
                 # spaces and case may be the template's
-                return all(folded(text) in folded(whole) for text in texts)
+                return all(folded(text) in page for text in texts)
             # what an assistant thought, or a tool gave, is often rewritten, so that it counts whether another text changes anything
             longer = [
                 {**message, "content": text + PROBE} if message["role"] == role and (text := text_of(message)) else message
