@@ -148,6 +148,12 @@ class GivesRecordsOfScores(MemoryStore):
         return list(rows) if columns else rows
 
 
+class GoesOverNamesFirst(MemoryStore):
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Any:
+        assert all(isinstance(name, str) for name in (*columns, *top_k))
+        return super().read(indices, columns, top_k)
+
+
 class GivesRoundsOfOthers(MemoryStore):
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Any:
         rows = super().read(indices, columns, top_k)
@@ -177,6 +183,7 @@ WRONG_STORES: dict[type[MemoryStore], str] = {
     BeginsARoundTwice: "test_a_round_of_sampling_is_begun_with_its_policy_and_then_takes_rollouts",
     GivesRecords: "test_every_kind_of_rollout_comes_back_as_it_went_in",
     GivesRecordsOfScores: "test_scores_come_with_the_columns_asked_for_and_no_others",
+    GoesOverNamesFirst: "test_names_of_columns_may_come_from_a_generator",
     GivesRoundsOfOthers: "test_every_kind_of_rollout_comes_back_as_it_went_in",
     BelongsToItsThread: "test_another_thread_may_read_it",
 }

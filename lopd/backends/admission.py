@@ -209,18 +209,20 @@ def _refuse_score(owner: str, score: Scores, known: tuple[bytes, int] | None) ->
     )
 
 
-def check_asked(owner: str, columns: Sequence[str], top_k: Sequence[str], provenances: Mapping[str, Provenance]) -> list[str]:
-    """Return the columns to read, each once, without virtual ones; those that are absent are refused with their scores.
+def check_asked(
+    owner: str, columns: Iterable[str], top_k: Iterable[str], provenances: Mapping[str, Provenance]
+) -> tuple[tuple[str, ...], tuple[str, ...], list[str]]:
+    """Return columns, top_k, and what to read for them, each once, without virtual ones; what is absent is refused with its scores.
 
     Raises:
         ArgumentError: one text is given in place of several.
         MissingScoresError: the support of a column that keeps none is asked for; it names the column.
     """
-    several(owner, columns)
-    for name in several(owner, top_k):
+    columns, top_k = several(owner, columns), several(owner, top_k)
+    for name in top_k:
         if name in VIRTUAL_COLUMNS or (name in provenances and provenances[name].top_k == 0):
             raise MissingScoresError(f"{owner}: column {name!r} has no top-k support; score with a scorer whose provenance names a top_k.")
-    return [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
+    return columns, top_k, [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
 
 
 def new_quarantine(

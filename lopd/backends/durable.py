@@ -206,7 +206,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
         rows, provenances = admission.check_rows(self._owner, indices, len(self)), self._snapshot.provenances()
-        names = admission.check_asked(self._owner, columns, top_k, provenances)
+        columns, top_k, names = admission.check_asked(self._owner, columns, top_k, provenances)
         return admission.with_columns(self._owner, self._snapshot.read(rows, names, top_k), columns, provenances)
 
     def refresh(self) -> None:

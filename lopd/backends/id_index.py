@@ -60,7 +60,7 @@ class IdIndex:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return (n,): the row of each id, -1 where it is not known."""
-        names = [*several("Rollout ids", rollout_ids)]
+        names = several("Rollout ids", rollout_ids)
         parts = [self._rows(names[first : first + _NAMES_AT_ONCE]) for first in range(0, len(names), _NAMES_AT_ONCE)]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 

@@ -90,7 +90,7 @@ class MemoryStore(Glanced):
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """Return these rollouts with these columns, in the order asked."""
         rows = admission.check_rows("MemoryStore", indices, len(self)).tolist()
-        names = admission.check_asked("MemoryStore", columns, top_k, self._columns)
+        columns, top_k, names = admission.check_asked("MemoryStore", columns, top_k, self._columns)
         scores = {name: self._scores_of(rows, name) for name in names}
         read = Rows.joined(
             [self._rollouts[row] for row in rows],

@@ -126,6 +126,7 @@ class LogprobReader(Protocol):
         """Return these rollouts end to end, with these columns and the top-k support of these, in the order asked; an index may repeat.
 
         Everything is verified before it is given.  A store that keeps records makes them columns with `Rows.of`.
+        Names of columns may come from a generator, which gives them once.
         Those of lopd refuse a mask of rows, which would be taken for row numbers, and one text in place of several.
 
         Raises:

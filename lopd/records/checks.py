@@ -6,13 +6,11 @@ from functools import partial
 from inspect import signature
 from numbers import Integral, Real
 from re import sub
-from typing import Any, TypeVar
+from typing import Any
 
 from attrs import fields
 
 from lopd.errors import ArgumentError, InvalidRecordError
-
-_Texts = TypeVar("_Texts", bound=Iterable[str])
 
 
 def check_number(owner: str, name: str, value: object, fits: bool, expected: str) -> None:
@@ -201,15 +199,15 @@ def texts_of(owner: str, values: Any) -> list[str]:
     return list(values)
 
 
-def several(owner: str, texts: _Texts) -> _Texts:
-    """Return several texts as they are: a single one would be taken for its letters.
+def several(owner: str, texts: Iterable[str]) -> tuple[str, ...]:
+    """Return several texts, each of which a generator gives once; a single text would be taken for its letters.
 
     Raises:
         ArgumentError: they are one text, or cannot be gone through.
     """
     if isinstance(texts, str) or not isinstance(texts, Iterable):
         raise ArgumentError(f"{owner}: it was given {a_kind(texts)} ({texts!r:.60}), expected a list of texts; pass `[...]`.")
-    return texts
+    return tuple(texts)
 
 
 def check_call(owner: str, value: object, arguments: str) -> None:

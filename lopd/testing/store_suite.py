@@ -13,7 +13,7 @@ from lopd.records.manifest import LABEL, RESIDUAL, Manifest
 from lopd.records.parity import Parity
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
-from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 
 def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
@@ -53,6 +53,15 @@ class StoreSuite:
         store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
         store.append(items)
         return store, items
+
+    def test_names_of_columns_may_come_from_a_generator(self) -> None:
+        store, items = self.filled()
+        for column in ("teacher", "ref"):
+            top = evolve(tiny_scores(items[1]), top_k=tiny_top_k(items[1].response_ids.size))
+            store.append_scores(column, tiny_provenance(column, top_k=2), [top])
+        asked = store.read([1], (name for name in ("ref", "teacher")), (name for name in ("teacher",)))  # type: ignore[arg-type]
+        assert (list(asked.scores), list(asked.top_k)) == (["ref", "teacher"], ["teacher"])
+        assert len(asked[0].scores["ref"]) == 2
 
     def test_another_thread_may_read_it(self) -> None:
         store, items = self.filled()

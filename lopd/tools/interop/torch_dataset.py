@@ -19,7 +19,7 @@ from lopd.records.rows import Rows
 
 
 def _names(columns: Sequence[str]) -> tuple[str, ...]:
-    return tuple(several("TorchDataset", columns))
+    return several("TorchDataset", columns)
 
 
 @final
