@@ -13,6 +13,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer
 from lopd.errors import EndTokenWarning, EngineChangeWarning, InvalidRecordError, ScorerError
 from lopd.records import Rollout, Scores, measure_parity
+from lopd.records.manifest import LABEL, RESIDUAL
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.verbs import Preflight
 
@@ -56,6 +57,20 @@ def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_wha
     with pytest.raises(ScorerError, match=r"differ by 0\.3 nats on average from those that column 'teacher' holds"):
         score_rollouts(collected, Moody(scorer, always=0.3))
     assert int(collected.scored("teacher").sum()) == before == 4
+
+
+@pytest.mark.parametrize("mode", [LABEL, RESIDUAL])
+def test_a_column_of_values_above_0_is_gone_on_with(mode):
+    store, items = MemoryStore(tiny_manifest()), [tiny_rollout(f"p{i}/s0/g0") for i in range(6)]
+
+    def score(rollouts):
+        return [Scores.of(rollout, [0.7] * 3, signed=True) for rollout in rollouts]
+
+    judge = SimpleNamespace(provenance=evolve(tiny_provenance(), logprobs_mode=mode), score=score)
+    for part in (items[:3], items[3:]):
+        store.append(part)
+        score_rollouts(store, judge, column="judge")
+    assert store.scored("judge").all()
 
 
 def test_rows_of_which_none_is_scored_are_compared_with_others_of_the_column(collected, teacher_model, tokenizer):

@@ -138,7 +138,7 @@ class Preflight:
                 f"Scorer {scorer.provenance.model}, rollout {name!r}: it is refused ({refused[name]}) although column {column!r} holds its scores, "
                 "expected the answer it gave before; see what has changed since."
             )
-        stored = [Scores.of(record.rollout, record.scores[column]) for record in held]
+        stored = [Scores.of(record.rollout, record.scores[column], signed=scorer.provenance.signed) for record in held]
         return self._compare(scorer, stored, together, f"from those that column {column!r} holds")
 
     def _compare(self, scorer: TeacherScorer, others: Sequence[Scores], together: Answers, what: str) -> float:
