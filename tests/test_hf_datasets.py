@@ -8,6 +8,7 @@ from exchanged import assert_equal_stores, memory  # noqa: F401
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import CorruptStoreError
+from lopd.protocols import reading
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.interop import from_hf_dataset, hf_dataset_manifest, to_hf_dataset
 
@@ -20,6 +21,15 @@ def test_a_store_comes_back_equal_from_a_hugging_face_dataset(memory: MemoryStor
         for _ in range(2):
             from_hf_dataset(dataset, again, rows_per_commit=7)
         assert_equal_stores(again, memory)
+
+
+def test_few_rows_are_imported_at_once_where_their_values_are_many(memory: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, appended, append = to_hf_dataset(memory), list[int](), MemoryStore.append
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", int(memory.lengths().sum()) * (4 + 9 + 1) // 6)
+    monkeypatch.setattr(MemoryStore, "append", lambda self, new: appended.append(len(new)) or append(self, new))
+    from_hf_dataset(dataset, again := MemoryStore(hf_dataset_manifest(dataset)))
+    assert 3 < len(appended) < len(memory)
+    assert_equal_stores(again, memory)
 
 
 def test_a_selection_of_a_hugging_face_dataset_is_imported_in_its_order(memory: MemoryStore) -> None:

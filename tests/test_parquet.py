@@ -37,7 +37,7 @@ from lopd.errors import (
 from lopd.protocols import LogprobReader, reading
 from lopd.records import ModelId, Rollout
 from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-from lopd.tools.interop import arrow_table, export_parquet, from_hf_dataset, import_parquet, parquet, parquet_manifest, to_hf_dataset
+from lopd.tools.interop import arrow_table, export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
 
 
 def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
@@ -62,7 +62,7 @@ def test_a_row_is_weighed_once_however_many_are_in_a_group(memory: MemoryStore, 
 
     lengths = MemoryStore.lengths
     monkeypatch.setattr(MemoryStore, "lengths", lambda self: lengths(self).view(Counted))
-    monkeypatch.setattr(arrow_table, "parts", lambda reader, rows, values: reading.parts(reader, 2, values))
+    monkeypatch.setattr(arrow_table, "parts", lambda reader, rows: reading.parts(reader, 2))
     export_parquet(memory, tmp_path / "run.parquet", rows_per_group=2 * len(memory))
     assert sorted(weighed) == list(range(len(memory)))
 
@@ -139,7 +139,7 @@ def test_few_rows_move_at_once_where_their_values_are_many(memory: MemoryStore, 
     export_parquet(memory, tmp_path / "whole.parquet")
     assert pq.ParquetFile(tmp_path / "whole.parquet").num_row_groups == 1
     values = int(memory.lengths().sum()) * (4 + 9 + 1)
-    for module in (reading, arrow_table, parquet):
+    for module in (reading, arrow_table):
         monkeypatch.setattr(module, "VALUES_AT_ONCE", values // 6)
     export_parquet(memory, tmp_path / "cut.parquet")
     assert pq.read_table(tmp_path / "cut.parquet").equals(pq.read_table(tmp_path / "whole.parquet"))

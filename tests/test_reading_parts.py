@@ -6,10 +6,11 @@ from attrs import evolve
 from test_doctor import rollout
 
 from lopd.backends.memory_store import MemoryStore
+from lopd.guards.audit import audit
 from lopd.protocols import reading
-from lopd.protocols.reading import evenly, parts, rows_of
+from lopd.protocols.reading import evenly, parts, rows_of, walk
 from lopd.records import ModelId, Prompt, SamplingParams, Scores
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 
 def test_parts_cover_every_row_once_with_all_columns_it_has_in_one_read_for_all_alike() -> None:
@@ -31,6 +32,22 @@ def test_parts_cover_every_row_once_with_all_columns_it_has_in_one_read_for_all_
         assert part.top_k == tuple(name for name in part.columns if name == "b")
         assert [r.rollout.rollout_id for r in part.read(store)] == [items[i].rollout_id for i in part.rows]
     assert parts(MemoryStore(tiny_manifest())) == []
+
+
+def test_fewer_rows_are_read_at_once_where_columns_and_supports_make_them_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, read, looked = MemoryStore(tiny_manifest()), MemoryStore.read, list[int]()
+    items = [tiny_rollout(f"p{i}/s0/g0") for i in range(12)]
+    store.append(items)
+    for column in "abc":
+        scores = [evolve(tiny_scores(item), top_k=tiny_top_k(3)) for item in items]
+        store.append_scores(column, tiny_provenance(column, top_k=2), scores)
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 4 * 4 * (4 + 3 * (1 + 2 * 2)))
+    assert [len(part.rows) for part in parts(store)] == [4, 4, 4]
+    audit(store, ["a", "b", "c"])
+    assert looked == [4, 4, 4]
+    assert len([*walk(store, np.arange(12), ("a", "b", "c"))]) == 12
+    assert looked == [4, 4, 4, 12]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 11])

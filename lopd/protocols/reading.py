@@ -43,7 +43,13 @@ class Part:
         return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
 
 
-def parts(reader: LogprobReader, rows_per_read: int = 64, values: NDArray[np.int64] | None = None) -> list[Part]:
+def values_of(reader: LogprobReader, columns: Collection[str], top_k: Collection[str]) -> NDArray[np.int64]:
+    """Return (len(reader),): about how many values each row has, with these columns and supports."""
+    width = 4 + len(columns) + sum(2 * made.top_k for name, made in reader.columns.items() if name in top_k)
+    return np.asanyarray(reader.lengths().sum(axis=1) * width, np.int64)
+
+
+def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
     """Return all rows in windows of `rows_per_read`, or fewer where the values that each has are many; reads no tokens.
 
     Rows of a window that are scored in the same columns are one part, the one with the first row first.
@@ -51,7 +57,7 @@ def parts(reader: LogprobReader, rows_per_read: int = 64, values: NDArray[np.int
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
     made = []
-    for window in in_batches(np.arange(len(reader)), rows_per_read, values, VALUES_AT_ONCE):
+    for window in in_batches(np.arange(len(reader)), rows_per_read, values_of(reader, columns, columns), VALUES_AT_ONCE):
         near, alike = range(window[0], window[-1] + 1), dict[bytes, list[int]]()
         for row in near:
             alike.setdefault(covered[row].tobytes(), []).append(row)
@@ -73,8 +79,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
         return rollouts
     for generation in np.unique(read.generations).tolist():
         column = policy_column(generation)
-        kept = reader.columns.get(column)
-        policy = reader.generations[generation]
+        kept, policy = reader.columns.get(column), reader.generations[generation]
         # another model may have been scored into it
         own = kept is not None and kept.is_of(policy)
         found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
@@ -92,9 +97,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
 
 def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """Return at most `count` of these rows, evenly spaced, the first and the last among them."""
-    if len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+    return rows if len(rows) <= count else rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
 def in_batches(
@@ -107,6 +110,11 @@ def in_batches(
             yield batch[places].tolist()
 
 
+def rows_at_once(rows: int, widths: Iterable[float]) -> int:
+    """Return so many rows, or fewer where one of these numbers of values a row is very large."""
+    return max(min(rows, int(VALUES_AT_ONCE / max([1, *widths]))), 1)
+
+
 def in_runs(values: NDArray[np.int64], most: int) -> list[list[int]]:
     """Return places in runs of some `most` values, of which each place has so many; a run by itself is one run again."""
     before = np.cumsum(values) - values
@@ -117,7 +125,8 @@ def walk(
     reader: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str] = (), top_k: Sequence[str] = (), rows_per_read: int = 64
 ) -> Iterator[ScoredRollout]:
     """Yield these rows in the order given, each with these columns; the store is read a part at a time, and not at all for none."""
-    for part in in_batches(rows, rows_per_read):
+    values = values_of(reader, columns, top_k)[rows] if top_k and len(rows) else None
+    for part in in_batches(rows, rows_per_read, values, VALUES_AT_ONCE):
         yield from reader.read(part, columns=columns, top_k=top_k)
 
 
@@ -260,8 +269,7 @@ def way_to(reader: LogprobReader, column: str, more: str = "") -> str:
     """Return what gives rollouts a value in a column, and `more` about it, for messages; `score_rollouts` refuses what the policy itself reports."""
     if column in VIRTUAL_COLUMNS:
         return "sample with an engine that reports its log-probs, or score the policy into another column and pass `ref=`"
-    known = reader.columns.get(column)
-    kind = "label" if known is not None and known.label else "score"
+    kind = "label" if (known := reader.columns.get(column)) is not None and known.label else "score"
     return f"run `{kind}_rollouts(..., column={column!r})`{more}{elsewhere(reader)}"
 
 
@@ -289,5 +297,4 @@ def describe(reader: LogprobReader, scored: Mapping[str, int]) -> Glance:
 
 
 def _by(made: Provenance) -> str:
-    support = f", top-{made.top_k}" if made.top_k else ""
-    return f"{'labelled' if made.label else 'scored'} by {made.model}{support}"
+    return f"{'labelled' if made.label else 'scored'} by {made.model}{f', top-{made.top_k}' * bool(made.top_k)}"

@@ -19,7 +19,7 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
 
     Args:
         store: any durable store.
-        rows_per_read: how many at a time; bounds memory.
+        rows_per_read: how many at a time, or fewer where the values of each are very many; bounds memory.
         progress: see `lopd.tools.console.RichProgress`.
 
     Raises:

@@ -8,6 +8,7 @@ from lopd.backends import sealing
 from lopd.errors import ArgumentError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
+from lopd.protocols.reading import rows_at_once
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -45,7 +46,7 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
     Args:
         dataset: with its description.
         store: created with `hf_dataset_manifest(dataset)`.
-        rows_per_commit: rollouts appended together; bounds memory.
+        rows_per_commit: rollouts appended together, or fewer where the values of each are very many; bounds memory.
 
     Raises:
         ArgumentError: it is not a `datasets.Dataset`, or the store is something else.
@@ -59,7 +60,10 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
     description, owner = _describe(dataset)
     # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint
     rows = len(dataset) if dataset._fingerprint == description.fingerprint else None
-    store_tables(store, description, sound(dataset.with_format("arrow").iter(rows_per_commit), owner), owner, rows=rows)
+    # most values are of 4 bytes
+    widths = [batch.nbytes / 4 / batch.num_rows for batch in dataset.data.to_batches() if batch.num_rows]
+    batches = dataset.with_format("arrow").iter(rows_at_once(rows_per_commit, widths))
+    store_tables(store, description, sound(batches, owner), owner, rows=rows)
 
 
 def hf_dataset_manifest(dataset: Any) -> Manifest:

@@ -18,7 +18,7 @@ from lopd.errors import (
 )
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import VALUES_AT_ONCE
+from lopd.protocols.reading import rows_at_once
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
@@ -152,8 +152,8 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
     with reading(owner):
         groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
         widths = [sum(group.column(i).num_values for i in range(group.num_columns)) / max(group.num_rows, 1) for group in groups]
-    rows = max(min(rows, int(VALUES_AT_ONCE / max([1, *widths]))), 1)
-    return sound((pa.Table.from_batches([batch]) for batch in file.iter_batches(batch_size=rows)), owner)
+    batches = file.iter_batches(batch_size=rows_at_once(rows, widths))
+    return sound((pa.Table.from_batches([batch]) for batch in batches), owner)
 
 
 @frozen
