@@ -3,6 +3,7 @@
 import pickle
 import random
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,15 +275,31 @@ def test_a_reader_and_its_copy_read_on_when_their_versions_are_removed(filled: L
         assert rows_of(reader) == ["m", "b", "r0", "r1", "r10", "r11"]
 
 
-def test_a_refresh_looks_at_all_versions_side_by_side(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_tables_are_looked_at_side_by_side(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for column in ("a", "b"):
         filled.append_scores(column, tiny_provenance(column), [tiny_scores(many(0, 1)[0])])
-    reader, run, read, asked = reopened(filled), LocalFiles.run, LocalFiles.read, list[str]()
-    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or read(self, path))
-    monkeypatch.setattr(LocalFiles, "run", lambda self, calls: [run(self, calls), asked.append("")][0])
+    reader, asked, alone = reopened(filled), list[str](), list[str]()
+
+    def run(files: LocalFiles, calls: Any) -> list[Any]:
+        before, found = len(alone), [call() for call in calls]
+        asked.extend(alone[before:])
+        del alone[before:]
+        return found
+
+    monkeypatch.setattr(LocalFiles, "run", run)
+    for name in ("read", "names"):
+        ask = getattr(LocalFiles, name)
+        monkeypatch.setattr(LocalFiles, name, lambda self, path, ask=ask: alone.append(path) or ask(self, path))
     reader.refresh()
-    manifests = [path.endswith(".manifest") for path in asked]
-    assert manifests == [False, True, True, True, True, False]  # the next record, the four tables at once, the end of them
+    assert [path.rpartition(".")[2] for path in asked] == ["manifest"] * 4 + ["head"] * 3
+    assert [path.rpartition("-")[0] or path for path in alone] == ["log/0000000008.json", "rollouts"]
+    filled.append_scores("a", tiny_provenance("a"), [tiny_scores(many(1, 2)[0])])
+    for look in (reader.refresh, partial(reopened, filled)):
+        asked.clear()
+        alone.clear()
+        look()
+        assert [path for path in asked + alone if path.startswith("scores.")]
+        assert not [path for path in alone if path.startswith("scores.")], "one after the other takes as many round trips"
 
 
 @pytest.mark.parametrize("compacted", [False, True])

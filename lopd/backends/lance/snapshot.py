@@ -1,7 +1,8 @@
 """What a store on LanceDB holds, at the versions of its tables that were last looked at."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from functools import partial
+from typing import Any, TypeVar, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, VIRTUAL_COLUMNS
 from lopd.records.rows import Rows
+
+T = TypeVar("T")
 
 
 @final
@@ -42,22 +45,28 @@ class Snapshot:
         self._open(versions)
 
     def _open(self, versions: Seen) -> None:
+        tables, there = self._catalog.state.tables, self.parts()
+        new = {column: entry for column, entry in tables.items() if column not in there}
+        unknown = [entry.table for entry in new.values() if entry.table not in versions]
+        least = dict(zip(unknown, self._together([partial(self._catalog.least, table) for table in unknown]), strict=True))
         # Columns before rollouts: so every visible score has a visible rollout.
-        tables = self._catalog.state.tables
-        for column, entry in tables.items():
-            if column is not None and column not in self.columns:
-                self.columns[column] = self._part(entry, SCORE_LINE, versions, lambda: self.rows)
-        if self.rollouts is None and None in tables:
-            self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, None)
+        rollouts = new.pop(None, None)
+        if new:
+            _ = self._database.connection  # one for all of them
+        opened = self._together([partial(self._part, entry, SCORE_LINE, versions, least, lambda: self.rows) for entry in new.values()])
+        self.columns.update(zip(filter(None, new), opened, strict=True))
+        if rollouts is not None:
+            self.rollouts = self._part(rollouts, ROLLOUT_LINE, versions, least, None)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
                 f"{self._owner}: there are scores, and the catalog does not name a table of rollouts; restore the store from a backup."
             )
 
-    def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Seen, limit: Callable[[], int] | None) -> Part:
-        least = 0 if entry.table in versions else self._catalog.least(entry.table)
+    def _part(
+        self, entry: TableEntry, line: np.dtype[Any], versions: Seen, least: Mapping[str, int], limit: Callable[[], int] | None
+    ) -> Part:
         part = Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, entry.seed, limit)
-        return self._checked(part, least)
+        return self._checked(part, least.get(entry.table, 0))
 
     def _checked(self, part: Part, least: int) -> Part:
         """Return the part, unless it has fewer rows than were there before it was opened."""
@@ -69,26 +78,31 @@ class Snapshot:
         part.marked = max(part.marked, least)
         return part
 
-    def _move(self, part: Part, there: bool) -> None:
-        least, before, unsure = self._catalog.least(part.table.name), part.table.rows, part.read > part.marked
+    def _move(self, part: Part, there: bool, least: int) -> None:
+        before, unsure = part.table.rows, part.read > part.marked
         part.table.refresh(there)
         if self._checked(part, least).table.rows < max(before, part.read) or (unsure and part.replaced()):
             # A writer took back what it could not read.
             part.forget()
             self._index, self._indexed = IdIndex(), 0
 
+    def _together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Return what each call gives; side by side in a bucket, where one after the other would take as many round trips."""
+        return self._database.files.run(calls)
+
     def refresh(self) -> None:
         """Move to the latest version of everything."""
         self._catalog.refresh()
         parts = self.parts()
-        # side by side: in a bucket, one after the other would take as many round trips
-        there = dict(zip(parts, self._database.files.run([part.table.check for part in parts.values()]), strict=True))
-        rollouts = parts.pop(None, None)
-        for column, part in parts.items():
-            self._move(part, there[column])
+        looks: list[Callable[[], int]] = [part.table.check for part in parts.values()]
+        # before a column moves and its rows are counted
+        looks += [partial(self._catalog.least, part.table.name) for part in self.columns.values()]
+        found, rollouts = self._together(looks), self.rollouts
+        there, least = dict(zip(parts, map(bool, found), strict=False)), found[len(parts) :]
+        self._together([partial(self._move, part, there[name], n) for (name, part), n in zip(self.columns.items(), least, strict=True)])
         self._open({})
         if rollouts is not None:  # last: every score that is seen then has its rollout
-            self._move(rollouts, there[None])
+            self._move(rollouts, there[None], self._catalog.least(rollouts.table.name))
 
     def parts(self) -> dict[str | None, Part]:
         """Return all tables that are there: that of each column by its name, that of the rollouts under None."""
