@@ -213,17 +213,31 @@ def test_an_export_of_this_kind_of_adapters_is_loaded_as_it_was_trained(method, 
         assert torch.allclose(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-5)
 
 
+def test_adapters_beside_a_base_are_not_put_on_it_with_those_of_another_folder(base, tokenizer, tmp_path):
+    model = adapted(base())
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    beside = adapted(base(), lora_alpha=64)
+    beside.save_pretrained(tmp_path / "base")
+    for folder, expected in (("out", model), ("base", beside)):
+        loaded = load_model(tmp_path / folder)[0]
+        assert loaded.name_or_path == loaded.config.name_or_path == str(tmp_path / "base")
+        assert model_id(loaded).revision == model_id(expected).revision == folder_model_id(tmp_path / folder).revision
+
+
+@pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.self_attn.q_proj.weight"])
-def test_adapters_on_a_base_whose_files_lack_weights_are_refused(name, base, tokenizer, tmp_path):
-    CausalLMStudent(adapted(base()), tokenizer).export(tmp_path / "out", tokenizer, Lineage())
-    found = {key: value for file in (tmp_path / "base").glob("*.safetensors") for key, value in load_file(file).items()}
+def test_adapters_on_a_base_whose_files_lack_weights_are_refused(name, beside, base, tokenizer, tmp_path):
+    model, out = adapted(base()), tmp_path / ("base" if beside else "out")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    found = {key: value for file in (tmp_path / "base").glob("model*.safetensors") for key, value in load_file(file).items()}
     del found[name]
     for file in (tmp_path / "base").glob("model*"):
         file.unlink()
     save_file(found, tmp_path / "base/model.safetensors", {"format": "pt"})
     for load in (load_model, folder_model_id):
         with pytest.raises(ModelError, match=rf"its files lack 1 weights \('{name}'\)"):
-            load(tmp_path / "out")
+            load(out)
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -8,6 +8,7 @@ import transformers
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from lopd.engines.adapters import read_again
+from lopd.engines.finding import local_folder
 from lopd.engines.stored import AUTO, base_of, class_of, has_part, text_alone
 from lopd.errors import ModelError
 
@@ -22,18 +23,20 @@ def load_whole(folder: str, dtype: torch.dtype | str) -> Any:
     if (adapters := find_adapter_config_file(folder)) and not (Path(folder) / "config.json").exists():
         base = base_of(Path(adapters))
     config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    place, below = base, ""
+    if adapters and find_adapter_config_file(base):
+        # transformers would put what lies beside the base on it, and looks for that in the folder alone, not in one below it
+        whole = local_folder(base).absolute()
+        place, below = whole.anchor, str(whole.relative_to(whole.anchor))
 
     def load(kind: Any) -> tuple[Any, set[str], list[str]]:
-        model, read = kind.from_pretrained(base, dtype=dtype, output_loading_info=True, trust_remote_code=False)
+        model, read = kind.from_pretrained(place, subfolder=below, dtype=dtype, output_loading_info=True, trust_remote_code=False)
         lacked = set(read["missing_keys"])
         lost = [name for name, _ in model.named_parameters(remove_duplicate=False) if name in lacked]
         if adapters:
+            model.name_or_path = model.config.name_or_path = base
             # by itself, since transformers reports what adapters lack in place of what their base does
-            if getattr(model, "_hf_peft_config_loaded", False):  # they are beside their base
-                lost = []
-            else:
-                lacked = model.load_adapter(folder).missing_keys
-            lacked = lacked & read_again(model, folder)
+            lacked = model.load_adapter(folder).missing_keys & read_again(model, folder)
             named = [*model.named_parameters(remove_duplicate=False)]
             # adapters of tied weights are saved once, and lacking under the other name
             there = {id(parameter) for name, parameter in named if name not in lacked}
