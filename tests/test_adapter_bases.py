@@ -191,6 +191,15 @@ def test_adapters_that_stay_frozen_beside_what_is_trained_are_named(options, bas
         CausalLMStudent(model, tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # of peft
+def test_adapters_that_were_put_beside_loaded_ones_are_those_that_are_judged(base, tokenizer, tmp_path):
+    CausalLMStudent(adapted(base()), tokenizer).export(tmp_path / "out", tokenizer, Lineage())
+    model = load_model(tmp_path / "out")[0]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["k_proj"]), "second")
+    CausalLMStudent(model, tokenizer).export(tmp_path / "second", tokenizer, Lineage())
+    assert json.loads((tmp_path / "second/adapter_config.json").read_text())["target_modules"] == ["k_proj"]
+
+
 @pytest.mark.filterwarnings("ignore:(Failed to load|Setting|Unsupported layer|Model has `tie):UserWarning")  # of peft
 @pytest.mark.parametrize(
     ("method", "dtype"), [*((method, torch.float32) for method in TUNERS), ("dora", torch.bfloat16), ("norms", torch.bfloat16)]

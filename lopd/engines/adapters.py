@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
-from lopd.engines.effective import effective_weights, saved_adapter
+from lopd.engines.effective import applied_adapter, effective_weights
 from lopd.engines.finding import local_folder
 from lopd.engines.stored import StoredModel, plain_config
 from lopd.errors import ModelError, ModelWarning
@@ -80,7 +80,7 @@ def check_base(model: Any, *, before: bool, found: str | None = None) -> str | N
     Raises:
         ModelError: the base has other values than the folder; or several adapters are active.
     """
-    adapter = saved_adapter(model) or next(iter(model.peft_config))
+    adapter = applied_adapter(model) or next(iter(model.peft_config))
     config = model.peft_config[adapter]
     name, owner = config.base_model_name_or_path, f"Model {type(unwrap(model)).__name__}"
     kept, beside = _of_adapter(unwrap(model), adapter), [path for path, parameter in model.named_parameters() if parameter.requires_grad]

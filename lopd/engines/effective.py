@@ -94,8 +94,8 @@ def is_adapted(module: Any) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters") and hasattr(module, "merge")
 
 
-def saved_adapter(model: Any) -> str | None:
-    """Return the name of the adapter that a model of peft applies, the one that an export holds; None for any other model.
+def applied_adapter(model: Any) -> str | None:
+    """Return the name of the adapter that a model applies, the one that an export holds; None where it applies none.
 
     Raises:
         ModelError: it applies several.
@@ -107,8 +107,17 @@ def saved_adapter(model: Any) -> str | None:
             f"Model {type(unwrap(model)).__name__}: it applies {len(active)} adapters ({', '.join(active)}), expected 1, as an export holds one; "
             "merge the others (`merge_and_unload()`), export that, and train one on what `load_model` makes of it."
         )
-    # transformers saves the one that it loaded by itself, unless peft is around it once more
-    return active[0] if active and wrapped else None
+    return active[0] if active else None
+
+
+def saved_adapter(model: Any) -> str | None:
+    """Return the name of the adapter that a model of peft is asked to save; None for any other, of which transformers saves the one that it applies.
+
+    Raises:
+        ModelError: it applies several.
+    """
+    applied = applied_adapter(model)
+    return applied if hasattr(model, "get_base_model") else None
 
 
 def _applied_alike(weight: Weight, other: Weight) -> bool:
