@@ -3,6 +3,7 @@
 import json
 import re
 
+import peft
 import pytest
 import torch
 import transformers
@@ -155,6 +156,27 @@ def test_what_cannot_be_compared_is_exported(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(StoredModel, "holds", fail)
     CausalLMStudent(odd_model("Llama"), tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
     assert (tmp_path / "out/model.safetensors").exists()
+
+
+class Scaled(torch.Tensor):
+    """Weights of a class of their own, as torchao and quanto make them, which knows no extremes."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.aminmax:
+            raise NotImplementedError("of quantised weights")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_adapters_on_weights_of_a_class_of_their_own_are_exported(tokenizer, tmp_path):
+    base = odd_model("Llama")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Scaled), requires_grad=False)
+    CausalLMStudent(model, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])

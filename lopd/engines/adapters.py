@@ -15,6 +15,7 @@ from lopd.engines.finding import local_folder
 from lopd.engines.stored import StoredModel, plain_config
 from lopd.errors import ModelError, ModelWarning
 from lopd.records.ranks import sharded
+from lopd.records.values import is_plain
 from lopd.records.warn import warn_user
 
 #: Initialisations of adapters that change the weights under them, and do so again, in the same way, where they are loaded.
@@ -154,11 +155,10 @@ def _changed(base: Any, name: str, config: Any) -> str | None:
     try:
         stored = StoredModel(_here(name), base.dtype)
         for path, held in base.named_parameters():
-            plain = type(held) in (torch.nn.Parameter, Tensor) and held.is_floating_point() and not held.is_meta
             own = (repeated and ".base_layer." in path) or (biased and "bias" in path) or path.startswith(tuple(aside))
             original = re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", path)
             layer, below, _ = path.partition(".base_layer.")
-            same = not plain or own or stored.holds(original, held.detach())
+            same = not is_plain(held) or own or stored.holds(original, held.detach())
             if not same and not (below and stored.holds(original, held.detach(), _adapted(base.get_submodule(layer), held))):
                 return original
     except Exception:  # what cannot be read is refused where it is loaded

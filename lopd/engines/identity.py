@@ -30,6 +30,7 @@ from lopd.engines.whole import load_whole
 from lopd.errors import EngineError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
+from lopd.records.values import few_values
 
 
 def model_id(model: Any) -> ModelId:
@@ -65,9 +66,8 @@ def function_version(model: Any) -> int:
 
 
 def _some_values(base: Any) -> bytes:
-    """Return up to 16 values of each parameter, evenly spaced."""
-    plain = (t.detach() for t in base.parameters() if type(t) in (torch.nn.Parameter, Tensor) and t.is_floating_point() and not t.is_meta)
-    parts = [t.reshape(-1)[:: max(t.numel() // 16, 1)][:16].float().cpu() for t in plain]
+    """Return up to 16 values of each parameter."""
+    parts = [values.cpu() for values in few_values(base.named_parameters(), 16).values()]
     return torch.cat(parts).numpy().tobytes() if parts else b""
 
 

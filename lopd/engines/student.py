@@ -26,6 +26,7 @@ from lopd.records.manifest import SamplingParams
 from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, on_first, prepare_sharded, sharded
 from lopd.records.steps import Batch, LossOutput
+from lopd.records.values import is_plain
 from lopd.records.warn import warn_user
 
 
@@ -240,7 +241,7 @@ def _judge_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         # of narrower types, as quantised weights have, torch knows no extremes
-        if part.is_floating_point() and part.element_size() > 1 and part.numel():
+        if is_plain(part) and part.element_size() > 1 and part.numel():
             least, most = map(float, part.detach().aminmax())
             if not (math.isfinite(least) and math.isfinite(most)):
                 warn_user(

@@ -30,7 +30,7 @@ from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
-from lopd.verbs.parameters import check_parameters, check_untrained, few_values
+from lopd.verbs.parameters import check_parameters, check_untrained, untrained_values
 from lopd.verbs.random_state import RNG, random_states, restore_random
 
 _STATE = "state.json"
@@ -115,7 +115,7 @@ def save_checkpoint(
     parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     settings = None if steps is None else dict(steps.settings)
-    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": few_values(own)}
+    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": untrained_values(own)}
     tensors = {"parameters": parameters, "optimizer": {**on_first(entries), **random_states(own)}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
@@ -239,7 +239,7 @@ def load_checkpoint(
     saved = _read(path / "parameters.safetensors", load_file)
     current = {name: p.detach() for name, p in _trained(own).items()}
     check_parameters(path, saved, current)
-    check_untrained(path, state.get("untrained", {}), few_values(own))
+    check_untrained(path, state.get("untrained", {}), untrained_values(own))
     if optimizer is not None:
         check_optimizer(path, own, optimizer, state)
         tensors = _read(path / "optimizer.safetensors", load_file, RNG)

@@ -4,24 +4,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 
 from lopd.errors import CheckpointError
 from lopd.protocols import Student
+from lopd.records.values import few_values
 
 _VALUES = 8
 #: As a share of their norm: rounding to 16 bits, and what adapters leave that were merged and taken out again, are below it.
 _ROUNDING = 1e-2
 
 
-def few_values(student: Student) -> dict[str, list[float]]:
+def untrained_values(student: Student) -> dict[str, list[float]]:
     """Return up to 8 values of each parameter that is not trained, evenly spaced; sharded, quantised, absent and infinite ones are left out."""
-    plain = {
-        name: p.detach()
-        for name, p in student.named_parameters()
-        if not p.requires_grad and type(p) in (nn.Parameter, Tensor) and p.is_floating_point() and not p.is_meta
-    }
-    chosen = {name: p.reshape(-1)[:: max(p.numel() // _VALUES, 1)][:_VALUES].float() for name, p in plain.items()}
+    chosen = few_values(((name, parameter) for name, parameter in student.named_parameters() if not parameter.requires_grad), _VALUES)
     return {name: values.tolist() for name, values in chosen.items() if values.isfinite().all()}
 
 
