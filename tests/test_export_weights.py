@@ -110,7 +110,7 @@ def test_weights_that_transformers_writes_otherwise_are_refused_and_kept_aside(n
     assert torch.equal(kept["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"])
 
 
-@pytest.mark.parametrize("error", [KeyError, NotImplementedError])
+@pytest.mark.parametrize("error", [KeyError, NotImplementedError, RuntimeError])  # the last as the CPU lacks memory
 def test_a_weight_that_cannot_be_compared_does_not_keep_others_from_it(error, tokenizer, tmp_path, monkeypatch):
     make, save, part = StoredModel._make, transformers.PreTrainedModel.save_pretrained, "model.layers.1.self_attn.q_proj.weight"
 
