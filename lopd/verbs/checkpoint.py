@@ -209,7 +209,7 @@ def load_checkpoint(
         student: built as it was for the run that is resumed.
         optimizer: built as it was for that run; None restores the weights only.
         steps: what the run goes on with; its settings must be those that were saved, or steps would be repeated and others left out.
-        changed: names of settings that are meant to be others from here on, such as `["seed"]`.
+        changed: names of settings that are meant to be others from here on, such as `["seed"]`; "untrained" for values of what is not trained.
 
     Warns:
         TrainingWarning: an optimizer is restored, and the settings that were saved are compared with nothing, for `steps` is None.
@@ -239,7 +239,8 @@ def load_checkpoint(
     saved = _read(path / "parameters.safetensors", load_file)
     current = {name: p.detach() for name, p in _trained(own).items()}
     check_parameters(path, saved, current)
-    check_untrained(path, state.get("untrained", {}), untrained_values(own))
+    if "untrained" not in changed:
+        check_untrained(path, state.get("untrained", {}), untrained_values(own))
     if optimizer is not None:
         check_optimizer(path, own, optimizer, state)
         tensors = _read(path / "optimizer.safetensors", load_file, RNG)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from lopd.errors import CheckpointError
@@ -11,8 +11,8 @@ from lopd.protocols import Student
 from lopd.records.values import few_values
 
 _VALUES = 8
-#: As a share of their norm: rounding to 16 bits, and what adapters leave that were merged and taken out again, are below it.
-_ROUNDING = 1e-2
+#: As a share of their norm: what adapters leave in the weights under them that were merged and taken out again is below it, by the type of weights.
+_LEFT = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
 
 
 def untrained_values(student: Student) -> dict[str, list[float]]:
@@ -22,14 +22,25 @@ def untrained_values(student: Student) -> dict[str, list[float]]:
 
 
 def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: Mapping[str, Sequence[float]]) -> None:
-    """Refuse parameters that are not trained and have other values than were saved, by more than rounding; only names of both are compared."""
+    """Refuse parameters that are not trained and have other values than were saved, whatever 16 bits they are in; names of both are compared."""
     for name in (name for name in current if name in saved):
-        before, now = np.array(saved[name]), np.array(current[name])
-        if before.shape != now.shape or np.linalg.norm(now - before) > _ROUNDING * np.linalg.norm(before):
+        if not _alike(name, *(torch.tensor(values, dtype=torch.float32, device="cpu") for values in (saved[name], current[name]))):
             raise CheckpointError(
                 f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
-                "was, on the same base, and with the same seed where a part of its adapters is frozen."
+                "was, on the same base, and with the same seed where a part of its adapters is frozen; or pass `changed=['untrained']` if others "
+                "are meant."
             )
+
+
+def _alike(name: str, before: Tensor, now: Tensor) -> bool:
+    """Return whether one has the values of the other, or of a cast of it; under adapters also up to what they leave."""
+    if before.shape != now.shape:
+        return False
+    casts = {dtype: (before.to(dtype).float(), now.to(dtype).float()) for dtype in _LEFT}
+    if any(torch.equal(then, now) or torch.equal(before, cast) for then, cast in casts.values()):
+        return True
+    held = next(dtype for dtype, (then, cast) in casts.items() if torch.equal(before, then) or torch.equal(now, cast))
+    return ".base_layer." in name and bool((now - before).norm() <= _LEFT[held] * before.norm())
 
 
 def check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
