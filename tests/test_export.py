@@ -16,6 +16,7 @@ from conftest import TOKENIZER_ID, build_tokenizer
 from odd_models import SHAPE
 
 import lopd.engines.export
+import lopd.engines.placing
 from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
 from lopd.engines.hf import HFSource, load_model
 from lopd.engines.identity import folder_model_id, model_id
@@ -235,7 +236,7 @@ def test_at_every_flush_and_move_the_folder_is_one_whole_export(full, adapters, 
     """The process is killed at each of these places in turn: nothing is cleaned up, and the next export is as if nothing had been."""
     out, place = tmp_path / "out", 0
     full.export(out, tokenizer, FIRST)
-    monkeypatch.setattr(lopd.engines.export.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(lopd.engines.placing.shutil, "rmtree", lambda *_, **__: None)
 
     def counted(act):
         def at(*arguments):
@@ -246,7 +247,7 @@ def test_at_every_flush_and_move_the_folder_is_one_whole_export(full, adapters, 
 
         return at
 
-    for owner, name in ((os, "fsync"), (lopd.engines.export, "_exchange")):
+    for owner, name in ((os, "fsync"), (lopd.engines.placing, "_exchange")):
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     while True:
         left = []
@@ -270,7 +271,7 @@ def test_at_every_flush_and_move_the_folder_is_one_whole_export(full, adapters, 
 
 def test_without_an_exchange_a_kill_between_two_moves_is_set_right_by_the_next_export(full, adapters, tokenizer, monkeypatch, tmp_path):
     out, old = tmp_path / "out", tmp_path / ".out.old"
-    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    monkeypatch.setattr(lopd.engines.placing, "_exchange", lambda *_: False)
     full.export(out, tokenizer, FIRST)
     adapters.export(out, tokenizer, SECOND)
     assert_holds(out, adapters, SECOND)
@@ -286,7 +287,7 @@ def test_without_an_exchange_an_interrupt_between_two_moves_leaves_the_earlier_e
     after, full, adapters, tokenizer, monkeypatch, tmp_path
 ):
     out, rename = tmp_path / "out", Path.rename
-    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    monkeypatch.setattr(lopd.engines.placing, "_exchange", lambda *_: False)
     full.export(out, tokenizer, FIRST)
 
     def interrupted(path, target):
@@ -307,7 +308,7 @@ def test_without_an_exchange_what_is_left_of_a_replaced_export_is_in_nobodys_way
     removable, full, adapters, tokenizer, monkeypatch, tmp_path
 ):
     out, old, remove = tmp_path / "out", tmp_path / ".out.old", shutil.rmtree
-    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    monkeypatch.setattr(lopd.engines.placing, "_exchange", lambda *_: False)
     full.export(out, tokenizer, FIRST)
     shutil.copytree(out, old)  # as after a kill before it was removed
 
@@ -317,7 +318,7 @@ def test_without_an_exchange_what_is_left_of_a_replaced_export_is_in_nobodys_way
 
     if not removable:
         (old / "held").touch()
-        monkeypatch.setattr(lopd.engines.export.shutil, "rmtree", stays)
+        monkeypatch.setattr(lopd.engines.placing.shutil, "rmtree", stays)
     adapters.export(out, tokenizer, SECOND)
     full.export(out, tokenizer, FIRST)
     left = [path for path in tmp_path.iterdir() if path.name.startswith(".")]

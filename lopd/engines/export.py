@@ -5,37 +5,28 @@ What no export wrote, and a student of other teachers, is never replaced: the ne
 `lopd.json` names the files of an export, which is how the next one knows them.
 """
 
-import ctypes
-import json
-import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap, without_runners
 from lopd.engines.effective import saved_adapter
 from lopd.engines.older import is_untied, spell_out
-from lopd.errors import CorruptStoreError, LopdError, ModelError, ModelWarning, StoreExistsError, StoreWriteError
-from lopd.records.flush import flush, share_mode
+from lopd.engines.placing import exported_files, files_in, name_files, place
+from lopd.errors import LopdError, ModelError, ModelWarning, StoreWriteError
+from lopd.records.flush import share_mode
 from lopd.records.lineage import LINEAGE_FILE, Lineage
-from lopd.records.paths import is_there, read_regular, walked
-from lopd.records.stored import LARGEST_JSON, parse
+from lopd.records.paths import is_there
 from lopd.records.warn import warn_user
 
-#: Endings of files that some library takes for weights, or for a list of the weights to load.
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
 #: Files of the processor of a model that also reads images, without which vLLM does not start it.  A chat_template.json is not among them: it
 #: would be taken in the place of the student's own template.
 _PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_FILES = "files"
-_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 def check_exportable(model: Any, tokenizer: Any) -> None:
@@ -152,11 +143,11 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
                 if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along
                     shutil.copyfile(path, fresh / path.name)
             (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
-            written = _files(fresh)
+            written = files_in(fresh)
             lineage.write(fresh)
-            _name_files(fresh, written)
+            name_files(fresh, written)
             share_mode(fresh / LINEAGE_FILE)
-            _place(owner, model, fresh, written, folder)
+            place(owner, model, fresh, written, folder)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -178,123 +169,3 @@ def _saving(owner: str, what: str, *, tried: bool = False) -> Iterator[None]:
             f"{owner}: {what} cannot be saved ({type(error).__name__}: {reason}); correct it on the model or the tokenizer before training, "
             "for example `model.generation_config.do_sample = True`."
         ) from error
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(Path(entry).relative_to(folder).as_posix() for entry in walked(folder) if not entry.is_dir(follow_symlinks=False))
-
-
-def _name_files(folder: Path, written: list[str]) -> None:
-    """Add to the lineage which files are the export's."""
-    path = folder / LINEAGE_FILE
-    path.write_text(json.dumps({**parse(read_regular(path)), _FILES: written}, indent=1) + "\n")
-
-
-def exported_files(folder: Path) -> set[str]:
-    """Return the names of the files that the export in a folder wrote, `lopd.json` not among them; none where no export is recorded."""
-    try:
-        listed = parse(read_regular(folder / LINEAGE_FILE, LARGEST_JSON)).get(_FILES, ())
-        return {name for name in listed if isinstance(name, str)}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return set()
-
-
-def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
-    """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it."""
-    old = folder.parent / f".{folder.name}.old"
-    if is_there(old) and not is_there(folder):  # an exchange by two moves was cut short between them
-        old.rename(folder)
-    objection = _objection(model, Lineage.read(fresh), folder, written) if is_there(folder) else None
-    if objection is not None:
-        aside = folder.parent / f"{folder.name}-export"
-        _place(owner, model, fresh, written, aside)
-        raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
-    _carry(folder, fresh)
-    flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
-    _replace(folder, fresh, old)
-    flush(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -> str | None:
-    """Return why an export of these files must not replace this folder, in a clause."""
-    if not folder.is_dir():
-        return "it is a file, expected a folder"
-    if _holds_this_process(folder):
-        return "it is the working directory, or holds it, and programs that run in it would lose it"
-    bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
-    if any(base and Path(base).expanduser().resolve() == folder for base in bases):
-        return "it holds the model that the adapters are for"
-    ours = exported_files(folder)
-    foreign = [name for name in _files(folder) if name not in ours and (name in written or ("/" not in name and name.endswith(WEIGHTS)))]
-    if foreign:
-        return f"it holds {foreign[0]!r}, which no export is recorded to have written"
-    root = folder / LINEAGE_FILE
-    if is_there(folder / "zarr.json") or (is_there(root) and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
-        return "it is a store"
-    return _other_student(folder, lineage)
-
-
-def _other_student(folder: Path, lineage: Lineage) -> str | None:
-    """Return what the folder holds, in a clause, unless no teacher of it is recorded, or its teachers are those of the new export."""
-    try:
-        held = Lineage.read(folder)
-    except CorruptStoreError:
-        return f"its {LINEAGE_FILE} cannot be read"
-    if held in (Lineage(), lineage):
-        return None
-    return f"it holds a student of other teachers ({_teachers(held)}) than this one ({_teachers(lineage)})"
-
-
-def _teachers(lineage: Lineage) -> str:
-    """Name both teachers with their dtypes: one model in two of them is two teachers."""
-    both = {"SFT": lineage.sft_teacher, "OPD": lineage.opd_teacher}
-    return ", ".join(f"{name} {teacher and f'{teacher} in {teacher.dtype}'}" for name, teacher in both.items())
-
-
-def _holds_this_process(folder: Path) -> bool:
-    with suppress(OSError):  # where the working directory is gone already
-        return Path.cwd().is_relative_to(folder)
-    return False
-
-
-def _carry(folder: Path, fresh: Path) -> None:
-    """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
-    ours = {*exported_files(folder), LINEAGE_FILE}
-    for name in _files(folder):
-        if name not in ours:
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(folder / name, fresh / name, follow_symlinks=False)
-            except OSError:
-                shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
-
-
-def _replace(folder: Path, fresh: Path, old: Path) -> None:
-    """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange."""
-    if not folder.exists():
-        fresh.rename(folder)
-    elif not _exchange(fresh, folder):
-        _free(old)
-        try:
-            folder.rename(old)
-            fresh.rename(folder)
-        except BaseException:  # an interrupt too, since the caller removes what is fresh
-            if old.exists() and not folder.exists():
-                old.rename(folder)
-            raise
-
-
-def _free(old: Path) -> None:
-    """Free the name that the folder in use has between the two moves, under which the next export finds it after a kill; what is left of a replaced
-    one may still have it.
-    """
-    shutil.rmtree(old, ignore_errors=True)
-    if old.exists():  # it holds what cannot be removed, such as a file that somebody reads over NFS
-        old.rename(old.with_name(f"{old.name}.{uuid4().hex}"))
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one move, if the system can."""
-    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
-    return move is not None and move(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0

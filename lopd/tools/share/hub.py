@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from attrs import frozen
 
 from lopd.backends.retry import repeat
-from lopd.engines.export import WEIGHTS
+from lopd.engines.placing import WEIGHTS
 from lopd.errors import HubError, InvalidRecordError, LopdError, StoreExistsError
 from lopd.records.checks import texts_of
 from lopd.records.optional import need

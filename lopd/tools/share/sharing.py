@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.engines.export import exported_files
+from lopd.engines.placing import exported_files
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.lineage import LINEAGE_FILE, Lineage

@@ -1,0 +1,143 @@
+"""What an export wrote takes the place of an earlier one in one move, or stands beside what it must not replace."""
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from lopd.errors import CorruptStoreError, StoreExistsError
+from lopd.records.flush import flush
+from lopd.records.lineage import LINEAGE_FILE, Lineage
+from lopd.records.paths import is_there, read_regular, walked
+from lopd.records.stored import LARGEST_JSON, parse
+
+#: Endings of files that some library takes for weights, or for a list of the weights to load.
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
+_FILES = "files"
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def files_in(folder: Path) -> list[str]:
+    """Return the names of the files in a folder and below it, in order."""
+    return sorted(Path(entry).relative_to(folder).as_posix() for entry in walked(folder) if not entry.is_dir(follow_symlinks=False))
+
+
+def name_files(folder: Path, written: list[str]) -> None:
+    """Add to the lineage which files are the export's."""
+    path = folder / LINEAGE_FILE
+    path.write_text(json.dumps({**parse(read_regular(path)), _FILES: written}, indent=1) + "\n")
+
+
+def exported_files(folder: Path) -> set[str]:
+    """Return the names of the files that the export in a folder wrote, `lopd.json` not among them; none where no export is recorded."""
+    try:
+        listed = parse(read_regular(folder / LINEAGE_FILE, LARGEST_JSON)).get(_FILES, ())
+        return {name for name in listed if isinstance(name, str)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return set()
+
+
+def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
+    """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it."""
+    old = folder.parent / f".{folder.name}.old"
+    if is_there(old) and not is_there(folder):  # an exchange by two moves was cut short between them
+        old.rename(folder)
+    objection = _objection(model, Lineage.read(fresh), folder, written) if is_there(folder) else None
+    if objection is not None:
+        aside = folder.parent / f"{folder.name}-export"
+        place(owner, model, fresh, written, aside)
+        raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
+    _carry(folder, fresh)
+    flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
+    _replace(folder, fresh, old)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -> str | None:
+    """Return why an export of these files must not replace this folder, in a clause."""
+    if not folder.is_dir():
+        return "it is a file, expected a folder"
+    if _holds_this_process(folder):
+        return "it is the working directory, or holds it, and programs that run in it would lose it"
+    bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
+    if any(base and Path(base).expanduser().resolve() == folder for base in bases):
+        return "it holds the model that the adapters are for"
+    ours = exported_files(folder)
+    foreign = [name for name in files_in(folder) if name not in ours and (name in written or ("/" not in name and name.endswith(WEIGHTS)))]
+    if foreign:
+        return f"it holds {foreign[0]!r}, which no export is recorded to have written"
+    root = folder / LINEAGE_FILE
+    if is_there(folder / "zarr.json") or (is_there(root) and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
+        return "it is a store"
+    return _other_student(folder, lineage)
+
+
+def _other_student(folder: Path, lineage: Lineage) -> str | None:
+    """Return what the folder holds, in a clause, unless no teacher of it is recorded, or its teachers are those of the new export."""
+    try:
+        held = Lineage.read(folder)
+    except CorruptStoreError:
+        return f"its {LINEAGE_FILE} cannot be read"
+    if held in (Lineage(), lineage):
+        return None
+    return f"it holds a student of other teachers ({_teachers(held)}) than this one ({_teachers(lineage)})"
+
+
+def _teachers(lineage: Lineage) -> str:
+    """Name both teachers with their dtypes: one model in two of them is two teachers."""
+    both = {"SFT": lineage.sft_teacher, "OPD": lineage.opd_teacher}
+    return ", ".join(f"{name} {teacher and f'{teacher} in {teacher.dtype}'}" for name, teacher in both.items())
+
+
+def _holds_this_process(folder: Path) -> bool:
+    with suppress(OSError):  # where the working directory is gone already
+        return Path.cwd().is_relative_to(folder)
+    return False
+
+
+def _carry(folder: Path, fresh: Path) -> None:
+    """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
+    ours = {*exported_files(folder), LINEAGE_FILE}
+    for name in files_in(folder):
+        if name not in ours:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, fresh / name, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
+
+
+def _replace(folder: Path, fresh: Path, old: Path) -> None:
+    """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange."""
+    if not folder.exists():
+        fresh.rename(folder)
+    elif not _exchange(fresh, folder):
+        _free(old)
+        try:
+            folder.rename(old)
+            fresh.rename(folder)
+        except BaseException:  # an interrupt too, since the caller removes what is fresh
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+
+
+def _free(old: Path) -> None:
+    """Free the name that the folder in use has between the two moves, under which the next export finds it after a kill; what is left of a replaced
+    one may still have it.
+    """
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # it holds what cannot be removed, such as a file that somebody reads over NFS
+        old.rename(old.with_name(f"{old.name}.{uuid4().hex}"))
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one move, if the system can."""
+    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    return move is not None and move(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0
