@@ -1,11 +1,14 @@
 """HFSource against the plain thing: one rollout alone through the whole model, float32 log-softmax."""
 
 import copy
+import json
 
 import numpy as np
+import peft
 import pytest
 import torch
-from conftest import TOKENIZER_ID
+import transformers
+from conftest import TOKENIZER_ID, build_tokenizer
 from engine_models import drawn_logprobs
 from hf_parts import FLAT, VOCAB, every_kind, source_of, spoiled
 
@@ -15,7 +18,7 @@ from lopd.engines.hf.decoding import draw
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import ContextOverflowError, InvalidRecordError, LopdError
 from lopd.losses.reference import SFTLoss
-from lopd.records import LMHead, Prompt, SamplingParams, ScoredRollout, by_rollout, by_token
+from lopd.records import Lineage, LMHead, ModelId, Prompt, SamplingParams, ScoredRollout, by_rollout, by_token
 
 EOS_ID = 0
 
@@ -162,6 +165,39 @@ def test_stop_ids_are_those_asked_for_or_those_of_model_and_tokenizer(llama, tok
         assert source_of(model, tokenizer).stop_ids == {7, EOS_ID}
     model.generation_config.eos_token_id = None
     assert source_of(model, tokenizer).stop_ids == {EOS_ID}
+
+
+def test_an_export_ends_responses_in_transformers_where_it_ends_them_here(make_model, tmp_path):
+    b, lineage = build_tokenizer(), Lineage(ModelId("writer", "1", "float32"))
+    b.eos_token = "b"  # noqa: S105 (a token, which the generation configuration does not name)
+    make_model("llama_tied").save_pretrained(tmp_path / "base")
+    for name in ("full", "adapters"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        student = CausalLMStudent(model if name == "full" else peft.get_peft_model(model, peft.LoraConfig()), b)
+        student.export(tmp_path / name, b, lineage)
+        assert json.loads((tmp_path / name / "generation_config.json").read_text())["eos_token_id"] == [EOS_ID, b.eos_token_id]
+        assert model.generation_config.eos_token_id == EOS_ID
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    ids = torch.tensor([[5, 6, 7]] * 100)
+    rows = loaded.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, max_new_tokens=20, pad_token_id=EOS_ID)
+    responses = [row[3:].tolist() for row in rows]
+    after = [row[row.index(b.eos_token_id) + 1 :] for row in responses if b.eos_token_id in row]
+    assert any(after)
+    assert not any(token for rest in after for token in rest)
+
+
+@pytest.mark.parametrize("ends", [EOS_ID, [EOS_ID, 9], [9], None])
+def test_the_ends_that_an_export_names_are_those_of_the_model_and_of_its_tokenizer(ends, make_model, tokenizer, tmp_path):
+    model = make_model("llama_tied")
+    model.generation_config.eos_token_id = ends
+    model.save_pretrained(tmp_path / "plain")
+    student = CausalLMStudent(model, tokenizer)
+    student.export(tmp_path / "out", tokenizer, Lineage(ModelId("writer", "1", "float32")))
+    out, plain = ((tmp_path / name / "generation_config.json").read_text() for name in ("out", "plain"))
+    named = json.loads(out)["eos_token_id"]
+    assert {*np.ravel(named).tolist()} == student.stop_ids
+    if ends in (EOS_ID, [EOS_ID, 9]):
+        assert out == plain
 
 
 def test_pain_08_eos_is_kept_and_trained_even_when_pad_equals_eos(llama, tokenizer, prompts):

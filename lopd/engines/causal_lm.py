@@ -92,11 +92,15 @@ def stated_ends(model: Any) -> int | list[int] | None:
 
 def cut_to_head(model: Any, tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
     """Return the fingerprint of a tokenizer, cut to the ids that the head of this model has rows for; see `cut_to_rows`."""
+    return cut_to_rows(tokenizer, head_rows(model))
+
+
+def head_rows(model: Any) -> int | None:
+    """Return how many ids the head of this model has rows for."""
     try:
-        rows = unwrap(model).get_output_embeddings().weight.shape[0]
+        return int(unwrap(model).get_output_embeddings().weight.shape[0])
     except Exception:  # what has no head is refused by name where that is used
-        rows = None
-    return cut_to_rows(tokenizer, rows)
+        return None
 
 
 def cut_to_rows(tokenizer: TokenizerId | TokenizerLike, rows: int | None) -> TokenizerId:

@@ -112,7 +112,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             folder that the message names.
         StoreWriteError: the disk refused.
     """
-    from lopd.engines.written import check_written, quantiser_forgotten  # a model that is saved brought transformers along
+    from lopd.engines.written import check_written, name_end, quantiser_forgotten  # a model that is saved brought transformers along
 
     owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
     fresh = folder.parent / f".{folder.name}.partial"
@@ -138,6 +138,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             if generation is not None and is_there(fresh / "adapter_config.json"):
                 # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
                 generation.to_json_file(fresh / "generation_config.json")
+            name_end(fresh / "generation_config.json", unwrap(model), tokenizer)
             ours = exported_files(folder)
             for path in _processor_files(unwrap(model).config) if is_there(fresh / "config.json") else ():
                 if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along

@@ -1,13 +1,16 @@
 """What transformers writes of a model is what the model has: files are looked at before they take the place of others."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from torch import Tensor
 
+from lopd.engines.causal_lm import head_rows
 from lopd.engines.effective import effective_weights
 from lopd.engines.stored import StoredModel
 from lopd.errors import ModelError
@@ -56,6 +59,20 @@ def check_written(owner: str, fresh: Path, folder: Path, model: Any, state: Mapp
             f"{owner}: transformers wrote {wrong!r} otherwise than the model has it, or not at all, so the export would load as another model; "
             f"what was written stands in {aside}, so compare its config.json and weights with the model, and correct the one that is wrong."
         )
+
+
+def name_end(path: Path, model: Any, tokenizer: Any) -> None:
+    """Add the tokenizer's EOS to the ends in a generation_config.json: what `generate` of transformers stops at is read from there alone.
+
+    The model in memory stays as it is, and so does a file that has it, or that is not there; an id that the head has no row for is never drawn.
+    """
+    end = getattr(tokenizer, "eos_token_id", None)
+    if end is None or end >= (head_rows(model) or 0) or not path.exists():
+        return
+    stated = json.loads(path.read_text())
+    ends = {*np.ravel(stated.get("eos_token_id")).tolist()} - {None}
+    if end not in ends:
+        path.write_text(json.dumps({**stated, "eos_token_id": sorted({*ends, end})}, indent=2, sort_keys=True) + "\n")
 
 
 def _written_otherwise(fresh: Path, model: Any, state: Mapping[str, Tensor] | None) -> str | None:
