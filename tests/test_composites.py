@@ -1,6 +1,7 @@
 """Models that also read images are loaded, identified and exported whole; adapters on them are loaded again."""
 
 import copy
+import json
 import re
 import weakref
 
@@ -102,6 +103,21 @@ def test_a_model_that_also_reads_images_is_one_model_loaded_and_exported(saved, 
     CausalLMStudent(loaded, tokenizer).export(tmp_path / "out", tokenizer, LINEAGE)
     assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     assert folder_model_id(tmp_path / "out").revision == model_id(model).revision
+
+
+def test_the_text_part_of_an_export_is_loaded_in_the_dtype_of_the_student(tokenizer, tmp_path):
+    save(qwen3_5, tokenizer, tmp_path / "base")
+    loaded, _ = load_model(tmp_path / "base", torch.bfloat16)
+    student = CausalLMStudent(loaded.float(), tokenizer)
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.mul_(1 + 1e-4)  # less than bfloat16 holds
+    student.export(tmp_path / "out", tokenizer, LINEAGE)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    parts = [written, written["text_config"], written["vision_config"]]
+    assert {part["dtype"] for part in parts} == {part.get("torch_dtype", "float32") for part in parts} == {"float32"}
+    assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), loaded)
+    assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

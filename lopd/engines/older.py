@@ -1,4 +1,7 @@
-"""The configuration of an export for readers with transformers 4, which take defaults of their own for what they do not find, and say nothing."""
+"""The configuration of an export for readers with transformers 4, which take defaults of their own for what they do not find, and say nothing.
+
+And for readers of a part of the model, in any version, which take the dtype that stands there.
+"""
 
 import json
 from collections.abc import Mapping
@@ -22,6 +25,8 @@ _BRIEF, _FACTORS = ("phi3", "phi4_multimodal"), ("short_factor", "long_factor")
 def spell_out(path: Path, *, untied: bool) -> None:
     """Add rope and dtype by the names of transformers 4 to a config.json, of which transformers 5 makes the same model as before.
 
+    Parts get the dtype of the whole: a model that was loaded in one and is in another now has the first there, and transformers would round to it.
+
     Rope that differs by layer has no such names, but in Gemma 3.
 
     Args:
@@ -29,10 +34,19 @@ def spell_out(path: Path, *, untied: bool) -> None:
         untied: let it state that no weights are tied: only transformers 5 looks whether both are there.
     """
     stated = json.loads(path.read_text())
+    if isinstance(stated.get("dtype"), str):
+        _give_dtype(stated, stated["dtype"])
     for part in (stated, stated.get("text_config")):
         if isinstance(part, dict):
             part.update(_older(part) | ({"tie_word_embeddings": False} if untied else {}))
     path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
+
+
+def _give_dtype(whole: Mapping[str, Any], dtype: str) -> None:
+    for part in whole.values():
+        if isinstance(part, dict) and "model_type" in part:
+            part.update({"dtype": dtype} if "dtype" in part else {})
+            _give_dtype(part, dtype)
 
 
 def is_untied(model: Any, state: Mapping[str, Tensor] | None) -> bool:
