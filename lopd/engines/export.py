@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from lopd.engines.causal_lm import unwrap, without_runners
 from lopd.engines.effective import saved_adapter
 from lopd.engines.older import is_untied, spell_out
-from lopd.engines.placing import exported_files, files_in, name_files, place
+from lopd.engines.placing import exported_files, files_in, make_like, name_files, place
 from lopd.errors import LopdError, ModelError, ModelWarning, StoreWriteError
 from lopd.records.flush import share_mode
 from lopd.records.lineage import LINEAGE_FILE, Lineage
@@ -119,7 +119,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
     with _saving(owner, "it"):
         try:
             shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
+            make_like(fresh, folder)
             # first: `save_pretrained` takes the weights out of `state`
             gathered, untied = None if state is None else dict(state), is_untied(model, state)
             adapter = saved_adapter(model)

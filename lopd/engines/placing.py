@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import shutil
+import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,17 @@ def exported_files(folder: Path) -> set[str]:
         return {name for name in listed if isinstance(name, str)}
     except (OSError, ValueError, TypeError, AttributeError):
         return set()
+
+
+def make_like(made: Path, there: Path) -> None:
+    """Make a folder, with the group and mode of another if that is there, so that what is private, or a group's, stays it; its owner may write."""
+    made.mkdir(parents=True)
+    with suppress(OSError):  # of a file system without modes
+        if there.is_dir():
+            held = there.stat()
+            with suppress(OSError):  # of a group that is not its owner's
+                os.chown(made, -1, held.st_gid)
+            made.chmod(stat.S_IMODE(held.st_mode) | stat.S_IRWXU)
 
 
 def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
@@ -106,7 +118,9 @@ def _carry(folder: Path, fresh: Path) -> None:
     ours = {*exported_files(folder), LINEAGE_FILE}
     for name in files_in(folder):
         if name not in ours:
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            for inner in [*Path(name).parents][-2::-1]:
+                if not (fresh / inner).exists():
+                    make_like(fresh / inner, folder / inner)
             try:
                 os.link(folder / name, fresh / name, follow_symlinks=False)
             except OSError:
