@@ -1,11 +1,15 @@
-"""An export keeps who may enter its folder."""
+"""An export keeps who may enter its folder, and is not lost where that cannot be moved."""
 
+import errno
 import os
 
 import pytest
 from conftest import TOKENIZER_ID, build_tokenizer
 
+import lopd.engines.placing
 from lopd import CausalLMStudent, ModelId
+from lopd.engines.identity import folder_model_id, model_id
+from lopd.errors import StoreExistsError
 from lopd.records import Lineage
 
 LINEAGE = Lineage(ModelId("writer", "1", "float32"))
@@ -51,3 +55,100 @@ def test_who_may_enter_a_folder_is_who_might_before(mode, student, tmp_path):
         assert (out / "mine/logs/notes.txt").read_text() == "mine"
         assert mode != 0o2770 or (out / "lopd.json").stat().st_gid == group
     assert watching.seen == [mode] * 2, "not open to others meanwhile"
+
+
+@pytest.fixture(params=["mounted", "under a folder without write permission"])
+def out(request, tmp_path, monkeypatch):
+    """Make a folder that cannot be moved."""
+    made = tmp_path / "out"
+    made.mkdir()
+    if request.param == "mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == made)
+    else:
+        access = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    return made
+
+
+def assert_is(folder, student):
+    assert folder_model_id(folder).revision == model_id(student.model).revision
+    assert Lineage.read(folder) == LINEAGE
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_moved_is_filled(out, student, tmp_path, monkeypatch):
+    (out / "checkpoints").mkdir()
+    (out / "notes.txt").write_text("mine")
+    monkeypatch.chdir(out)  # as a container that works in its volume
+    student.export(out, build_tokenizer(), LINEAGE)
+    assert_is(out, student)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_folder_that_cannot_be_moved_holds_stays_and_the_next_export_is_in_it(out, student, make_model, tmp_path):
+    student.export(out, build_tokenizer(), LINEAGE)
+    for seed in (8, 9):
+        later = CausalLMStudent(make_model("llama_tied", seed=seed), TOKENIZER_ID)
+        with pytest.raises(
+            StoreExistsError, match=rf"holds 'chat_template.jinja', and cannot be replaced .* written to {out}/out-export, move"
+        ):
+            later.export(out, build_tokenizer(), LINEAGE)
+        assert_is(out / "out-export", later)
+        assert_is(out, student)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_folder_that_cannot_be_moved_names_the_export_last_and_an_interrupt_leaves_nothing_of_it(out, student, monkeypatch):
+    moves, replace = [], os.rename
+
+    def rename(path, target):
+        moves.append(os.path.basename(target))  # noqa: PTH119 (names of any kind)
+        replace(path, target)
+        if stops and path.parent != out and moves[-1] == "config.json":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    stops = True
+    with pytest.raises(KeyboardInterrupt):
+        student.export(out, build_tokenizer(), LINEAGE)
+    assert [*out.iterdir()] == []
+    stops = False
+    student.export(out, build_tokenizer(), LINEAGE)
+    assert moves[-1] == "lopd.json"
+    assert {*moves[-4:-1]} == {"config.json", "generation_config.json", "tokenizer_config.json"}
+
+
+def test_a_student_is_not_lost_where_the_system_refuses_to_move_a_folder(student, tmp_path, monkeypatch):
+    out, replace = tmp_path / "out", lopd.engines.placing._replace
+    for folder in (out, tmp_path / "out-export"):
+        student.export(folder, build_tokenizer(), LINEAGE)
+        (folder / "notes.txt").write_text(folder.name)
+
+    def busy(folder, *rest):
+        if folder == out:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        replace(folder, *rest)
+
+    monkeypatch.setattr(lopd.engines.placing, "_replace", busy)
+    with pytest.raises(StoreExistsError, match=r"cannot be replaced \(.*busy\); the student was written to .*/out-export, move it"):
+        student.export(out, build_tokenizer(), LINEAGE)
+    for folder in (out, tmp_path / "out-export"):
+        assert_is(folder, student)
+        assert (folder / "notes.txt").read_text() == folder.name
+
+
+def test_a_student_is_not_lost_where_a_folder_cannot_be_listed(student, tmp_path, monkeypatch):
+    (tmp_path / "out/lost+found").mkdir(parents=True)
+    walk = lopd.engines.placing.walked
+
+    def walked(folder):
+        if folder == tmp_path / "out":
+            raise PermissionError(errno.EACCES, "Permission denied", "lost+found")
+        return walk(folder)
+
+    monkeypatch.setattr(lopd.engines.placing, "walked", walked)
+    with pytest.raises(StoreExistsError, match=r"cannot be looked through \(.*lost\+found'\); the student was written to .*/out-export"):
+        student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
+    assert_is(tmp_path / "out-export", student)

@@ -2,7 +2,8 @@
 
 The new folder is written beside the old one, flushed, and then takes its place in one move.  Files of yours (notes, logs) move along.
 What no export wrote, and a student of other teachers, is never replaced: the new export then stands beside it, and an error states where.
-`lopd.json` names the files of an export, which is how the next one knows them.
+`lopd.json` names the files of an export, which is how the next one knows them.  A mount point, which cannot be moved, is filled where nothing of an
+export is in it, `lopd.json` last.
 """
 
 import shutil
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from lopd.engines.causal_lm import unwrap, without_runners
 from lopd.engines.effective import saved_adapter
 from lopd.engines.older import is_untied, spell_out
-from lopd.engines.placing import exported_files, files_in, make_like, name_files, place
+from lopd.engines.placing import begin, exported_files, files_in, name_files, place
 from lopd.errors import LopdError, ModelError, ModelWarning, StoreWriteError
 from lopd.records.flush import share_mode
 from lopd.records.lineage import LINEAGE_FILE, Lineage
@@ -115,11 +116,9 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
     from lopd.engines.written import check_written, name_end, quantiser_forgotten  # a model that is saved brought transformers along
 
     owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
-    fresh = folder.parent / f".{folder.name}.partial"
     with _saving(owner, "it"):
+        fresh = begin(folder)
         try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            make_like(fresh, folder)
             # first: `save_pretrained` takes the weights out of `state`
             gathered, untied = None if state is None else dict(state), is_untied(model, state)
             adapter = saved_adapter(model)

@@ -1,4 +1,7 @@
-"""What an export wrote takes the place of an earlier one in one move, or stands beside what it must not replace."""
+"""What an export wrote takes the place of an earlier one in one move, or stands beside what it must not replace.
+
+A folder that cannot be moved, as a mount point, is filled instead, and what it must not replace has the export inside.
+"""
 
 import ctypes
 import json
@@ -43,7 +46,16 @@ def exported_files(folder: Path) -> set[str]:
         return set()
 
 
-def make_like(made: Path, there: Path) -> None:
+def begin(folder: Path) -> Path:
+    """Make and return the folder that an export is written in: beside its place, or inside where that is mounted or nothing can be written beside."""
+    inside = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
+    fresh = (folder if inside else folder.parent) / f".{folder.name}.partial"
+    shutil.rmtree(fresh, ignore_errors=True)
+    _make_like(fresh, folder)
+    return fresh
+
+
+def _make_like(made: Path, there: Path) -> None:
     """Make a folder, with the group and mode of another if that is there, so that what is private, or a group's, stays it; its owner may write."""
     made.mkdir(parents=True)
     with suppress(OSError):  # of a file system without modes
@@ -59,23 +71,37 @@ def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path)
     old = folder.parent / f".{folder.name}.old"
     if is_there(old) and not is_there(folder):  # an exchange by two moves was cut short between them
         old.rename(folder)
-    objection = _objection(model, Lineage.read(fresh), folder, written) if is_there(folder) else None
+    there = is_there(folder)
+    try:
+        objection = _objection(model, fresh, folder, written) if there else None
+    except OSError as error:  # as that of lost+found, which only root lists
+        objection = f"it cannot be looked through ({error})"
+    if objection is None:
+        if fresh.parent != folder:
+            _carry(folder, fresh)
+        flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
+        try:
+            _replace(folder, fresh, old)
+        except OSError as error:  # as that of a mount which looks like a plain folder
+            if not there:
+                raise
+            for name in {*files_in(fresh)} - {*written, LINEAGE_FILE}:  # they are its owner's, who has them there
+                (fresh / name).unlink()
+            objection = f"it cannot be replaced ({error})"
     if objection is not None:
-        aside = folder.parent / f"{folder.name}-export"
+        aside = fresh.parent / f"{folder.name}-export"
         place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
-    _carry(folder, fresh)
-    flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
-    _replace(folder, fresh, old)
-    flush(folder.parent)
+    flush(fresh.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -> str | None:
+def _objection(model: Any, fresh: Path, folder: Path, written: list[str]) -> str | None:
     """Return why an export of these files must not replace this folder, in a clause."""
     if not folder.is_dir():
         return "it is a file, expected a folder"
-    if _holds_this_process(folder):
+    inside = fresh.parent == folder
+    if not inside and _holds_this_process(folder):
         return "it is the working directory, or holds it, and programs that run in it would lose it"
     bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
     if any(base and Path(base).expanduser().resolve() == folder for base in bases):
@@ -87,7 +113,9 @@ def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -
     root = folder / LINEAGE_FILE
     if is_there(folder / "zarr.json") or (is_there(root) and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
         return "it is a store"
-    return _other_student(folder, lineage)
+    taken = next((path.name for path in sorted(fresh.iterdir()) if inside and is_there(folder / path.name)), None)
+    stays = f"it holds {taken!r}, and cannot be replaced as a whole, as it is mounted or in a folder without write permission"
+    return _other_student(folder, Lineage.read(fresh)) or (stays if taken else None)
 
 
 def _other_student(folder: Path, lineage: Lineage) -> str | None:
@@ -120,16 +148,31 @@ def _carry(folder: Path, fresh: Path) -> None:
         if name not in ours:
             for inner in [*Path(name).parents][-2::-1]:
                 if not (fresh / inner).exists():
-                    make_like(fresh / inner, folder / inner)
+                    _make_like(fresh / inner, folder / inner)
             try:
                 os.link(folder / name, fresh / name, follow_symlinks=False)
             except OSError:
                 shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
 
 
+def _fill(folder: Path, fresh: Path) -> None:
+    """Move what is in the new folder up into the one that it is in, by which programs know a whole model last."""
+    names = sorted((path.name for path in fresh.iterdir()), key=lambda name: (name == LINEAGE_FILE, name.endswith("config.json")))
+    try:
+        for name in names:
+            (fresh / name).rename(folder / name)
+    except BaseException:  # an interrupt too, since the caller removes what is fresh
+        for name in names:
+            if not is_there(fresh / name):
+                (folder / name).rename(fresh / name)
+        raise
+
+
 def _replace(folder: Path, fresh: Path, old: Path) -> None:
-    """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange."""
-    if not folder.exists():
+    """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange; one that is inside fills it."""
+    if fresh.parent == folder:
+        _fill(folder, fresh)
+    elif not folder.exists():
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
         _free(old)

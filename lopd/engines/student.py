@@ -200,7 +200,8 @@ class CausalLMStudent(nn.Module):
         needs, if they were beside the weights that it was loaded from.
 
         The folder appears whole or not at all.  An earlier export of the same teachers is replaced, lineage included; other files in it, such as
-        notes, are kept.
+        notes, are kept, as are its mode and group.  A mount point, as a volume of a container, gets the files one by one, `lopd.json` last, and is
+        not replaced once it has some.
 
         Warns:
             ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself; or some of its weights are not finite.
@@ -209,8 +210,8 @@ class CausalLMStudent(nn.Module):
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
             TokenizerMismatchError: the tokenizer is not the one whose ids the student reads.
             StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (like the SFT student),
-                the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
-                message names.
+                the model that the adapters are for, or the working directory, or is a mount point with an export; nothing in it is touched, and the
+                export is in the folder that the message names.
             ModelError: transformers refuses to save the model or the tokenizer, several adapters are active, or they are on a model that was changed
                 since it was loaded; or transformers writes weights of a full model otherwise than it has them: what was written is in the folder that
                 the message names.

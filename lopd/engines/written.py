@@ -41,7 +41,7 @@ def check_written(owner: str, fresh: Path, folder: Path, model: Any, state: Mapp
 
     Args:
         owner: how messages name the export.
-        fresh: what the model was saved in; it is kept beside `folder` under another name where it is refused, since no other files have the weights.
+        fresh: what the model was saved in; it is kept under another name where it is refused, since no other files have the weights.
         folder: what it was to become.
         model: without wrappers around the whole.
         state: its weights by name, where its own are sharded.
@@ -54,7 +54,7 @@ def check_written(owner: str, fresh: Path, folder: Path, model: Any, state: Mapp
     except Exception:  # whatever stands in the way of comparing them
         return
     if wrong is not None:
-        fresh.rename(aside := folder.with_name(f"{folder.name}-refused.{uuid4().hex[:8]}"))
+        fresh.rename(aside := fresh.with_name(f"{folder.name}-refused.{uuid4().hex[:8]}"))
         raise ModelError(
             f"{owner}: transformers wrote {wrong!r} otherwise than the model has it, or not at all, so the export would load as another model; "
             f"what was written stands in {aside}, so compare its config.json and weights with the model, and correct the one that is wrong."
