@@ -56,3 +56,21 @@ def test_a_verifier_gives_the_same_score_in_both_whatever_penalty_the_base_has(f
     ours, theirs = map(float, out.split()[-2:])
     assert 0 < ours < 1
     assert theirs == pytest.approx(ours, abs=1e-12)
+
+
+def test_adapters_are_evaluated_with_the_tokenizer_of_their_export(folder: Path) -> None:
+    import peft
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import simple_parse_args_string
+
+    Path("opd-student").rename("BASE")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("BASE")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    model = transformers.AutoModelForCausalLM.from_pretrained("BASE")
+    for part in (peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])), tokenizer):
+        part.save_pretrained("opd-student")
+    (arguments,) = re.findall("`(pretrained=BASE.*?)`", PAGE)
+    evaluated = HFLM(device="cpu", **simple_parse_args_string(arguments))
+    assert isinstance(evaluated.model, peft.PeftModel)
+    assert evaluated.tokenizer.chat_template == tokenizer.chat_template
