@@ -1,15 +1,25 @@
 """Objects of a bucket that are damaged, lost or cut short."""
 
+import errno
 import os
 import random
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 from crash_worker import Place, check_rows
 from fault_places import fill, place  # noqa: F401
+from fault_proxy import ALWAYS, FaultProxy
 from s3_server import S3Server
 
-from lopd.errors import CorruptStoreError, LopdError
+from lopd.backends.files.local import LocalFiles
+from lopd.backends.lance import LanceStore
+from lopd.backends.lance.snapshot import Snapshot
+from lopd.backends.zarr import ZarrStore
+from lopd.errors import CorruptStoreError, LopdError, StoreReadError
+from lopd.testing import tiny_manifest, tiny_rollout
+from lopd.tools.doctor import check_store
 
 
 def _class_of(key: str) -> str:
@@ -88,3 +98,47 @@ def test_an_object_cut_short_gives_the_right_rows_or_an_error(s3: S3Server, plac
     store = place.open()
     with pytest.raises(CorruptStoreError, match="token_ids"):
         store.read(range(8))
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("where", ["", "/commits/|/log/", "/token_ids/|/data/", "/lines/|/data/"])
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_storage_that_refuses_is_an_error_of_verify_at_once_and_no_problem_of_the_store(
+    kind: Any, where: str, s3: S3Server, proxy: FaultProxy
+) -> None:
+    url = s3.new_url()
+    kind.create(url, tiny_manifest(), storage_options=s3.storage_options).append([tiny_rollout(f"r{i}") for i in range(64)])
+    store = kind.open(url, storage_options=proxy.storage_options)
+    proxy.forget()
+    proxy.refuse(ALWAYS, "GET", where, status=403)
+    found: list[str] = []
+    with pytest.raises(StoreReadError, match=re.escape(url)):
+        found.extend(check_store(store))
+    assert (found, proxy.count("GET", where) < 20) == ([], True)
+    proxy.heal()
+    assert list(check_store(store)) == []
+
+
+def test_a_bad_sector_of_a_local_disk_is_a_problem_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zarr, lance = ZarrStore.create(tmp_path / "zarr", tiny_manifest()), LanceStore.create(tmp_path / "lance", tiny_manifest())
+    for store in (zarr, lance):
+        store.append([tiny_rollout(f"r{i}") for i in range(8)])
+    read, read_rows, code = LocalFiles.read, Snapshot.read, errno.EIO
+
+    def failing(files: LocalFiles, path: str, /) -> bytes:
+        if "/token_ids/c" in path:
+            raise OSError(code, os.strerror(code), path)
+        return read(files, path)
+
+    def failing_rows(snapshot: Snapshot, rows: Any, *asked: Any) -> Any:
+        if 3 in rows:
+            raise StoreReadError("Row 3 is in a bad sector.") from OSError(f"LanceError(IO): {os.strerror(code)} (os error {code})")
+        return read_rows(snapshot, rows, *asked)
+
+    monkeypatch.setattr(LocalFiles, "read", failing)
+    monkeypatch.setattr(Snapshot, "read", failing_rows)
+    assert [re.search(r"\[Errno 5\]|Row 3", problem) is not None for store in (zarr, lance) for problem in store.verify()] == [True, True]
+    code = errno.EACCES
+    for store in (zarr, lance):
+        with pytest.raises(StoreReadError):
+            list(store.verify())

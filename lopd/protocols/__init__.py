@@ -217,7 +217,11 @@ class DurableStore(LogprobStore, Protocol):
         ...
 
     def verify(self) -> Iterator[str]:
-        """Return one sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store."""
+        """Return one sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store.
+
+        Raises:
+            StoreReadError: the storage refused a read, which shows nothing about the store.
+        """
         ...
 
 

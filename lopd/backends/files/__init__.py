@@ -11,6 +11,7 @@ from lopd.backends.files.contract import StorePath as StorePath
 from lopd.backends.files.contract import bucket_url as bucket_url
 from lopd.backends.files.contract import local_folder as local_folder
 from lopd.backends.files.contract import names_in as names_in
+from lopd.backends.files.contract import problem as problem
 from lopd.backends.files.contract import reading as reading
 from lopd.backends.files.contract import writing as writing
 from lopd.backends.files.proving import prove as prove

@@ -1,5 +1,6 @@
 """Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
 
+import errno
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.errors import LopdError, StorePathError, StoreReadError, StoreWriteError
+from lopd.errors import ForkedStoreError, LopdError, StorePathError, StoreReadError, StoreWriteError
 from lopd.records.paths import local_path, path_text
 
 StorePath = str | os.PathLike[str]
@@ -24,6 +25,9 @@ _DOMAIN = r"\.(?:blob|dfs)\.(?P<domain>core\.windows\.net|fabric\.microsoft\.com
 _AZURE_USER = re.compile(rf"(?i:abfss?|adl|azure|az|wasbs?)://(?P<container>[^/@:]+)@(?P<account>[^/@:.]+)(?:{_DOMAIN})?(?=/|$)")
 _AZURE_HOST = re.compile(rf"(?i:https)://(?P<account>[^/@:.]+){_DOMAIN}/(?P<container>[^/?#]+)")
 _SAME_SCHEME = {"abfs": "az", "abfss": "az", "adl": "az", "azure": "az", "s3a": "s3"}
+# What a local disk answers about a file that is damaged, or is not one; and how Lance's messages end then.
+_BAD = (errno.EIO, errno.EINVAL, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
+_BAD_WORDS = re.compile(rf"\(os error ({'|'.join(map(str, _BAD))})\)")
 #: The folder that storage is tried in; `names` leaves it out.
 PROBES = ".probes"
 
@@ -137,6 +141,23 @@ def reading(owner: str, what: str, hint: str = "check the storage and try again"
         raise
     except OSError as error:
         raise StoreReadError(f"{owner}: {what} failed with {error}; {hint}.") from error
+
+
+def problem(files: Files, error: OSError | LopdError) -> str:
+    """Return an error of reading as a problem of the store, for `verify`.
+
+    Raises:
+        StoreReadError: the storage refused, or did not answer, which shows nothing about the store; a bad sector of a local disk does.
+        ForkedStoreError: this process may not read it.
+    """
+    known = isinstance(error, LopdError) and not isinstance(error, StoreReadError | ForkedStoreError)
+    cause = error.__cause__ if isinstance(error, StoreReadError) else error
+    bad = "://" not in files.url and (getattr(cause, "errno", None) in _BAD or _BAD_WORDS.search(str(cause)))
+    if known or bad:
+        return str(error)
+    if isinstance(error, LopdError):
+        raise error
+    raise StoreReadError(f"Store {files.url}: reading it failed with {error}; check the storage and try again.") from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.backends.durable import DurableBase
-from lopd.backends.files import Files, StorageOptions, StorePath
+from lopd.backends.files import Files, StorageOptions, StorePath, problem
 from lopd.backends.lance.catalog import ROOT, Catalog
 from lopd.backends.lance.encode import tokens_of
 from lopd.backends.lance.snapshot import Snapshot
@@ -143,13 +143,13 @@ class LanceStore(DurableBase[Snapshot, Writer]):
             # Not what was read before, but what is stored now.
             LanceStore(self._files)
         except LopdError as error:
-            yield str(error)
+            yield problem(self._files, error)
         for column, part in self._snapshot.parts().items():
             part.forget()
             try:
                 lines = part.lines()
             except LopdError as error:
-                yield str(error)
+                yield problem(self._files, error)
                 continue
             columns = () if column is None else (column,)
             ranked = tuple(name for name in columns if self._catalog.top_k(name))
@@ -162,8 +162,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         try:
             self._snapshot.read(rows, columns, ranked)
         except LopdError as error:
-            if len(rows) == 1:
-                yield str(error)
-            else:
-                found = (problem for half in np.array_split(rows, 2) for problem in self._problems_of(half, columns, ranked))
-                yield from dict.fromkeys(found)
+            found: Iterator[str] = iter([problem(self._files, error)])
+            if len(rows) > 1:
+                found = (one for half in np.array_split(rows, 2) for one in self._problems_of(half, columns, ranked))
+            yield from dict.fromkeys(found)

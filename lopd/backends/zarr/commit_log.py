@@ -16,7 +16,7 @@ from typing import Any, final
 
 from attrs import frozen
 
-from lopd.backends.files import Files, reading
+from lopd.backends.files import Files, problem, reading
 from lopd.backends.root import Root, read_root
 from lopd.backends.sealing import checksum, seal, unsealed
 from lopd.backends.zarr.format import ROOT
@@ -213,7 +213,7 @@ class CommitLog:
                 self._listed_end(0, head)
             self._check_root()
         except LopdError as error:
-            yield str(error)
+            yield problem(self._files, error)
 
     def _entry(self, number: int, data: bytes, previous: str) -> Entry:
         path = _path(COMMITS, number)

@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any, final
 
 from lopd.backends.durable import DurableBase
-from lopd.backends.files import Files
+from lopd.backends.files import Files, problem
 from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
@@ -127,7 +127,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
                 yield from self._compare(f"{folder}/{METADATA_FILE}", partial(has_content, group_document({})))
             seen |= folders
             for segment in segments:
-                meta, problems = segment.meta, list(self._verify_segment(segment.meta)) or list(_verify_lines(segment))
+                meta, problems = segment.meta, list(self._verify_segment(segment.meta)) or list(self._verify_lines(segment))
                 if problems and meta.path not in (later := state.latest()).paths():
                     state = later
                 else:
@@ -148,14 +148,13 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         except FileNotFoundError:
             found = "it is missing"
         except OSError as error:
-            found = str(error)
+            found = problem(self._files, error)
         if found:
             yield f"{self._files.url}: {path}: {found}; restore the file from a backup."
 
-
-def _verify_lines(segment: Segment) -> Iterator[str]:
-    """Yield what is wrong with lines whose file is what was committed."""
-    try:
-        segment.lines()
-    except (CorruptStoreError, StoreReadError) as error:
-        yield str(error)
+    def _verify_lines(self, segment: Segment) -> Iterator[str]:
+        """Yield what is wrong with lines whose file is what was committed."""
+        try:
+            segment.lines()
+        except (CorruptStoreError, StoreReadError) as error:
+            yield problem(self._files, error)
