@@ -2,8 +2,9 @@
 
 `storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
 `aws_endpoint`, `allow_http`, ...; what is not given comes from the environment, whose names (`AWS_ALLOW_HTTP`) may be passed as well.
-Requests that fail are repeated with growing pauses, within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and
-`connect_timeout` limit one request ("30s").  Until the storage has answered once, requests are given up after some seconds.
+Requests that fail are repeated with growing pauses, within `client_max_retries` (10) and `client_retry_timeout` (180 s).  `timeout` limits one
+request ("60s"); where it is not given, a read goes on as long as bytes come, and what is written has 150 s for each 5 MB.
+Until the storage has answered once, requests are given up after some seconds.
 The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
@@ -14,11 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import islice
+from threading import BoundedSemaphore
 from typing import Any, final
 
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
+from lopd.backends.files.endpoint import check_http, is_yes
 from lopd.backends.files.failures import CUT_OFF, not_opened, said
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
@@ -37,34 +41,18 @@ _CLIENT_OPTION = re.compile(
 _RETRIES = {"client_max_retries": 10, "client_retry_timeout": 180}
 # Within them, and their sum, a first request fails; well below 20 s together.
 _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
+# Later, where no `timeout` is given: a slow link is let finish, and one that is silent is noticed.  A put is silent until all of it is sent; its
+# limit is below that of repetitions, so that a connection that broke is made again.
+_READ_TIMEOUTS, _PUT_TIMEOUTS = {"timeout": "3600s", "read_timeout": "30s"}, {"timeout": "150s"}
 _LONGEST_S = 1e6
 _ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 # A put that was answered so is not done, and another would be answered alike, as with a session token that has ended.
 _FINAL = re.compile(r"(?s)status code: (501|400(?!.*<Code>RequestTimeout<))")
-# Of the environment alone, and goes before what is passed.
-_ENDPOINT_FIRST = "aws_endpoint_url_s3"
-_ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
-_YES = ("true", "1", "on", "yes")
-_REQUESTS_AT_ONCE = 16
-# A request takes as long as a megabyte or so.
-_GAP = 1 << 20
-
-
-def _check_http(url: str, shown: str, options: StorageOptions) -> None:
-    """Refuse plain http that was not allowed: object_store would repeat for a minute what it never sends, and not report why."""
-    if not url.startswith("s3"):
-        return  # the endpoint in the environment is not that of other clouds
-    environment = {name.lower(): value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
-    given = environment | {name: str(value) for name, value in options.items()}
-    names = (_ENDPOINT_FIRST, *sorted(_ENDPOINTS, key=lambda name: name not in options))
-    endpoint = next((given[name] for name in names if name in given), "")
-    allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
-    if endpoint.startswith("http://") and not allowed:
-        raise StorePathError(
-            f"Store {shown}: its endpoint is {without_secrets(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if "
-            "plain http is meant."
-        )
+# Of one object of this class; and parts of large objects that are written, which share an uplink: obstore would send 12 of 5 MB for each object.
+_REQUESTS_AT_ONCE, _PARTS_AT_ONCE, _LARGE_PUT = 16, 4, 1 << 20
+# A request takes as long as a megabyte or so.  More bytes than `_MOST` are read by several, each of which is repeated by itself.
+_GAP, _MOST = 1 << 20, 8 << 20
 
 
 def _number(shown: str, options: StorageOptions, name: str) -> float:
@@ -81,6 +69,11 @@ def _prefix(url: str) -> str:
 def _client_options_of_environment(url: str) -> dict[str, str]:
     own = ((_CLIENT_OPTION.fullmatch(name.lower()), value) for name, value in os.environ.items() if name.upper().startswith(_prefix(url)))
     return {found[1]: value for found, value in own if found}
+
+
+def _cut(start: int, end: int) -> list[tuple[int, int]]:
+    """Return the bytes from one place to another as spans that one request reads."""
+    return [(first, min(first + _MOST, end)) for first in range(start, end, _MOST)]
 
 
 @final
@@ -112,6 +105,7 @@ class ObstoreFiles:
         self._max_retries = int(_number(self.url, self.options, "client_max_retries"))
         self._retry_timeout = _number(self.url, self.options, "client_retry_timeout")
         self._answered = answered
+        self._slots = BoundedSemaphore(_REQUESTS_AT_ONCE)
         self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -127,18 +121,23 @@ class ObstoreFiles:
         obstore = self._obstore
         check_fork("obstore", f"Store {self.url}")
         url = bucket_url(self._given)
-        _check_http(url, self.url, self.options)
+        check_http(url, self.url, self.options)
         given = {name: value for name, value in self.options.items() if _CLIENT_OPTION.fullmatch(name)}
         options = {name: value for name, value in self.options.items() if name not in {*given, *_RETRIES}}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
         # what is passed takes the place of all that the environment sets
-        client = ({} if self._answered else _FIRST_TIMEOUTS) | _client_options_of_environment(url) | given
-        client = {name: str(value).lower() in _YES if name.startswith("allow_") else value for name, value in client.items()}
+        client = _client_options_of_environment(url) | given
+        client = {name: is_yes(value) if name.startswith("allow_") else value for name, value in client.items()}
+        reads, puts = ({}, {}) if "timeout" in client else (_READ_TIMEOUTS, _PUT_TIMEOUTS)
+        limits = (reads, puts, {}) if self._answered else (_FIRST_TIMEOUTS,) * 3
         try:
             # obstore decides which options there are.
-            make = partial(obstore.store.from_url, url, config=options, client_options=client or None)
+            make = partial(obstore.store.from_url, url, config=options)
             # A conditional put is repeated by `put_if_absent`, which knows what is in vain.
-            self._store, self._once = make(retry_config=retry), make(retry_config=retry | {"max_retries": 0})
+            self._store, self._puts, self._once = (
+                make(client_options={**limit, **client} or None, retry_config=retry | more)
+                for limit, more in zip(limits, ({}, {}, {"max_retries": 0}), strict=True)
+            )
         except BaseException as error:
             # a panic of its Rust code is not an `Exception`
             if type(error).__name__ != "PanicException" and not isinstance(error, obstore.exceptions.BaseError | ValueError | TypeError):
@@ -152,7 +151,7 @@ class ObstoreFiles:
     def _call(self, path: str, work: Callable[[], T]) -> T:
         check_fork("obstore", f"Store {self.url}")
         try:
-            with waiting(f"Store {self.url}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
+            with self._slots, waiting(f"Store {self.url}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
                 done = work()
         # a ValueError is for a path that no key can have
         except (self._obstore.exceptions.BaseError, FileNotFoundError, ValueError) as error:
@@ -163,7 +162,7 @@ class ObstoreFiles:
             if isinstance(error, self._obstore.exceptions.NotFoundError | FileNotFoundError):
                 self._hear()
                 raise FileNotFoundError(f"{self.url}/{path} is not there") from error
-            why = said(error)
+            why = said(error, late=self._answered)
             raise (ConnectionError if why == CUT_OFF else OSError)(f"{self.url}/{path}: {why}") from error
         self._hear()
         return done
@@ -175,17 +174,32 @@ class ObstoreFiles:
             self._open()
 
     def read(self, path: str, /) -> bytes:
-        """Return a whole object."""
+        """Return a whole object; a large one by several requests, which fail where another takes its place meanwhile."""
         if not self._answered:
             # without its body, which may take longer than a first contact is given
             self._call(path, lambda: self._obstore.get(self._store, path))
-        return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
+        found = self._call(path, partial(self._read_small, path))
+        if isinstance(found, bytes):
+            return found
+        tag = {"if_match": found["e_tag"]} if found["e_tag"] else {}
+        wanted = [{"range": span, **tag} for span in _cut(0, found["size"])]
+        return b"".join(self.run([partial(self._call, path, partial(self._get, path, options)) for options in wanted]))
+
+    def _get(self, path: str, options: dict[str, Any]) -> bytes:
+        return bytes(self._obstore.get(self._store, path, options=options).bytes())
+
+    def _read_small(self, path: str) -> Any:
+        """Return an object, or what is known of one that is large."""
+        found = self._obstore.get(self._store, path)
+        return found.meta if found.meta["size"] > _MOST else bytes(found.bytes())
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
         """Return parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
 
         def read(firsts: list[int], lasts: list[int]) -> list[bytes]:
-            return self.run([partial(self._read_span, path, first, last) for first, last in zip(firsts, lasts, strict=True)])
+            spans = list(map(_cut, firsts, lasts))
+            found = iter(self.run([partial(self._read_span, path, *span) for cut in spans for span in cut]))
+            return [b"".join(islice(found, len(cut))) for cut in spans]
 
         return read_spans(read, starts, ends, _GAP)
 
@@ -200,19 +214,21 @@ class ObstoreFiles:
                 raise
             return b""
 
-    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+    def run(self, calls: Sequence[Callable[[], T]], /, at_once: int = _REQUESTS_AT_ONCE) -> list[T]:
         """Return what each call gives, some at a time."""
         if len(calls) < 2:
             return [call() for call in calls]
-        with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
+        with ThreadPoolExecutor(min(at_once, len(calls))) as pool:
             return list(pool.map(lambda call: call(), calls))
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """Write new objects, some at a time."""
-        self.run([partial(self._put, path, data) for path, data in files.items()])
+        """Write new objects, some at a time; of large ones, few parts are under way at once."""
+        large = {path: data for path, data in files.items() if data.nbytes > _LARGE_PUT}
+        self.run([partial(self._put, path, data) for path, data in files.items() if path not in large])
+        self.run([partial(self._put, path, data, max(1, _PARTS_AT_ONCE // len(large))) for path, data in large.items()], _PARTS_AT_ONCE)
 
-    def _put(self, path: str, data: Bytes) -> None:
-        self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))
+    def _put(self, path: str, data: Bytes, parts: int = 1) -> None:
+        self._call(path, lambda: self._obstore.put(self._puts, path, data.tobytes(), max_concurrency=parts))
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Return whether this call made the object.

@@ -3,7 +3,7 @@
 import re
 
 #: Of a download that ended before all of it was there.
-CUT_OFF = "its download was cut off"
+CUT_OFF = "its download was cut off, so pass a longer `timeout` and `client_retry_timeout` if the link is slow"
 _NOT_OPENED = {
     "Account must be specified": "its URL names no account, expected that of Azure; set AZURE_STORAGE_ACCOUNT_NAME, or write "
     "abfss://container@account/path",
@@ -28,8 +28,13 @@ def not_opened(error: BaseException, prefix: str | None) -> str:
     return f"it cannot be opened ({type(error).__name__}), expected {expected}"
 
 
-def said(error: Exception) -> str:
-    """Return an error of obstore in a few words: neither XML nor a query, which may carry a signature."""
+def said(error: Exception, *, late: bool = False) -> str:
+    """Return an error of obstore in a few words: neither XML nor a query, which may carry a signature.
+
+    Args:
+        error: what it raises.
+        late: whether the storage has answered before, so that a request whose time is over was too slow.
+    """
     text = str(error)
     host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
     if host is None:
@@ -40,5 +45,7 @@ def said(error: Exception) -> str:
         return f"{host[1]} answers that the bucket is in another region than AWS_REGION (or the option `aws_region`) names"
     if code is not None and code[1] == "ExpiredToken":
         return f"{host[1]} answers that the credentials have expired ({code[1]}), so set fresh ones and start again"
-    answer = code or status
-    return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"
+    if answer := code or status:
+        return f"{host[1]} answers {answer[1]}"
+    slow = late and "kind: Timeout" in text and "Connect" not in text
+    return f"{host[1]} does not answer" + (" in time, so pass a longer `timeout` if the link is slow" if slow else "")
