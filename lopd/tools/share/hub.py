@@ -3,7 +3,8 @@
 The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`.  It is never an argument, and no message repeats it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import errno
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -65,18 +66,29 @@ class Repository:
             HubError: it is public and `private` is asked for, or the hub refuses, or cannot be reached.
         """
         hub, api = need("huggingface_hub", "Hub", "hub"), self._api
-        if not self._token():
-            raise HubError(f"{self.owner}: there is no token that may write; run `hf auth login`, or set HF_TOKEN.")
-        self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
-        there = self._ask(lambda: api.repo_info(self.name, repo_type=self.kind))
-        self._check(there, files, private=private, exist_ok=exist_ok)
+        parent = self.prepare(files, private=private, exist_ok=exist_ok)
 
         def commit() -> Any:
             # an addition cannot be sent twice
             added = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
-            return api.create_commit(self.name, added, repo_type=self.kind, commit_message=message, parent_commit=there.sha)
+            return api.create_commit(self.name, added, repo_type=self.kind, commit_message=message, parent_commit=parent)
 
         return str(self._ask(commit).oid)
+
+    def prepare(self, names: Iterable[str], *, private: bool, exist_ok: bool) -> str | None:
+        """Return the last commit, if files of these names may be committed; a repository that is not there is made.
+
+        Raises:
+            StoreExistsError, HubError: as `commit`.
+        """
+        api = self._api
+        if not self._token():
+            raise HubError(f"{self.owner}: there is no token that may write; run `hf auth login`, or set HF_TOKEN.")
+        self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
+        there = self._ask(lambda: api.repo_info(self.name, repo_type=self.kind))
+        self._check(there, {*names}, private=private, exist_ok=exist_ok)
+        sha: str | None = there.sha
+        return sha
 
     def fetch(self, name: str, revision: str | None) -> Path:
         """Download a file into the cache of `huggingface_hub`, unless it is there, and return where it is.
@@ -91,7 +103,7 @@ class Repository:
     def _api(self) -> Any:
         return need("huggingface_hub", "Hub", "hub").HfApi(endpoint=self.endpoint, library_name="lopd")
 
-    def _check(self, there: Any, files: Mapping[str, Path | bytes], *, private: bool, exist_ok: bool) -> None:
+    def _check(self, there: Any, given: set[str], *, private: bool, exist_ok: bool) -> None:
         names = {sibling.rfilename for sibling in there.siblings or ()} - _ITS_OWN
         if private and there.private is not True:
             raise HubError(
@@ -101,7 +113,7 @@ class Repository:
             raise StoreExistsError(
                 f"{self.owner}: it has {len(names)} files already, for example {min(names)!r}; pass `exist_ok=True` to commit to it, or name another."
             )
-        stale = next((name for name in sorted(names - files.keys()) if name.endswith(WEIGHTS)), None)
+        stale = next((name for name in sorted(names - given) if name.endswith(WEIGHTS)), None)
         if stale:
             raise StoreExistsError(
                 f"{self.owner}: it has {stale!r}, which this commit does not replace, so engines might load either; remove it there, or name another."
@@ -137,11 +149,13 @@ class Repository:
             said = what
         answered = "" if status is None else f", status {status}"
         garbled = status is None and isinstance(error, JSONDecodeError | KeyError | TypeError | AttributeError)
-        remedy = (
-            "that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
-            if garbled
-            else "check what is pushed, and the URL of the hub"
-        )
+        remedy = "check what is pushed, and the URL of the hub"
+        if garbled:
+            remedy = "that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
+        elif any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in causes):
+            remedy = "free space where HF_HOME is, and run this again, which resumes"
+        elif _passes(error):
+            remedy = "check the connection and the URL of the hub, and run this again, which resumes"
         return HubError(f"{self.owner}: it failed with {said}{answered}; {remedy}.")
 
     @staticmethod

@@ -96,6 +96,8 @@ def push_store(
     """
     target = Repository(repository, "dataset", endpoint)
     card = str(dataset_card(store, repository.rpartition("/")[2], about)).encode()
+    # before everything is read
+    target.prepare([ROLLOUTS, _CARD], private=private, exist_ok=exist_ok)
     with TemporaryDirectory() as folder:
         file = Path(folder) / ROLLOUTS
         export_parquet(store, file)
