@@ -10,13 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.placing import exported_files
-from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.errors import ConflictError, CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.reading import named
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
+from lopd.tools.interop.arrow_table import reading
 from lopd.tools.interop.filling import StoreMaker, check_maker
-from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
+from lopd.tools.interop.parquet import export_parquet, import_parquet, open_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
 from lopd.tools.share.hub import Repository
 
@@ -122,7 +124,7 @@ def pull_store(
     Raises:
         HubError: there is no such dataset, it was not pushed by lopd, the token may not read it, or the hub cannot be reached.
         CorruptStoreError: the file is damaged, or no export of lopd.
-        ManifestMismatchError, ConflictError: the store has other contents.
+        ManifestMismatchError, ConflictError: the store has other contents, such as a part of another revision.
         InvalidRecordError: the repository's name does not fit.
         ArgumentError: `store` is a store or a path, and not what makes one.
         MissingDependencyError: huggingface_hub or pyarrow is not installed.
@@ -131,8 +133,23 @@ def pull_store(
     check_maker(source.owner, store)
     file = source.fetch(ROLLOUTS, revision)
     made = store(parquet_manifest(file))
+    _check_part(file, made)
     import_parquet(file, made)
     return made
+
+
+def _check_part(file: Path, made: LogprobReader) -> None:
+    """Refuse to fill up a store that has rollouts of another revision: it would be neither of the two."""
+    if not len(made):
+        return
+    with open_parquet(file, None) as (opened, owner), reading(owner):
+        there = made.find(opened.read(columns=["rollout_id"])["rollout_id"].to_pylist()) >= 0
+    others, lacks = len(made) - int(there.sum()), int((~there).sum())
+    if others > 0 and lacks:
+        raise ConflictError(
+            f"{named(made)}: it has {others} rollouts that this revision lacks, and lacks {lacks} of it; pull into a new store, or pass `revision=` "
+            "of the first try."
+        )
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
