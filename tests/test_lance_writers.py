@@ -279,11 +279,17 @@ def test_a_writer_of_a_store_that_was_put_back_and_gone_on_with_by_fewer_commits
     shutil.copytree(place(filled), tmp_path / "kept")
     for i in (20, 21):
         filled.append(many(i, 1))
-    reader = reopened(filled)
+    reader, copy = reopened(filled), pickle.dumps(filled)
     shutil.rmtree(place(filled))
     shutil.copytree(tmp_path / "kept", place(filled))
     reopened(filled).append(many(30, 2))
-    for call in (filled.refresh, lambda: filled.append(many(20, 2)), lambda: filled.append(many(40, 1)), lambda: reader.read([4])):
+    for call in (
+        filled.refresh,
+        lambda: filled.append(many(20, 2)),
+        lambda: filled.append(many(40, 1)),
+        lambda: reader.read([4]),
+        lambda: pickle.loads(copy),  # noqa: S301  # our own
+    ):
         with pytest.raises(CorruptStoreError, match=r"version 4 of table 'rollouts-.* is not what it was when it was read"):
             call()
     assert rows_of(reopened(filled))[4:] == ["r30", "r31"]

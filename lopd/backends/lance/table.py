@@ -143,8 +143,8 @@ class LanceTable:
         self._view: Any = None
         self.version, self._identity = 0, ""
         self._load(seen)
-        if seen is not None:
-            self.check()
+        if seen is not None and not self.check():
+            self._latest(False)
 
     def _load(self, seen: tuple[int, int, str] | None = None) -> None:
         there, now, known = int(self._handle.count_rows()), int(self._handle.version), self._identity
