@@ -295,6 +295,28 @@ def test_a_writer_of_a_store_that_was_put_back_and_gone_on_with_by_fewer_commits
     assert rows_of(reopened(filled))[4:] == ["r30", "r31"]
 
 
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_a_store_that_is_put_back_while_its_writer_loses_a_race_acknowledges_nothing(
+    more: int, filled: LanceStore, tmp_path: Path, before_insert: Any
+) -> None:
+    shutil.copytree(place(filled), tmp_path / "kept")
+    for i in (20, 21):
+        filled.append(many(i, 1))
+
+    def put_back() -> None:
+        shutil.rmtree(place(filled))
+        shutil.copytree(tmp_path / "kept", place(filled))
+        other = reopened(filled)
+        for i in range(more):
+            other.append(many(30 + i, 1))
+
+    before_insert(put_back)
+    for i in (40, 20):
+        with pytest.raises(CorruptStoreError, match=r"version 4 of table 'rollouts-.* is not what it was when it was read"):
+            filled.append(many(i, 1))
+    assert rows_of(reopened(filled))[4:] == [f"r{i}" for i in range(30, 30 + more)]
+
+
 def test_a_compaction_removes_what_killed_writers_left_of_a_record(filled: LanceStore) -> None:
     left = place(filled) / f"log/.tmp-{uuid4().hex}"
     left.touch()

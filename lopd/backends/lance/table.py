@@ -234,13 +234,14 @@ class LanceTable:
 
         Raises:
             StoreWriteError: another tool has added a column that may not be empty.
+            CorruptStoreError: the store was put back to an older state, and gone on with.
         """
         table = self._table
+        table.checkout_latest()
+        if int(table.version) != version:  # the rows that these were to follow may have been taken back, or the store put back
+            self.refresh()
+            return False
         try:
-            table.checkout_latest()
-            if int(table.version) != version:
-                # The rows that these were to follow may have been taken back.
-                return False
             there = table.schema
             for field in there:
                 if not (field.nullable or field.name in data.schema.names):
