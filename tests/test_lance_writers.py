@@ -243,9 +243,18 @@ def test_an_empty_store_that_was_removed_under_its_writer_takes_nothing(tmp_path
     store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
     shutil.rmtree(place(store))
     assert len(list(store.verify())) == 1
-    for call in (lambda: store.append(many(0, 1)), lambda: store.append([])):
+    for call in (lambda: store.append(many(0, 1)), lambda: store.append([]), store.compact):
         with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
             call()
+
+
+def test_a_compaction_of_an_empty_store_that_was_removed_leaves_its_place_free(s3: S3Server) -> None:
+    url = s3.new_url(".lance")
+    store = LanceStore.create(url, tiny_manifest(), storage_options=s3.storage_options)
+    store._files.remove(["lopd.json"])
+    with pytest.raises(CorruptStoreError, match=r"lopd.json is not what it was when it was read"):
+        store.compact()
+    assert len(LanceStore.create(url, tiny_manifest(), storage_options=s3.storage_options)) == 0
 
 
 @pytest.mark.parametrize("more", [1, 3])

@@ -113,6 +113,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         Raises:
             InvalidRecordError: `older_than` is below 0, or not a number.
+            CorruptStoreError: the store was removed, or put back to an older state, under its writer.
             StoreWriteError: the write failed, what was merged is not what was there before, or a table has an index of another tool; nothing was
                 lost.
         """

@@ -206,6 +206,7 @@ class Writer:
     def compact(self, older_than: float) -> None:
         """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
         self._snapshot.refresh()
+        self._catalog.check()
         self._catalog.check_clock()
         for column, part in self._snapshot.parts().items():
             began = time.monotonic()
@@ -223,8 +224,7 @@ class Writer:
                         f"{self._owner}: compacting table {part.table.name!r} failed with {first_line(error)!r}; "
                         f"nothing of it was lost, so {remedy(error)} and repeat it."
                     ) from error
-                # Another compaction was quicker.
-                merged = False
+                merged = False  # another compaction was quicker
             if merged:
                 self._catalog.say("compaction", {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column})
         self._remove_strangers()
