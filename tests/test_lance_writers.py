@@ -233,6 +233,8 @@ def test_a_writer_of_a_store_that_was_put_back_under_it_adds_no_record(filled: L
     ):
         with pytest.raises(CorruptStoreError, match=r"json is not what it was when it was read"):
             call()
+    (problem,) = filled.verify()
+    assert "json is not what it was when it was read" in problem
     again = reopened(filled)
     assert rows_of(again) == ["m", "b", "r0", "r1"]
     again.begin_generation(1, ModelId("again", "1", "float32"))

@@ -143,6 +143,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         try:
             # Not what was read before, but what is stored now.
             LanceStore(self._files)
+            self._catalog.check()
         except LopdError as error:
             yield problem(self._files, error)
         for column, part in self._snapshot.parts().items():
