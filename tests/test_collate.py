@@ -201,6 +201,14 @@ def test_columns_that_were_not_asked_for_are_none() -> None:
     assert batch.ref_logprobs is None
 
 
+@pytest.mark.parametrize("device", ["meta", torch.device("meta")])
+def test_a_batch_moves_to_a_device_that_is_named_as_tensors_take_it(device: str | torch.device) -> None:
+    batch = collate(random_records(0, 2))
+    moved = batch.to(device)
+    assert {moved.inputs.device, moved.weight.device, moved.counted.device} == {torch.device("meta")}
+    assert moved.counts == batch.counts
+
+
 def test_no_records_make_no_batch() -> None:
     with pytest.raises(InvalidRecordError, match="0 rollouts"):
         collate([])

@@ -111,10 +111,11 @@ class Batch(Glanced):
         """Return the same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
         return self._moved(Tensor.pin_memory)
 
-    def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on another device; to a GPU it is copied in the background."""
-        ahead = device.type == "cuda" and not self.inputs.is_cuda
-        return self._moved(lambda values: (values.pin_memory() if ahead else values).to(device, non_blocking=ahead))
+    def to(self, device: torch.device | str | int) -> "Batch":
+        """Return the same batch on another device, which may be named as torch names it; to a GPU it is copied in the background."""
+        where = torch.device(device)
+        ahead = where.type == "cuda" and not self.inputs.is_cuda
+        return self._moved(lambda values: (values.pin_memory() if ahead else values).to(where, non_blocking=ahead))
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: getattr(self, f.name) for f in fields(Batch)}

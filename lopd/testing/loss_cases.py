@@ -42,7 +42,7 @@ class LossCase:
         batch = map_batch(self.batch, ("weight", *STORED), lambda column: column.to(stored))
         return LossCase(self.name, self.hidden.to(dtype), _map_head(self.head, lambda tensor: tensor.to(dtype)), batch)
 
-    def to(self, device: torch.device) -> "LossCase":
+    def to(self, device: torch.device | str | int) -> "LossCase":
         """Return the same case on another device."""
         return LossCase(self.name, self.hidden.to(device), _map_head(self.head, lambda tensor: tensor.to(device)), self.batch.to(device))
 
