@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+from attrs import evolve
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -34,7 +35,8 @@ from lopd.engines.hf.decoding import draw
 from lopd.engines.hf.scorer import _kl
 from lopd.engines.structure import uses_tf32
 from lopd.engines.vllm.engine import VLLMEngine
-from lopd.errors import InvalidRecordError, ModelError, ModelWarning
+from lopd.errors import InvalidRecordError, ModelError, ModelWarning, TrainingWarning
+from lopd.guards.first_step import judge_baseline
 from lopd.losses import chunked
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.rows import TorchRows
@@ -245,6 +247,9 @@ class OnACard(torch.Tensor):
     def cumsum(self, *_):
         raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation")
 
+    def bincount(self, *_):
+        raise RuntimeError("_bincount_cuda does not have a deterministic implementation")
+
 
 def test_both_kernels_are_tried_in_the_dtype_of_the_gradients(kernels):
     kernels(Exception("ptxas: feature 'cvt.bf16.f32' requires .target sm_80 or higher"), torch.bfloat16)
@@ -263,6 +268,16 @@ def test_tokens_are_drawn_on_a_card_that_has_to_be_deterministic(monkeypatch):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     with pytest.raises(RuntimeError, match="cumsum_cuda_kernel"):
         running_sums(logits_BV.as_subclass(OnACard))
+
+
+def test_a_baseline_is_judged_on_batches_that_lie_on_a_card_which_has_to_be_deterministic():
+    batch = loss_case("any").batch
+    sizes_B = batch.segment_ids[batch.counted].bincount()
+    assert len(set(sizes_B.tolist())) > 1
+    weight_N = torch.where(batch.weight > 0, 1 / sizes_B[batch.segment_ids], 0.0)
+    on_a_card = evolve(batch, segment_ids=batch.segment_ids.as_subclass(OnACard), weight=weight_N.as_subclass(OnACard))
+    with pytest.warns(TrainingWarning, match="it has a baseline, and the weight of a token depends on the length of its response"):
+        judge_baseline(torch.optim.SGD([torch.ones(1)]), FusedOPDLoss(kl_baseline=True), [on_a_card])
 
 
 def a_card(monkeypatch, major):

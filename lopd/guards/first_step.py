@@ -156,7 +156,7 @@ def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch])
     """Warn if a loss states that it is `baselined`, and rollouts of different lengths have the same weight, as `by_rollout` gives them."""
     if not (isinstance(loss, StatesBaseline) and loss.baselined):
         return
-    counted = [(batch.segment_ids[batch.counted], batch.weight[batch.counted]) for batch in batches]
+    counted = [(batch.segment_ids[batch.counted].cpu(), batch.weight[batch.counted].cpu()) for batch in batches]
     lengths_B = torch.cat([segments_M.bincount() for segments_M, _ in counted])
     weights_B = torch.cat([segments_M.bincount(weight_M) for segments_M, weight_M in counted])[lengths_B > 0]
     lengths_B = lengths_B[lengths_B > 0]
