@@ -48,10 +48,19 @@ def student_in(llama, dtype=torch.float32):
     return CausalLMStudent(copy.deepcopy(llama).to(dtype), TOKENIZER_ID)
 
 
-def test_an_optimizer_whose_step_needs_a_closure_is_refused_by_the_call(llama, scored):
+class Curved(torch.optim.SGD):
+    def step(self, curvature, *more, scale=1.0, **others):
+        """As one of the second order."""
+
+
+@pytest.mark.parametrize(("kind", "needed"), [(torch.optim.LBFGS, "closure"), (Curved, "curvature")])
+def test_an_optimizer_whose_step_needs_an_argument_is_refused_by_the_call(kind, needed, llama, scored):
     student = student_in(llama)
-    with pytest.raises(ArgumentError, match="Optimizer LBFGS: its step needs a closure"):
-        opd_steps(student, batches(scored, teacher=None), SFTLoss(), torch.optim.LBFGS(student.parameters()))
+    optimizer = kind(student.parameters())
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match=f"Optimizer {kind.__name__}: its step needs `{needed}`, and lopd passes nothing"):
+            opd_steps(student, batches(scored, teacher=None), SFTLoss(), optimizer)
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # it wraps the step
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-6), (torch.bfloat16, 1e-5), (torch.float32, 1e-12)])

@@ -54,13 +54,12 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
     """Warn if the optimizer lacks some of the trained parameters, or has others where there are several ranks.
 
     Raises:
-        ArgumentError: its step needs a closure, as that of LBFGS does.
+        ArgumentError: its step needs an argument, as that of LBFGS needs a closure.
     """
-    closure = signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is Parameter.empty:
-        raise ArgumentError(
-            f"Optimizer {type(optimizer).__name__}: its step needs a closure, which computes a step several times; pass one that does not."
-        )
+    takes = signature(optimizer.step).parameters.values()  # where a scheduler has wrapped it, `self` too
+    needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    if needs:
+        raise ArgumentError(f"Optimizer {type(optimizer).__name__}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
     theirs = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     others = {key for key, parameter in theirs.items() if parameter.requires_grad} - {id(parameter) for parameter in trained.values()}
     if others and (ranks := Ranks.current().size) > 1:
