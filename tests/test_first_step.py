@@ -63,6 +63,28 @@ def test_an_optimizer_whose_step_needs_an_argument_is_refused_by_the_call(kind, 
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # it wraps the step
 
 
+class Offloading(torch.optim.AdamW):
+    """Keeps its state on the host on purpose."""
+
+
+def test_state_on_another_device_than_its_parameter_is_refused_where_nobody_meant_it(llama, scored):
+    for kind in (torch.optim.AdamW, Offloading):
+        student = student_in(llama)
+        optimizer = kind(student.parameters(), lr=1e-3)
+        sft(student, optimizer, scored)
+        name, parameter = next(iter(student.named_parameters()))
+        optimizer.state[parameter]["step"] = optimizer.state[parameter]["step"].to("meta")
+        call = partial(opd_steps, student, batches(scored, teacher=None), SFTLoss(), optimizer)
+        call()
+        optimizer.state[parameter]["exp_avg"] = optimizer.state[parameter]["exp_avg"].to("meta")
+        if kind is Offloading:
+            call()
+            continue
+        said = rf"Optimizer AdamW: its state of '{name}' is on meta and the parameter on cpu; move the student back, or move it"
+        with pytest.raises(ArgumentError, match=said):
+            call()
+
+
 @pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-6), (torch.bfloat16, 1e-5), (torch.float32, 1e-12)])
 def test_weights_that_cannot_move_at_this_rate_and_dtype_are_said_once(dtype, rate, llama, scored):
     student = student_in(llama, dtype)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
+from lopd.records.devices import check_beside
 from lopd.records.drift import Drift
 from lopd.records.ranks import Ranks, inner
 from lopd.records.steps import Batch, Step, StepMetrics
@@ -54,12 +55,13 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
     """Warn if the optimizer lacks some of the trained parameters, or has others where there are several ranks.
 
     Raises:
-        ArgumentError: its step needs an argument, as that of LBFGS needs a closure.
+        ArgumentError: its step needs an argument, as that of LBFGS needs a closure; or its state is on another device than a parameter.
     """
     takes = signature(optimizer.step).parameters.values()  # where a scheduler has wrapped it, `self` too
     needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
     if needs:
         raise ArgumentError(f"Optimizer {type(optimizer).__name__}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
+    check_beside(optimizer, trained)
     theirs = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     others = {key for key, parameter in theirs.items() if parameter.requires_grad} - {id(parameter) for parameter in trained.values()}
     if others and (ranks := Ranks.current().size) > 1:
@@ -67,8 +69,7 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
             optimizer,
             "others",
             f"Optimizer {type(optimizer).__name__}: it has {len(others)} parameters that are not the student's, whose gradients are not summed over "
-            f"the {ranks} ranks here, so that each rank may go its own way with them; make them parameters of the student before it is wrapped, or "
-            "sum them yourself.",
+            f"the {ranks} ranks here, which may go apart; make them parameters of the student before it is wrapped, or sum them yourself.",
         )
     lacking = [name for name, parameter in trained.items() if id(parameter) not in theirs]
     if lacking:

@@ -1,10 +1,13 @@
 """What a device computes by itself, and what is given back of it."""
 
+from collections.abc import Mapping
 from gc import collect
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-from lopd.errors import ModelError
+from lopd.errors import ArgumentError, ModelError
 
 
 def check_device(owner: str, device: torch.device) -> None:
@@ -21,6 +24,24 @@ def check_device(owner: str, device: torch.device) -> None:
         raise ModelError(
             f"{owner}: its device is {str(device)!r}, which has no float64, expected a CPU or CUDA; move it there: `.to('cpu')`."
         ) from error
+
+
+def check_beside(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse an optimizer of torch that keeps state on another device than its parameter; those of others may mean to, as where they offload it.
+
+    Raises:
+        ArgumentError: it names the first of these parameters.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return
+    for name, parameter in parameters.items():
+        for value in optimizer.state.get(parameter, {}).values():
+            # the count of steps may be on the host; what is sharded, or wraps another, is left alone
+            if type(value) is Tensor and value.ndim and value.shape == parameter.shape and value.device != parameter.device:
+                raise ArgumentError(
+                    f"Optimizer {type(optimizer).__name__}: its state of {name!r} is on {value.device} and the parameter on {parameter.device}; move "
+                    "the student back, or move it before `load_checkpoint`."
+                )
 
 
 def has_bfloat16(device: torch.device) -> bool:
