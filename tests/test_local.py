@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import pytest
 from attrs import evolve
@@ -113,6 +114,24 @@ def test_what_may_be_a_secret_is_not_shown():
         assert "make=Servers, workers=1" in repr(shown)
         assert "hidden" not in repr(shown)
     assert "hidden" not in repr(VLLMSettings(options={"hf_token": "hidden"}))
+
+
+@pytest.mark.parametrize(
+    ("environments", "said"),
+    [
+        ({"HF_TOKEN": "hidden"}, "environments is a dict, expected a list; pass a dict for each worker"),
+        (None, "environments is None, expected a list"),
+        (["hidden", "hidden"], "environment 0 is a str, expected a dict"),
+        ([{}, {"HF_TOKEN": 4711}], r"variable 'HF_TOKEN' of environment 1 is an int, expected text; pass `str\(i\)`"),
+        ([{}, {4: "hidden"}], "variable 4 of environment 1 is an int, expected text"),
+    ],
+)
+def test_what_is_not_an_environment_is_refused_without_its_values(environments, said):
+    for kind in (LocalSource, LocalScorer):
+        with pytest.raises(ArgumentError, match=f"{kind.__name__}: {said}") as caught:
+            kind(Small, environments=environments)
+        assert not {"hidden", "4711"} & set(str(caught.value).replace("'", " ").split())
+    LocalSource(Small, environments=({}, {"HF_HOME": Path("cache"), b"HF_TOKEN": b"hidden"}))
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -25,9 +25,9 @@ from typing import Any, final
 from attrs import define, field
 
 from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
-from lopd.errors import EngineError
+from lopd.errors import ArgumentError, EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records.checks import check_number
+from lopd.records.checks import a_kind, check_number
 
 _POLL_S, _DEATH_S = 0.5, 5.0
 _CHILD = "import sys; from lopd.engines.local.nouns import serve; serve(int(sys.argv[1]))"
@@ -39,12 +39,28 @@ class _Local(Hosted[Engine]):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
+        _check_environments(self._name, self.environments)
         given, wanted = len(self.environments), self.workers
         check_number(self._name, "number of environments", given, given in (0, wanted), f"0 or {wanted}, one per worker")
         self._check_make(pickle.dumps, "pass a function of a module, or a functools.partial of one")
 
     def _process(self, place: int) -> "_Child":
         return _Child(self.make, self.environments[place] if self.environments else {})
+
+
+def _check_environments(owner: str, given: object) -> None:
+    """Refuse what no process can have as its environment, by place and variable: a value may be a key."""
+    if not isinstance(given, Sequence):
+        raise ArgumentError(f"{owner}: environments is {a_kind(given)}, expected a list; pass a dict for each worker.")
+    for place, environment in enumerate(given):
+        if not isinstance(environment, Mapping):
+            raise ArgumentError(f"{owner}: environment {place} is {a_kind(environment)}, expected a dict; pass `{{name: text}}`.")
+        for variable, value in environment.items():
+            # bytes and paths are as good for the system
+            if wrong := [part for part in (variable, value) if not isinstance(part, str | bytes | os.PathLike)]:
+                raise ArgumentError(
+                    f"{owner}: variable {variable!r:.80} of environment {place} is {a_kind(wrong[0])}, expected text; pass `str(i)`."
+                )
 
 
 @final
@@ -61,6 +77,7 @@ class LocalSource(HostedSource, _Local[RolloutSource]):
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:
+        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text.
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
 
@@ -75,6 +92,7 @@ class LocalScorer(HostedScorer, _Local[TeacherScorer]):
         workers, environments, attempts, patience_s: as those of `LocalSource`.
 
     Raises:
+        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text.
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
 
