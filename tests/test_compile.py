@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from lopd import CausalLMStudent, FusedOPDLoss
 from lopd.engines.causal_lm import decoder_of
+from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import ModelError, ModelWarning
 
 # Dynamo looks at the gradients of whatever it meets
@@ -124,6 +125,17 @@ def test_the_export_of_a_model_in_data_parallelism_is_that_of_the_model(llama, t
 
     CausalLMStudent(torch.nn.DataParallel(copy.deepcopy(llama)), TOKENIZER_ID).export(tmp_path / "made", tokenizer, Lineage())
     assert folder_model_id(tmp_path / "made").revision == model_id(llama).revision
+
+
+@pytest.mark.parametrize("make", [HFScorer, HFSource, CausalLMStudent])
+def test_cards_of_data_parallelism_that_are_passed_by_are_warned_of(make, llama, tokenizer):
+    parallel = torch.nn.DataParallel(copy.deepcopy(llama))
+    make(parallel, tokenizer)
+    parallel.device_ids = [0, 1, 2]
+    said = r"Model LlamaForCausalLM: its DataParallel over 3 cards is passed by.*so one of them computes; .*DistributedDataParallel.*`LocalScorer`"
+    with pytest.warns(ModelWarning, match=said) as caught:
+        make(parallel, tokenizer)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_what_is_compiled_is_exported_under_the_same_names(llama, tokenizer, tmp_path):

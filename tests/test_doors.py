@@ -77,6 +77,10 @@ TRAINING = {
         lambda s, o, steps: opd_steps(s.model, steps, LOSS, o),
         f"Student: it is a LlamaForCausalLM, which has no `tokenizer`; {WRAP}",
     ),
+    "parallel": (
+        lambda s, o, steps: opd_steps(torch.nn.DataParallel(s), steps, LOSS, o),
+        "Student: it is a DataParallel, which has no `tokenizer`; leave that out, or put the student in DistributedDataParallel",
+    ),
     "swapped": (lambda s, o, steps: opd_steps(o, steps, LOSS, s), f"Student: it is an AdamW, which has no `named_parameters`; {WRAP}"),
     "no optimizer": (lambda s, o, steps: opd_steps(s, steps, LOSS, 1e-3), "Optimizer: it is a float"),
     "a loss of other arguments": (

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DataParallel
 
 from lopd.engines.causal_lm import hidden_states, text_config, unwrap
 from lopd.errors import ModelError, ModelWarning
@@ -20,6 +21,9 @@ from lopd.records.warn import warn_user
 
 def check_causal_lm(model: Any) -> None:
     """Refuse what is not a causal LM of transformers, adapters that act outside its layers, and weights on several devices.
+
+    Warns:
+        ModelWarning: DataParallel is around it, and has several cards, of which one computes.
 
     Raises:
         ModelError: it names what was given.
@@ -39,6 +43,15 @@ def check_causal_lm(model: Any) -> None:
             f"Model {type(unwrap(model)).__name__}: its weights are on several devices ({', '.join(devices)}); load it on one card "
             "(`load_model(folder, device='cuda:0')`), or, where that is too small, a teacher with vLLM (`tensor_parallel_size`) and a student with "
             "`fully_shard`."
+        )
+    base = unwrap(model)
+    around = [module for module in model.modules() if isinstance(module, DataParallel) and base in module.modules()]
+    if (cards := max((len(module.device_ids) for module in around), default=0)) > 1:
+        warn_user(
+            f"Model {type(base).__name__}: its DataParallel over {cards} cards is passed by, as lopd calls its layers, so one of them computes; to "
+            "train on all, put the student in DistributedDataParallel, in a process for each card (torchrun); to sample or score, use `LocalSource` "
+            "or `LocalScorer`.",
+            ModelWarning,
         )
 
 

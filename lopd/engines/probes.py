@@ -43,7 +43,8 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     shares the batch, also beyond a window or a rope border.  A few short forwards, once for models of one structure.
 
     Warns:
-        ModelWarning: its attention was set to "eager", since it drops a cap on attention scores; or its card has no bfloat16, in which it computes.
+        ModelWarning: its attention was set to "eager", since it drops a cap on attention scores; its card has no bfloat16, in which it computes; or
+            DataParallel is around it, and has several cards, of which one computes.
 
     Raises:
         ModelError: the model cannot be scored here; it names the cause and the next step.

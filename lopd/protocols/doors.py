@@ -7,6 +7,7 @@ from inspect import getmembers, isfunction, signature
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError, ScorerError, SourceError
@@ -56,6 +57,8 @@ def check_noun(value: object, noun: type) -> None:
         ArgumentError: it is something else, such as an objective in place of a loss, a class in place of an object, or a noun of an older lopd.
     """
     (name, remedy), kind, thing = _NOUNS[noun], _Optimizer if noun is Optimizer else noun, inner(value)
+    if noun is Student and isinstance(value, DataParallel):
+        remedy = "leave that out, or put the student in DistributedDataParallel, in a process for each card (torchrun)"
     check_kind(name, thing, kind, remedy)
     # it can be called, and would end in the first step
     if noun is OPDLoss and hasattr(value, "ids") and hasattr(value, "wants_entropy"):
