@@ -66,8 +66,8 @@ def opd_steps(
             sampled.
 
     Raises:
-        ArgumentError: student, its tokenizer, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the
-            call itself.
+        ArgumentError: student, its tokenizer, steps, loss or optimizer are something else, such as a model that is not in a student; the step of the
+            optimizer needs an argument, or its state is on another device; raised by the call itself.
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, ranks have shares of different
