@@ -91,6 +91,10 @@ def test_the_mean_gain_of_a_few_tokens_is_that_of_each(size):
     tokens = random_tokens(lengths=(size,))
     nearer = np.abs(tokens.teacher - tokens.ref) - np.abs(tokens.teacher - tokens.student)
     assert measure_drift(tokens).mean_gain == pytest.approx(nearer.mean())
+    colder, weight = evolve(tokens, sampler=1.5 * tokens.ref), np.exp(-0.5 * tokens.ref)
+    assert measure_drift(colder).mean_gain == pytest.approx(np.average(nearer, weights=weight))
+    alike, plain = measure_drift(evolve(tokens, sampler=tokens.ref)), measure_drift(tokens)
+    assert alike.gain == pytest.approx(plain.gain)
 
 
 @pytest.mark.parametrize("shift", [-2000.0, 0.0, 2000.0])
@@ -129,7 +133,8 @@ def test_drift_of_draws_at_another_temperature_is_that_of_draws_of_the_reference
     logits = 2 * np.random.default_rng(5).normal(size=(3, 6))
     ref, student, sampler = (tempered(logits, t) for t in (1.0, 1 / moved, temperature))
     often = np.round(1e6 * np.exp(sampler)).astype(int).ravel()
-    columns = [np.repeat(column.ravel(), often) for column in (student, ref, ref)]
+    teacher = tempered(logits + np.random.default_rng(6).normal(size=(3, 6)), 1.0)
+    columns = [np.repeat(column.ravel(), often) for column in (student, teacher, ref)]
     count = len(columns[0])
     tokens = TokenLogprobs(*columns, np.ones(count), np.arange(count), np.repeat(sampler.ravel(), often))
     ratio, probs = np.exp(student - ref), np.exp(ref) / 3
@@ -139,6 +144,11 @@ def test_drift_of_draws_at_another_temperature_is_that_of_draws_of_the_reference
     assert drift.kl == pytest.approx((probs * (ref - student)).sum(), rel=1e-3)
     assert abs(measure_drift(evolve(tokens, sampler=None)).ratio_mean - 1) > 0.03
     assert measure_drift(evolve(tokens, student=tokens.ref)).ess == 1
+    nearer = np.abs(teacher - ref) - np.abs(teacher - student)
+    assert drift.mean_gain == pytest.approx((probs * nearer).sum(), abs=1e-4)
+    often = np.round(1e6 * np.exp(ref)).astype(int).ravel()
+    drawn = TokenLogprobs(*(np.repeat(c.ravel(), often) for c in (student, teacher, ref)), np.ones(often.sum()), np.arange(often.sum()))
+    assert drift.gain == pytest.approx(measure_drift(drawn).gain, abs=1e-4)
     exact = TokenLogprobs(*(np.repeat(c.ravel(), 2) for c in (student, ref, ref)), np.ones(36), np.arange(36))
     both = measure_step([evolve(exact, sampler=exact.ref), exact])
     assert (both.ratio_mean, both.kl) == (measure_drift(exact).ratio_mean, measure_drift(exact).kl)

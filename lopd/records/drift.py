@@ -71,9 +71,9 @@ class Drift:
 
     With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.  Both policies are at
     temperature 1, whatever drew the tokens, so a student that has not moved has ratios of 1; the ratio of a loss is another where
-    temperature or top-p is (`Batch.sampler_logprobs`).  There, means of \(r_t\) weigh tokens by \(\pi_{ref} / q\), q what drew them, so that they
-    are those of draws of the reference policy after the same texts; under top-p or at temperature 0 only over the tokens that were left.
-    What is of whole rollouts (`ess`, \(\sigma_A\)), `advantages` and `gain` are over what was drawn.
+    temperature or top-p is (`Batch.sampler_logprobs`).  There, means of \(r_t\), and `gain`, weigh tokens by \(\pi_{ref} / q\), q what drew them, so
+    that they are those of draws of the reference policy after the same texts; under top-p or at temperature 0 only over the tokens that were left.
+    What is of whole rollouts (`ess`, \(\sigma_A\)), and `advantages`, are over what was drawn.
 
     Args:
         rollouts, tokens: that it was measured on.
@@ -93,8 +93,8 @@ class Drift:
             of the gradient of this loss from the online one, as far as chi2 is right.  \(\sigma_A^2\) is the mean over rollouts of the
             squared weighted sum of \(|A_t|\), A unclipped, weights as in the loss.  Where chi2 is above 1 or so, it is useless.
         advantages: those of the student as it is now.
-        gain: by fifths of the tokens, the least likely under the reference policy first: nats by which the student is nearer to the teacher
-            than the reference policy was, the mean of \(|\ell_T - \ell_{ref}| - |\ell_T - \ell_\theta|\).
+        gain: by fifths of the tokens (of their weight, where they are weighed), the least likely under the reference policy first: nats by which the
+            student is nearer to the teacher than the reference policy was, the mean of \(|\ell_T - \ell_{ref}| - |\ell_T - \ell_\theta|\).
     """
 
     rollouts: int
@@ -199,7 +199,8 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
     rollouts = int(segments_M.max()) + 1
     size_B = np.bincount(segments_M, weight_M * np.abs(teacher_M - student_M)) * rollouts / weight_M.sum()
     size = math.sqrt(float(np.mean(size_B**2)))
-    mean = partial(np.average, weights=None if tokens.sampler is None else _by_reference(ref_M, tokens.sampler))
+    by_reference_M = None if tokens.sampler is None else _by_reference(ref_M, tokens.sampler)
+    mean = partial(np.average, weights=by_reference_M)
     with np.errstate(over="ignore"):  # a student that has gone wild has an infinite ratio, and that is what to report
         ratio_M = np.exp(log_ratio_M)
         by_tokens = float(np.expm1(np.bincount(segments_M) * np.log1p(mean((ratio_M - 1) ** 2))).mean())
@@ -215,7 +216,7 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
         kl=float(mean(ratio_M - 1 - log_ratio_M)),
         gap_bound=size * math.sqrt(chi2) if size else 0.0,
         advantages=AdvantageSummary.of(teacher_M - student_M),
-        gain=_gain_by_likelihood(student_M, teacher_M, ref_M),
+        gain=_gain_by_likelihood(student_M, teacher_M, ref_M, by_reference_M),
     )
 
 
@@ -237,7 +238,17 @@ def effective_share(log_weights_B: Float64Array) -> float:
     return float(shifted_B.sum() ** 2 / (shifted_B.size * (shifted_B**2).sum()))
 
 
-def _gain_by_likelihood(student_M: Float64Array, teacher_M: Float64Array, ref_M: Float64Array) -> tuple[float, ...]:
+def _gain_by_likelihood(
+    student_M: Float64Array, teacher_M: Float64Array, ref_M: Float64Array, weight_M: Float64Array | None
+) -> tuple[float, ...]:
     gain_M = np.abs(teacher_M - ref_M) - np.abs(teacher_M - student_M)
     order_M = np.argsort(ref_M, kind="stable")
-    return tuple(float(gain_M[part].mean()) if part.size else 0.0 for part in np.array_split(order_M, _BINS))
+    parts = np.array_split(order_M, _BINS)
+    if weight_M is None:
+        return tuple(float(gain_M[part].mean()) if part.size else 0.0 for part in parts)
+    weight_M, gain_M = weight_M[order_M], gain_M[order_M]
+    # a fifth's share of the weight is its share of the tokens, by which `mean_gain` counts: a token on a border is cut
+    upto_M, sums_M = (np.insert(np.cumsum(values), 0, 0.0) for values in (weight_M, weight_M * gain_M))
+    ends = upto_M[-1] * np.cumsum([0, *(part.size for part in parts)]) / len(order_M)
+    sums, weights = np.diff(np.interp(ends, upto_M, sums_M)), np.diff(ends)
+    return tuple(float(total / weight) if weight else 0.0 for total, weight in zip(sums, weights, strict=True))
