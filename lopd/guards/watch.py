@@ -39,7 +39,7 @@ class DriftLimits:
         gain_per_kl: lowest gain (`Drift.mean_gain`) for each nat of KL from the reference policy, once that is above `kl_floor`.
         kl_floor: nats per token.
         ratio_mean: lowest mean per-token ratio.  The paper's runs stay near 0.94 (arXiv 2604.13010v2, figure 3a).  Under top-p, and at temperature 0,
-            it falls where the student has only become flatter (`Drift.ratio_mean`): give a lower one, or None.
+            it falls where the student has only become flatter, and at one of 0.5 or lower by chance (`Drift.ratio_mean`): give a lower one, or None.
         ess: lowest share of effective rollouts.  It falls with the length of rollouts, so no limit fits all.
         steps: how many are averaged; the first few are judged by what there is.
 

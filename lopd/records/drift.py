@@ -79,7 +79,8 @@ class Drift:
         rollouts, tokens: that it was measured on.
         ratio_mean, ratio_std: mean and spread of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
             it lacks on stored rollouts is probability that left the tokens the teacher has judged to tokens that it has not.  Where top-p left out
-            tokens, or temperature 0 did, it also lacks what moved to those.
+            tokens, or temperature 0 did, it also lacks what moved to those.  Where the temperature is 0.5 or lower, few tokens have most of the
+            weight, and it is often below 1 by chance.
         ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B, so with long rollouts it
             only shows that one of them has all the weight.  It is 1 for a student that has not moved, whatever drew the rollouts: the share that is
             effective for a ratio to the distribution which drew them is less.
