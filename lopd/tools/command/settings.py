@@ -17,7 +17,6 @@ from lopd.records.paths import local_path, read_regular, without_secrets
 from lopd.records.plain import as_text, plain
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
-from lopd.tools.phases import EVALUATION_SEEDS, TEXT_SEEDS
 
 #: Keys that may change at any time: which seeds there are, where things are and run, how servers are reached, and how much is sampled side by side.
 _PASSING = ("seeds", "out", "device", "served_as", "key_variable", "wait", "rows")
@@ -155,12 +154,6 @@ class RunSettings:
         object.__setattr__(self, "out", str(local_path("Run: out", self.out)))
         if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
             raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}, expected one or several from 0, each once; correct them.")
-        added = [0, *[EVALUATION_SEEDS] * bool(self.evaluation), *[TEXT_SEEDS] * bool(self.sft and not self.text)]
-        if len({seed + more for seed in self.seeds for more in added}) < len(self.seeds) * len(added):
-            raise InvalidRecordError(
-                f"Run: seeds are {list(self.seeds)}, expected ones less than {EVALUATION_SEEDS} apart, as evaluations draw the random numbers of "
-                f"their seed + {EVALUATION_SEEDS}, and texts those of their seed + {TEXT_SEEDS}; correct them."
-            )
         if self.text and not self.sft:
             raise InvalidRecordError("Run: text is given without sft, which trains on it; give both, or neither.")
         if self.student.urls:
