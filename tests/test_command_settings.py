@@ -153,16 +153,25 @@ def test_answers_and_ids_in_the_file_are_as_they_are_written(tmp_path):
         "- {prompt: a, answer: ~}",
         "- {prompt: a, answer: &w 010}",
         "- {prompt: a, answer: *w, chat_template_kwargs: {n: *w, think: no}}",
+        "- {prompt: a, answer: &l [no, 1:30, 1.50, 4, {x: 010, no: [[no]]}]}",
+        "- &m {prompt: a, answer: no, chat_template_kwargs: {n: *l}}",
+        "- {<<: *m, prompt: b}",
+        "- {<<: [{id: 010}, *m], answer: {<<: {y: no}, x: no}}",
     ]
     rest = {key: value for key, value in example(out="a").items() if key != "prompts"}
     prompts = read_settings(
         written(tmp_path, "\n".join([*(f"{key}: {json.dumps(rest[key])}" for key in rest), "prompts:", *lines]))
     ).prompts
-    made = make_prompts(prompts[:-1], byte_tokenizer(None))
+    made = make_prompts(prompts[: len(words) + 2], byte_tokenizer(None))
+    below, one, merged, both = prompts[-4:]
+    assert below["answer"] == ["no", "1:30", "1.50", 4, {"x": "010", "no": [["no"]]}]
+    assert one["answer"] == merged["answer"] == "no"
+    assert (merged["prompt"], both["id"], both["answer"]) == ("b", "010", {"x": "no", "y": "no"})
+    assert both["chat_template_kwargs"] == {"n": [False, 90, 1.5, 4, {"x": 8, False: [[False]]}]}
     assert [prompt.answer for prompt in made] == [*words, None, "010"]
     assert [prompt.prompt_id for prompt in made[: len(words) - 2]] == words[:-2]
     assert [prompts[words.index(word)]["answer"] for word in ("4", "-0.5", "true")] == [4, -0.5, True], "a run is known by what they were"
-    assert (prompts[-1]["answer"], prompts[-1]["chat_template_kwargs"]) == ("010", {"n": 8, "think": False})
+    assert (prompts[-5]["answer"], prompts[-5]["chat_template_kwargs"]) == ("010", {"n": 8, "think": False})
 
 
 @pytest.mark.parametrize(

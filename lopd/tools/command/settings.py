@@ -1,7 +1,7 @@
 """What the file of `lopd run` may hold: each key is a field here, and `example.yaml` explains each."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -224,8 +224,17 @@ def _loader(yaml: Any) -> Any:
     Answers and ids of prompts are as they are written.
     """
 
-    def as_written(self: Any, node: Any) -> Any:
-        if node.tag.rpartition(":")[2] not in _READ_AS_VALUES:
+    def as_written(self: Any, node: Any, keys: Sequence[str] = ()) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            pairs = list[tuple[Any, Any]]()
+            for key, part in node.value:
+                merged = key.tag == "tag:yaml.org,2002:merge"
+                rewritten = as_written(self, part, keys if merged else ()) if merged or not keys or key.value in keys else part
+                pairs.append((key if keys else as_written(self, key), rewritten))
+            return yaml.MappingNode(node.tag, pairs, node.start_mark)
+        if isinstance(node, yaml.SequenceNode):
+            return yaml.SequenceNode(node.tag, [as_written(self, part, keys) for part in node.value], node.start_mark)
+        if keys or node.tag.rpartition(":")[2] not in _READ_AS_VALUES:
             return node
         with suppress(ValueError, OverflowError):  # a number too long to read, or a month 13
             if as_text(plain(self.construct_object(node), "")) == node.value:
@@ -236,10 +245,11 @@ def _loader(yaml: Any) -> Any:
         if (size := _size(node, seen := dict[int, int]())) > _LARGEST_GROWTH * len(seen):
             problem = f"its anchors make {size:,} values of {len(seen):,} that are written"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        tops = node.value if isinstance(node, yaml.MappingNode) else ()
-        lists = (part.value for key, part in tops if key.value == "prompts" and isinstance(part, yaml.SequenceNode))
-        for record in (record for records in lists for record in records if isinstance(record, yaml.MappingNode)):
-            record.value = [(key, as_written(self, part) if key.value in ("answer", "id") else part) for key, part in record.value]
+        if isinstance(node, yaml.MappingNode):
+            node.value = [
+                (key, as_written(self, part, ("answer", "id")) if key.value == "prompts" and isinstance(part, yaml.SequenceNode) else part)
+                for key, part in node.value
+            ]
         return yaml.SafeLoader.construct_document(self, node)
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
