@@ -3,7 +3,7 @@
 import math
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ from lopd.engines.finding import described, local_folder
 from lopd.engines.inputs import check_prompts
 from lopd.engines.supports import provenance_of
 from lopd.errors import (
+    ConflictError,
     ContextOverflowError,
     EngineError,
     InvalidRecordError,
@@ -29,14 +30,14 @@ from lopd.guards.watch import bias_of
 from lopd.protocols.doors import check_prompt_list
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, local_path, path_or_url, said_without_secrets, without_secrets
+from lopd.records.paths import asked, is_there, local_path, path_or_url, said_without_secrets, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.claims import read_kept
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
 
-_MEASURED = "evaluation-before-opd.json"
+_MEASURED, _COMPARED = "evaluation-before-opd.json", "evaluation-after-opd.json"
 #: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
 #: phase again, as a store keeps what was made of it.
 _FIXED_BY = {
@@ -208,6 +209,30 @@ def _digest(key: str, path: str) -> str:
         return asked(path, lambda: digest(path_or_url(f"Run: {key}", path)))
     except OSError as error:
         raise InvalidRecordError(f"Run: {key} is {without_secrets(path)}, which cannot be read ({error}); correct it.") from None
+
+
+def ids_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return their ids, in order."""
+    return [prompt.prompt_id for prompt in prompts]
+
+
+def check_held_out(phases: Path, ids: list[str], usual: list[str]) -> None:
+    """Refuse a run whose evaluation after OPD would have other prompts than that before OPD, with which it is compared by prompt.
+
+    Args:
+        phases: folder of the rows of a seed.
+        ids: those of what is held out now.
+        usual: those of what was held out where an evaluation did not keep them.
+
+    Raises:
+        ConflictError: they are others.
+    """
+    kept = None if is_there(phases / _COMPARED) else read_kept(phases / _MEASURED, Mapping[str, Any], "remove it, to do its phase again")
+    if kept is not None and kept.get("held_out", usual) != ids:
+        raise ConflictError(
+            f"File {phases / _MEASURED}: other prompts were held out when it was written than are now, and the evaluation after OPD is compared "
+            "with it prompt by prompt; remove it, to do its phase and those after it again, or choose another folder."
+        )
 
 
 def read_verifier(place: str) -> Callable[[Prompt, str], float]:

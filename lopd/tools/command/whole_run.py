@@ -22,7 +22,7 @@ from lopd.protocols.reading import walk
 from lopd.records import Prompt, Rollout, RolloutSums
 from lopd.records.estimates import mean
 from lopd.records.warn import noting, warn_user
-from lopd.tools.command.before import day_of, prepare, read_verifier
+from lopd.tools.command.before import check_held_out, day_of, ids_of, prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, Prompts, RunSettings, Training
 from lopd.tools.console import RichProgress, table
@@ -43,7 +43,8 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     with noting() as said:
         prompts, unfit = prepare(s)
-    runs = {seed: _Seeded.of(s, seed, prompts, unfit).finish() for seed in s.seeds}
+    seeded = [_Seeded.of(s, seed, prompts, unfit) for seed in s.seeds]
+    runs = {each.seed: each.finish() for each in seeded}
     said += [
         f"seed {seed}, {phase['name']}: {text}" for seed, phases in runs.items() for phase in phases for text in phase.get("warnings", ())
     ]
@@ -129,7 +130,10 @@ class _Seeded:
             distinct.setdefault(prompt.token_ids.tobytes(), prompt)
         held_out = dict([*distinct.items()][: s.evaluation.held_out if s.evaluation else 0])
         sampled = [prompt for prompt in shuffled if prompt.token_ids.tobytes() not in held_out]
-        return cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), sampled, [*held_out.values()])
+        found = cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), sampled, [*held_out.values()])
+        # runs were begun when copies were held out as several, and nothing was kept of which
+        check_held_out(found.run.folder / "phases", ids_of(found.held_out), ids_of(shuffled[: len(held_out)]))
+        return found
 
     def finish(self) -> list[_Phase]:
         """Do the phases that are left; return all of them."""
@@ -255,7 +259,7 @@ class _Seeded:
         source = HFSource.from_folder(
             folder, plain.params(self.seed + EVALUATION_SEEDS), torch.float32, self.s.student.place, rows_per_batch=plain.rows
         )
-        found = _Phase()
+        found: _Phase = {"held_out": ids_of(self.held_out)}
         if asked.verifier:
             judge, scores = read_verifier(asked.verifier), list[float]()
 
