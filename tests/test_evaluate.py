@@ -208,12 +208,16 @@ def test_reverse_kl_of_samples_that_are_not_the_policys_own_is_refused(sampling,
 
 def test_reverse_kl_of_rollouts_that_carry_the_log_probs_of_another_distribution_is_refused(llama, tokenizer, prompts, teacher_model):
     class Biased(Spoken):
-        def sample(self, prompts):
-            return [evolve(r, sampler_logprobs=r.behavior_logprobs * 0.7) for r in self.inner.sample(prompts)]
+        times = 0.7
 
-    biased = Biased(HFSource(llama, tokenizer, SamplingParams(max_new_tokens=3)))
-    with pytest.raises(InvalidRecordError, match="its rollouts have sampler_logprobs, so others than the policy drew them"):
-        evaluate_reverse_kl(biased, HFScorer(teacher_model, tokenizer), prompts)
+        def sample(self, prompts):
+            return [evolve(r, sampler_logprobs=r.behavior_logprobs * self.times) for r in self.inner.sample(prompts)]
+
+    teacher, biased = HFScorer(teacher_model, tokenizer), Biased(HFSource(llama, tokenizer, SamplingParams(max_new_tokens=3)))
+    with pytest.raises(InvalidRecordError, match=r"its sampler_logprobs are not its behavior_logprobs, .* leave out what changes the draw"):
+        evaluate_reverse_kl(biased, teacher, prompts)
+    biased.times = 1.0
+    assert evaluate_reverse_kl(biased, teacher, prompts) == evaluate_reverse_kl(biased.inner, teacher, prompts)
 
 
 def test_reverse_kl_needs_the_log_probs_of_the_sampler(tokenizer, prompts, teacher_model):

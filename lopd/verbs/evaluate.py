@@ -17,6 +17,9 @@ from lopd.records.glance import Glance, Glanced
 from lopd.records.rollouts import Prompt, Rollout, Scores
 from lopd.verbs.asking import check_rollouts
 
+#: Nats by which an engine may compute one log-prob otherwise the second time.
+_ROUNDING = 1e-3
+
 
 @frozen(repr=False)
 class Evaluation(Glanced):
@@ -85,7 +88,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, or the source does not sample at temperature 1 without a cut, or reports no
-            log-probs, or `sampler_logprobs` beside them.
+            log-probs, or others in `sampler_logprobs`.
         SourceError: the source gave other rollouts than it was asked for, or of other prompts.
         ScorerError: the teacher gave other scores than those of the rollouts, in order, or not one for each of their tokens.
     """
@@ -100,12 +103,14 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         )
     rollouts = _sample(source, prompts)
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
-    if any(r.sampler_logprobs is not None for r in rollouts):
-        raise InvalidRecordError(
-            "Source: its rollouts have sampler_logprobs, so others than the policy drew them; sample at temperature 1."
-        )
     if len(student) < len(rollouts):
         raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
+    drawn_by = (own if r.sampler_logprobs is None else r.sampler_logprobs[r.loss_mask] for own, r in zip(student, rollouts, strict=True))
+    if not all(np.allclose(theirs, own, atol=_ROUNDING) for theirs, own in zip(drawn_by, student, strict=True)):
+        raise InvalidRecordError(
+            "Source: its sampler_logprobs are not its behavior_logprobs, so another distribution than the policy's drew its rollouts; leave out what "
+            "changes the draw (a bias, a grammar), or leave `sampler_logprobs` None if nothing does."
+        )
     scores = answers_of(Scores, teacher.score(rollouts))
     check_scores(rollouts, scores, ())
     teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, scores, strict=True)]
