@@ -71,7 +71,7 @@ class Drift:
 
     With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.  Both policies are at
     temperature 1, whatever drew the tokens, so a student that has not moved has ratios of 1; the ratio of a loss is another where
-    temperature or top-p is (`Batch.sampler_logprobs`).  There, means of \(r_t\), and `gain`, weigh tokens by \(\pi_{ref} / q\), q what drew them, so
+    temperature or top-p is.  With `Batch.sampler_logprobs`, means of \(r_t\), and `gain`, weigh tokens by \(\pi_{ref} / q\), q what drew them, so
     that they are those of draws of the reference policy after the same texts; under top-p or at temperature 0 only over the tokens that were left.
     What is of whole rollouts (`ess`, \(\sigma_A\)), and `advantages`, are over what was drawn.
 
@@ -87,8 +87,8 @@ class Drift:
         chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) of whole rollouts, the larger of two estimates.  1 / ess - 1 is at most B - 1, and far too small
             for long rollouts.  The mean over rollouts of \((1 + c)^T - 1\), with T the tokens of a rollout and c the mean of \((r_t - 1)^2\) over
             all tokens, takes all tokens to move alike and independently; it is too small where a few states, or rollouts longer than these,
-            have most of the drift.  It grows exponentially with T and may be infinite.  At another temperature or top-p than 1 it is the second
-            alone, as weights of whole rollouts would leave one of them.
+            have most of the drift.  It grows exponentially with T and may be infinite.  Of rollouts with `sampler_logprobs` it is the second alone,
+            as weights of whole rollouts would leave one of them.
         kl: \(KL(\pi_{ref} \| \pi_\theta)\), nats per token: the mean of \(r_t - 1 - \log r_t\).
         gap_bound: \(\sigma_A \sqrt{\chi^2}\), nats: times the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) it bounds the distance
             of the gradient of this loss from the online one, as far as chi2 is right.  \(\sigma_A^2\) is the mean over rollouts of the
