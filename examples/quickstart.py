@@ -280,8 +280,9 @@ def online(run: Run, teacher_dir: str | Path, prompts: list[Prompt], settings: S
             schedule=lambda step: set_rate(optimizer, learning_rate(step, settings.opd_lr, settings.opd_steps), settings.opd_lr),
         )
 
-    torch.manual_seed(settings.seed)  # of dropout
-    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)
+    history = resumably(
+        run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps, seed=settings.seed
+    )
     student.export(run.folder / "online", tokenizer, lineage)
     return {**counted(history), "history": [asdict(m) for m in history]}
 

@@ -44,7 +44,7 @@ def test_what_tools_leave_in_a_models_folder_is_none_of_its_content(tmp_path):
 @pytest.mark.parametrize(
     ("step_s", "save_s", "saved"), [(0.1, 0.9, [*range(5, 101, 5)]), (1.0, 3.0, [5, 35, 65, 95]), (1.0, 0.3, [*range(5, 101, 5)])]
 )
-def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s, save_s, saved):
+def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, small, step_s, save_s, saved):
     clock, made = SimpleNamespace(now=0.0), []
 
     def train(done):
@@ -59,18 +59,18 @@ def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, step_s,
     monkeypatch.setattr(phases, "monotonic", lambda: clock.now)
     monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
     monkeypatch.setattr(phases, "save_checkpoint", save)
-    assert len(resumably(tmp_path, None, None, Lineage(), train, total=100)) == 100
+    assert len(resumably(tmp_path, *small, Lineage(), train, total=100)) == 100
     assert made == saved
 
 
-def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch):
+def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch, small):
     full = StoreWriteError("Metrics: the disk is full, expected space; free some.")
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(1, 2))
     monkeypatch.setattr(Ranks, "gather", lambda _, mine: [full, *mine])
     monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
     monkeypatch.setattr(phases, "save_checkpoint", lambda *_, **__: pytest.fail("it waits for rank 0"))
     with pytest.raises(StoreWriteError, match="the disk is full"):
-        resumably(tmp_path, None, None, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5)
+        resumably(tmp_path, *small, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5)
 
 
 def test_what_a_run_keeps_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -126,3 +126,23 @@ def test_what_dropout_draws_follows_from_the_seed_and_not_from_the_caller(tmp_pa
     assert (first := train("first")) == train("a second time")
     # by the order of rollouts alone, a step that has all of them would be rounded otherwise
     assert train("another seed", 1)[0] != pytest.approx(first[0], rel=1e-4)
+
+
+def test_what_is_drawn_in_a_run_that_samples_as_it_trains_follows_from_its_seed(tmp_path, small):
+    def train(name, seed, callers, stop=6):
+        drawn = []
+
+        def begin(done):
+            for step in range(done, stop):
+                drawn.append(float(torch.rand(1)))
+                yield StepMetrics(step, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)
+
+        torch.manual_seed(callers)
+        state = torch.get_rng_state()
+        resumably(tmp_path / name, *small, Lineage(), begin, total=6, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        return drawn
+
+    first = train("first", 0, 1)
+    assert train("second", 0, 2) == first != train("another seed", 1, 1)
+    assert train("killed", 0, 3, stop=5) + train("killed", 0, 4) == first

@@ -260,7 +260,7 @@ def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu
             tokens_per_batch=recipe.tokens_per_batch,
         )
 
-    history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=recipe.opd_steps)
+    history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=recipe.opd_steps, seed=recipe.seed)
     export(student, tokenizer, lineage, folder / "online")
     return {**counted(history), "history": [asdict(m) for m in history]}
 

@@ -199,11 +199,10 @@ def train_phase(
         loss: the loss of every step.
         rate: number of a step -> its learning rate.
     """
-    if not steps.columns.teachers and steps.columns.label is None:
-        end = usual_end(steps.store, steps.rows, student.stop_ids)
-        if end is not None:
-            student.stop_at(end)
-            console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
+    on_text = not steps.columns.teachers and steps.columns.label is None
+    if on_text and (end := usual_end(steps.store, steps.rows, student.stop_ids)) is not None:
+        student.stop_at(end)
+        console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
     peak = max(map(rate, range(steps.stop or 0)), default=0.0)
 
     def paced(done: int) -> Iterator[Step]:
@@ -216,11 +215,9 @@ def train_phase(
         return watch_drift(trained) if steps.columns.teachers and steps.columns.ref else trained
 
     drawn_for = repr((steps.seed, steps.columns.teachers, steps.columns.label, Ranks.current().rank))  # SFT and OPD draw their own
-    with randomly(student):
-        torch.manual_seed(int(hashlib.sha256(drawn_for.encode()).hexdigest()[:15], 16))
-        history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
-    still = [metrics.step for metrics in history if metrics.grad_norm < _STILL]
-    if still:
+    seed = int(hashlib.sha256(drawn_for.encode()).hexdigest()[:15], 16)
+    history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0, seed=seed)
+    if still := [metrics.step for metrics in history if metrics.grad_norm < _STILL]:
         warn_user(
             f"Training: the gradient was 0 in {len(still)} of {len(history)} steps, the first of them step {still[0]}, so these taught the student "
             "nothing; look at the metrics before: a rate that is too high makes probabilities 0 and 1, and a student that is its teacher has nothing "
@@ -271,6 +268,7 @@ def resumably(
     begin: Callable[[int], Iterable[StepMetrics]],
     *,
     total: int,
+    seed: int = 0,
 ) -> list[StepMetrics]:
     """Train, and return the metrics of all steps, those of a killed process included; every few steps there is a checkpoint.
 
@@ -281,20 +279,22 @@ def resumably(
         trained_on: the steps of a store, which are compared with those that were saved; a run that samples again at each step has a lineage only.
         begin: trains on from the step of this number.
         total: number of steps.
+        seed: decides what dropout draws; the caller's random state is as it was afterwards.
     """
-    steps = trained_on if isinstance(trained_on, StepStream) else None
-    lineage = trained_on.lineage if isinstance(trained_on, StepStream) else trained_on
-    done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
-    kept = read_kept(checkpoints / "history.json", list[Any], f"restore it, or remove {checkpoints}", needed=True) if done else []
-    history = [StepMetrics.from_json(row) for row in kept[:done]]
-    saved, took = monotonic(), 0.0
-    for metrics in _follow(begin(done), total):
-        history.append(metrics)
-        # ranks save together, so the first one's clock counts
-        if (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0 and Ranks.current().gather([took < 1 or monotonic() - saved >= _APART * took])[0]:
-            begun = monotonic()
-            Ranks.current().first(lambda: write_json(checkpoints / "history.json", [asdict(m) for m in history]))
-            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
-            saved = monotonic()
-            took = saved - begun
+    steps, lineage = (trained_on, trained_on.lineage) if isinstance(trained_on, StepStream) else (None, trained_on)
+    with randomly(student):
+        torch.manual_seed(seed)
+        done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
+        kept = read_kept(checkpoints / "history.json", list[Any], f"restore it, or remove {checkpoints}", needed=True) if done else []
+        history = [StepMetrics.from_json(row) for row in kept[:done]]
+        saved, took = monotonic(), 0.0
+        for metrics in _follow(begin(done), total):
+            history.append(metrics)
+            due = (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0
+            # ranks save together, so the first one's clock counts
+            if due and Ranks.current().gather([took < 1 or monotonic() - saved >= _APART * took])[0]:
+                begun = monotonic()
+                Ranks.current().first(lambda: write_json(checkpoints / "history.json", [asdict(m) for m in history]))
+                save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
+                saved, took = monotonic(), monotonic() - begun
     return history
