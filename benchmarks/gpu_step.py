@@ -90,9 +90,9 @@ def inside_steps(student: torch.nn.Module, switch: Callable[[bool], None]) -> It
     """Call `switch(True)` before each forward of a step, and `switch(False)` after its last backward, where all that is told of it is fetched."""
     fetch = lopd.verbs.train._fetch
 
-    def fetched(*arguments: Any) -> Any:
+    def fetched(*arguments: Any, **named: Any) -> Any:
         switch(False)
-        return fetch(*arguments)
+        return fetch(*arguments, **named)
 
     handle = student.register_forward_pre_hook(lambda *_: switch(True))
     try:

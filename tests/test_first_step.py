@@ -37,7 +37,7 @@ from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels
 from lopd.records import LossOutput
-from lopd.records.drift import TokenLogprobs, measure_drift
+from lopd.records.drift import TokenLogprobs, measure_drift, measure_step
 
 
 def sft(student, optimizer, store, steps=1):
@@ -61,6 +61,20 @@ def test_an_optimizer_whose_step_needs_an_argument_is_refused_by_the_call(kind, 
         with pytest.raises(ArgumentError, match=f"Optimizer {kind.__name__}: its step needs `{needed}`, and lopd passes nothing"):
             opd_steps(student, batches(scored, teacher=None), SFTLoss(), optimizer)
         torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # it wraps the step
+
+
+class Unusual(torch.optim.SGD):
+    """Names itself as nobody does."""
+
+    def step(this, closure=None):  # noqa: N805
+        return super().step(closure)
+
+
+def test_an_optimizer_whose_step_a_scheduler_wraps_needs_nothing(llama, scored):
+    student = student_in(llama)
+    optimizer = Unusual(student.parameters(), lr=1e-3)
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    sft(student, optimizer, scored)
 
 
 class Offloading(torch.optim.AdamW):
@@ -308,6 +322,34 @@ def test_a_student_that_is_not_the_policy_is_said_without_a_ref_column_too(llama
         first(other)
     assert [warning.filename for warning in caught if warning.category is DriftWarning] == [__file__]
     first(other, teacher=None)  # SFT is on what another model wrote
+
+
+def test_rewards_alone_are_compared_with_the_policy_in_the_first_step_only(llama, scored, monkeypatch):
+    measured = []
+
+    def measure(parts):
+        measured.append(sum(len(part.student) for part in parts))
+        return measure_step(parts)
+
+    monkeypatch.setattr("lopd.verbs.train.measure_step", measure)
+    store = MemoryStore(scored.manifest)
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None)
+    student = student_in(llama)
+    steps = batches(store, teacher=None, label="label", ref="behavior", rollouts_per_step=4)[:3]
+    loss = FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))
+    metrics = list(opd_steps(student, steps, loss, torch.optim.AdamW(student.parameters(), lr=1e-4)))
+    assert measured == [metrics[0].response_tokens, 0, 0]
+    assert [step.drift for step in metrics] == [None] * 3
+
+
+def test_the_second_step_is_judged_by_the_policy_of_its_rollouts_too(llama, scored):
+    with pytest.warns(AdvantageWarning, match="column 'teacher'"):
+        student, first = student_in(llama), batches(scored, rollouts_per_step=4).step(0)
+    assert first.batches[0].ref_logprobs is None
+    with pytest.warns(AdvantageWarning, match="Loss FusedOPDLoss: .* of its advantages are below") as caught:
+        list(opd_steps(student, [first] * 3, FusedOPDLoss(), torch.optim.AdamW(student.parameters(), lr=1e-4)))
+    assert len([one for one in caught if "advantages" in str(one.message)]) == 1
 
 
 def test_a_student_that_is_not_the_policy_is_said_where_rewards_alone_teach_it(llama, scored, make_model):

@@ -19,7 +19,7 @@ from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesL
 from lopd.records.devices import check_beside
 from lopd.records.drift import Drift
 from lopd.records.ranks import Ranks, inner
-from lopd.records.steps import Batch, Step, StepMetrics
+from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
 
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
@@ -57,8 +57,8 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
     Raises:
         ArgumentError: its step needs an argument, as that of LBFGS needs a closure; or its state is on another device than a parameter.
     """
-    takes = signature(optimizer.step).parameters.values()  # where a scheduler has wrapped it, `self` too
-    needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    takes = [*signature(type(optimizer).step).parameters.values()][1:]
+    needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needs:
         raise ArgumentError(f"Optimizer {type(optimizer).__name__}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
     check_beside(optimizer, trained)
@@ -261,7 +261,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 class FirstSteps:
-    """What `opd_steps` asks of its steps, each judgement at its moment.
+    """What `opd_steps` asks of its steps, each judgement at its moment; `steps` have been judged.
 
     Args:
         student, loss, optimizer: as in `opd_steps`.
@@ -269,11 +269,11 @@ class FirstSteps:
     """
 
     def __init__(self, student: object, loss: object, optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
-        self._student, self._loss, self._optimizer, self._trained, self._steps, self._moved = student, loss, optimizer, trained, 0, False
+        self._student, self._loss, self._optimizer, self._trained, self.steps, self._moved = student, loss, optimizer, trained, 0, False
 
     def judge_batches(self, step: Step) -> None:
         """Judge what the first step brings, before it is read."""
-        if self._steps == 0:
+        if self.steps == 0:
             judge_ratio(self._loss, step.batches)
             judge_baseline(self._optimizer, self._loss, step.batches)
             judge_labels(self._optimizer, self._loss, step.batches)
@@ -281,19 +281,19 @@ class FirstSteps:
 
     def judge_gradients(self, grad_norm: float) -> Callable[[], None]:
         """Judge the gradients of the first step; return what to call after the update: of the first one at the full rate, it judges what moved."""
-        if self._steps == 0:
+        if self.steps == 0:
             judge_gradients(self._optimizer, self._student, self._trained)
         if self._moved or not at_full_rate(self._optimizer):
             return lambda: None
         self._moved = True
         return watch_movement(self._optimizer, grad_norm)
 
-    def judge_metrics(self, step: Step, metrics: StepMetrics, drift: Drift | None) -> None:
-        """Judge what was measured of a step: in the first one its drift from the policy, whether or not it is in the metrics."""
-        if self._steps == 0:
-            judge_distance(self._optimizer, self._loss, step, metrics.reverse_kl)
+    def judge_metrics(self, step: Step, reverse_kl: float, drift: Drift | None) -> None:
+        """Judge what was measured of a step, its drift from what it was compared with."""
+        if self.steps == 0:
+            judge_distance(self._optimizer, self._loss, step, reverse_kl)
             judge_policy(self._optimizer, step, drift)
         # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
-        if self._steps == 1 and metrics.drift is not None:
-            judge_loss(self._loss, metrics.drift.advantages)
-        self._steps += 1
+        if self.steps == 1 and drift is not None:
+            judge_loss(self._loss, drift.advantages)
+        self.steps += 1

@@ -118,7 +118,7 @@ def _train(
         said = _backward(student, step, loss, ranks, total)
         norm = whole(clip_grad_norm_(_updated(optimizer, trained.values()), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
-        grad_norm, sums, known = _fetch(norm, step.batches, said)
+        grad_norm, sums, known = _fetch(norm, step.batches, said, first=guard.steps == 0)
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
@@ -129,8 +129,10 @@ def _train(
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, judge_update
         drift = measure_step(ranks.gather(known))
+        taught = any(batch.teacher_logprobs is not None for batch in step.batches)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
-        metrics = StepMetrics(
+        guard.judge_metrics(step, reverse_kl, drift)
+        yield StepMetrics(
             step=step.index,
             loss=mean_loss,
             reverse_kl=reverse_kl,
@@ -138,14 +140,12 @@ def _train(
             grad_norm=grad_norm,
             rollouts=int(rollouts),
             read_tokens=int(read_tokens),
-            drift=None if any(batch.ref_logprobs is None or batch.teacher_logprobs is None for batch in step.batches) else drift,
+            drift=drift if taught and all(batch.ref_logprobs is not None for batch in step.batches) else None,
             response_tokens=int(response_tokens),
             seconds=perf_counter() - started,
             mean_label=labels / labelled if labelled else None,
             unlike_group=unlike / labelled if labelled else None,
         )
-        guard.judge_metrics(step, metrics, drift)
-        yield metrics
     _summed(student, Ranks.current(), None)  # the caller may have ended the group
 
 
@@ -244,28 +244,29 @@ def _updated(optimizer: Optimizer, trained: Iterable[Tensor]) -> list[Tensor]:
     return [parameter for parameter in trained if id(parameter) in theirs]
 
 
-def _compared(batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-    """Return what the student is compared with, the teacher's log-probs and the policy's; rewards alone have the policy in the teacher's place."""
-    policy = batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
-    return policy if batch.teacher_logprobs is None and batch.label_values is not None else batch.teacher_logprobs, policy
+def _policy_of(batch: Batch) -> Tensor | None:
+    return batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
 
 
-def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, list[TokenLogprobs]]:
+def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput], *, first: bool) -> tuple[float, Tensor, list[TokenLogprobs]]:
     """Copy a step's numbers to the host at once: the gradient norm, the (3,) sums of the losses' results, and log-probs for the drift."""
+    # rewards alone have no teacher: in its place the first step has the policy, from which it judges how far the student is
+    if first and all(batch.teacher_logprobs is None and batch.label_values is not None for batch in batches):
+        batches = [evolve(batch, teacher_logprobs=_policy_of(batch)) for batch in batches]
     measured = [
         (batch, output.logprobs)
         for batch, output in zip(batches, said, strict=True)
-        if output.logprobs is not None and all(values is not None for values in _compared(batch))
+        if output.logprobs is not None and batch.teacher_logprobs is not None and _policy_of(batch) is not None
     ]
     reported = ((output.loss_sum, output.reverse_kl_sum, output.clipped_sum) for output in said)
     # a loss may have made one of them on the CPU
     sums = [torch.stack([value.to(values[0].device) for value in values]) for values in reported]
     parts = [norm.detach().reshape(1), *sums, *(logprobs_M for _, logprobs_M in measured)]
     on_host = torch.cat([part.to(norm.device) for part in parts]).cpu().double()
-    first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
+    grad_norm, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
     known = list[TokenLogprobs]()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
-        columns = (*_compared(batch), batch.weight, batch.segment_ids, batch.sampler_logprobs)
+        columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids, batch.sampler_logprobs)
         stored = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
         known.append(TokenLogprobs(logprobs_M.numpy(), *stored))
-    return float(first), rest[0].view(-1, 3).sum(0), known
+    return float(grad_norm), rest[0].view(-1, 3).sum(0), known
