@@ -9,7 +9,7 @@ from small_runs import small  # noqa: F401
 
 from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
 from lopd.backends.files.local import LocalFiles
-from lopd.errors import CheckpointError, ConflictError, LopdError, StoreWriteError
+from lopd.errors import CheckpointError, ConflictError, LopdError, StoreExistsError, StoreWriteError
 from lopd.records import Lineage, ModelId, Ranks
 from lopd.records.lineage import LINEAGE_FILE
 from lopd.tools.phases import Run, digest, write_json
@@ -104,11 +104,12 @@ def test_an_export_does_not_lose_a_folder_that_cannot_be_listed(make_model, toke
     (out / "logs/steps.bin").write_text("1 2 3")
     before = names(out)
     unlisted(out / "logs")
-    with pytest.raises(StoreWriteError, match=r"Export .*out: it cannot be written \(.*Permission denied.*logs"):
+    with pytest.raises(StoreExistsError, match=r"Export .*out: .*Permission denied.*logs.* the student was written to .*out-export"):
         student.export(out, tokenizer, WRITTEN)
     monkeypatch.undo()
     assert names(out) == before
     assert names(out / "logs") == ["steps.bin"]
+    assert Lineage.read(tmp_path / "out-export") == WRITTEN
 
 
 def test_a_run_whose_phases_cannot_be_listed_is_not_claimed_as_unused(unlisted, tmp_path):

@@ -297,6 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     wbufsize = -1
     server: _Listener
+    inside = False
 
     def do_GET(self) -> None:
         stub = self.server.stub
@@ -319,6 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._let_in():
             return
         stub.enter(1)
+        self.inside = True
         try:
             fault = stub.next_fault(request)
             try:
@@ -331,7 +333,13 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 fault(self, status, data)
         finally:
-            stub.enter(-1)
+            self.leave()
+
+    def leave(self) -> None:
+        """Count the request as answered: before it is, as the client may send the next one then."""
+        if self.inside:
+            self.inside = False
+            self.server.stub.enter(-1)
 
     def _let_in(self) -> bool:
         stub = self.server.stub
@@ -341,6 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def reply(self, status: int, data: bytes, headers: dict[str, str] | None = None, *, half: bool = False) -> None:
+        self.leave()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
