@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from crash_worker import Place, check_rows
 from fault_places import fill, place  # noqa: F401
@@ -98,6 +99,24 @@ def test_an_object_cut_short_gives_the_right_rows_or_an_error(s3: S3Server, plac
     store = place.open()
     with pytest.raises(CorruptStoreError, match="token_ids"):
         store.read(range(8))
+
+
+@pytest.mark.s3
+def test_a_table_in_a_bucket_that_ends_before_bytes_that_are_asked_for_is_damaged(s3: S3Server) -> None:
+    url, rng = s3.new_url(".lance"), np.random.default_rng(0)
+    ids = rng.integers(0, 8, (300, 1000)).tolist()
+    LanceStore.create(url, tiny_manifest(), storage_options=s3.storage_options).append(
+        [tiny_rollout(f"r{i}", row, behavior_logprobs=(-rng.random(1000)).tolist()) for i, row in enumerate(ids)]
+    )
+    key = max((key for key in s3.keys(url) if key.endswith(".lance")), key=lambda key: len(s3.read(key)))
+    data = s3.read(key)
+    assert len(data) > 1 << 20
+    for size in (10, len(data) // 2, len(data) - 1):
+        s3.write(key, data[:size])
+        store = LanceStore.open(url, storage_options=s3.storage_options)
+        assert any("so a file is damaged or gone; restore it" in problem for problem in check_store(store)), size
+        with pytest.raises(CorruptStoreError, match="so a file is damaged or gone; restore it"):
+            store.read([299])
 
 
 @pytest.mark.s3
