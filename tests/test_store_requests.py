@@ -74,7 +74,7 @@ def test_opening_a_store_asks_for_no_data(place: Place, proxy: FaultProxy) -> No
 class _Bucket(BaseHTTPRequestHandler):
     """Answers as a bucket whose every object but `small` is `DATA`, and counts what is under way; `slow` is answered after a second."""
 
-    lock, at_once, most, spans = Lock(), Counter[str](), Counter[str](), list[tuple[int, int]]()
+    lock, at_once, most, spans, tag = Lock(), Counter[str](), Counter[str](), list[tuple[int, int]](), '"e"'
 
     @contextmanager
     def counted(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ class _Bucket(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {
             "Content-Length": str(len(body)),
-            "ETag": '"e"',
+            "ETag": self.tag,
             "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
             **headers,
         }.items():
@@ -102,7 +102,11 @@ class _Bucket(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if "slow" in self.path:
             time.sleep(1)
-        if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+        if self.headers.get("If-Match", "").startswith("W/"):
+            self.answer(b"", 412)  # RFC 9110: a weak tag matches nothing here
+        elif "whole" in self.path and "Range" not in self.headers:
+            self.answer(DATA)
+        elif found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             start, end = int(found[1]), min(int(found[2]) + 1, SIZE)
             self.spans.append((start, end))
             with self.counted():
@@ -170,6 +174,13 @@ def test_a_long_span_is_read_by_several_requests(bucket: str) -> None:
     files = opened(bucket)
     assert files.read_ranges("data", [5, SIZE - 7], [SIZE - 9, SIZE + 9]) == [DATA[5 : SIZE - 9], DATA[SIZE - 7 :]]
     assert sorted(_Bucket.spans) == [(5, 5 + PART), (5 + PART, 5 + 2 * PART), (5 + 2 * PART, SIZE)]
+
+
+@pytest.mark.parametrize("tag", ['"e"', 'W/"e"'])
+def test_a_large_object_is_read_in_parts_also_where_its_tag_is_weak(bucket: str, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Bucket, "tag", tag)
+    assert opened(bucket).read("whole") == DATA
+    assert len(_Bucket.spans) == 3
 
 
 @pytest.mark.s3
