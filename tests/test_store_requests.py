@@ -77,14 +77,14 @@ class _Bucket(BaseHTTPRequestHandler):
     lock, at_once, most, spans, tag = Lock(), Counter[str](), Counter[str](), list[tuple[int, int]](), '"e"'
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, size: int = 0) -> Iterator[None]:
         with self.lock:
-            self.at_once[self.command] += 1
-            self.most[self.command] = max(self.most[self.command], self.at_once[self.command])
+            self.at_once.update({self.command: 1, "bytes": size})
+            self.most |= self.at_once
         time.sleep(0.05)
         yield
         with self.lock:
-            self.at_once[self.command] -= 1
+            self.at_once.subtract({self.command: 1, "bytes": size})
 
     def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -116,8 +116,8 @@ class _Bucket(BaseHTTPRequestHandler):
             self.answer(b"small")
 
     def do_PUT(self) -> None:
-        with self.counted():
-            left = int(self.headers["Content-Length"])
+        left = int(self.headers["Content-Length"])
+        with self.counted(left):
             while left:
                 left -= len(self.rfile.read(min(left, 1 << 20)))
         self.answer(b"")
@@ -153,14 +153,17 @@ def opened(endpoint: str, **options: object) -> Files:
     return files
 
 
-def test_large_objects_are_written_in_few_parts_at_once_and_small_ones_side_by_side(bucket: str) -> None:
-    files = opened(bucket)
-    files.write({f"large-{i}": np.zeros(13 << 20, np.uint8) for i in range(4)})
-    assert _Bucket.most["PUT"] <= 4
-    files.write({"large": np.zeros(40 << 20, np.uint8)})
-    assert _Bucket.most["PUT"] <= 4
-    files.write({f"small-{i}": np.zeros(9, np.uint8) for i in range(16)})
-    assert 4 < _Bucket.most["PUT"] <= 16
+@pytest.mark.parametrize("large", [1, 2, 3, 4, 9])
+def test_large_objects_are_written_in_four_parts_at_once(bucket: str, large: int) -> None:
+    opened(bucket).write({f"large-{i}": np.zeros((40 if large == 1 else 13) << 20, np.uint8) for i in range(large)})
+    assert (_Bucket.most["PUT"], _Bucket.most["bytes"]) == (4, 20 << 20)
+
+
+@pytest.mark.parametrize("size", [99, 1 << 20, 2 << 20, 4 << 20])
+def test_smaller_objects_are_written_side_by_side_up_to_the_bytes_of_four_parts(bucket: str, size: int) -> None:
+    opened(bucket).write({f"{i}": np.zeros(size if i < 8 else 9, np.uint8) for i in range(16)})
+    assert 8 < _Bucket.most["PUT"] <= 16
+    assert 4 * size <= _Bucket.most["bytes"] <= 20 << 20
 
 
 def test_reads_within_reads_are_not_more_requests_at_once(bucket: str) -> None:

@@ -8,6 +8,7 @@ Until the storage has answered once, requests are given up after some seconds.
 The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +23,9 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
-from lopd.backends.files.endpoint import check_http, is_yes
+from lopd.backends.files.endpoint import check_http, is_yes, number_of
 from lopd.backends.files.failures import CUT_OFF, not_opened, said
+from lopd.backends.files.uplink import Uplink
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -44,22 +46,14 @@ _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
 # Later, where no `timeout` is given: a slow link is let finish, and one that is silent is noticed.  A put is silent until all of it is sent; its
 # limit is below that of repetitions, so that a connection that broke is made again.
 _READ_TIMEOUTS, _PUT_TIMEOUTS = {"timeout": "3600s", "read_timeout": "30s"}, {"timeout": "150s"}
-_LONGEST_S = 1e6
 _ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 # A put that was answered so is not done, and another would be answered alike, as with a session token that has ended.
 _FINAL = re.compile(r"(?s)status code: (501|400(?!.*<Code>RequestTimeout<))")
-# Of one object of this class; and parts of large objects that are written, which share an uplink: obstore would send 12 of 5 MB for each object.
-_REQUESTS_AT_ONCE, _PARTS_AT_ONCE, _LARGE_PUT = 16, 4, 1 << 20
+# Of one object of this class; and of what one call writes, which shares an uplink: four parts of large objects, or as many bytes of small ones.
+_REQUESTS_AT_ONCE, _PARTS_AT_ONCE, _PART = 16, 4, 5 << 20
 # A request takes as long as a megabyte or so.  More bytes than `_MOST` are read by several, each of which is repeated by itself.
 _GAP, _MOST = 1 << 20, 8 << 20
-
-
-def _number(shown: str, options: StorageOptions, name: str) -> float:
-    with suppress(TypeError, ValueError):
-        if 0 <= (number := float(options[name])) <= _LONGEST_S:
-            return number
-    raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
 
 
 def _prefix(url: str) -> str:
@@ -100,8 +94,8 @@ class ObstoreFiles:
         self.options = _RETRIES | {_CLIENT_OPTION.sub(r"\1", name.lower()): value for name, value in options.items()}
         self._obstore = need("obstore", f"Store {self.url}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
-        self._max_retries = int(_number(self.url, self.options, "client_max_retries"))
-        self._retry_timeout = _number(self.url, self.options, "client_retry_timeout")
+        self._max_retries = int(number_of("client_max_retries", self.url, self.options))
+        self._retry_timeout = number_of("client_retry_timeout", self.url, self.options)
         self._answered = answered
         self._slots = BoundedSemaphore(_REQUESTS_AT_ONCE)
         self._open()
@@ -214,21 +208,26 @@ class ObstoreFiles:
                 raise
             return b""
 
-    def run(self, calls: Sequence[Callable[[], T]], /, at_once: int = _REQUESTS_AT_ONCE) -> list[T]:
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """Return what each call gives, some at a time."""
         if len(calls) < 2:
             return [call() for call in calls]
-        with ThreadPoolExecutor(min(at_once, len(calls))) as pool:
+        with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
             return list(pool.map(lambda call: call(), calls))
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """Write new objects, some at a time; of large ones, few parts are under way at once."""
-        large = {path: data for path, data in files.items() if data.nbytes > _LARGE_PUT}
-        self.run([partial(self._put, path, data) for path, data in files.items() if path not in large])
-        self.run([partial(self._put, path, data, max(1, _PARTS_AT_ONCE // len(large))) for path, data in large.items()], _PARTS_AT_ONCE)
+        """Write new objects, some at a time, small ones first; few bytes are under way at once."""
+        uplink, large = Uplink(_PARTS_AT_ONCE * _PART), sum(data.nbytes > _PART for data in files.values())
+        parts = math.ceil(_PARTS_AT_ONCE / max(1, large))
+
+        def put(path: str, data: Bytes) -> None:
+            with uplink.share(min(data.nbytes, parts * _PART)):
+                self._put(path, data, parts)
+
+        self.run([partial(put, path, data) for path, data in sorted(files.items(), key=lambda file: file[1].nbytes)])
 
     def _put(self, path: str, data: Bytes, parts: int = 1) -> None:
-        self._call(path, lambda: self._obstore.put(self._puts, path, data.tobytes(), max_concurrency=parts))
+        self._call(path, lambda: self._obstore.put(self._puts, path, data.tobytes(), chunk_size=_PART, max_concurrency=parts))
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Return whether this call made the object.

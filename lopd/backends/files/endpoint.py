@@ -1,6 +1,7 @@
-"""Where a bucket's server is, as options and environment have it."""
+"""What the options of a bucket mean, and where its server is, as they and the environment have it."""
 
 import os
+from contextlib import suppress
 
 from lopd.backends.files.contract import StorageOptions
 from lopd.errors import StorePathError
@@ -10,11 +11,24 @@ from lopd.records.paths import without_secrets
 _ENDPOINT_FIRST = "aws_endpoint_url_s3"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
+_LONGEST_S = 1e6
 
 
 def is_yes(value: object) -> bool:
     """Return whether the value of an option means yes."""
     return str(value).lower() in _YES
+
+
+def number_of(name: str, shown: str, options: StorageOptions) -> float:
+    """Return the value of an option that is a number.
+
+    Raises:
+        StorePathError: it is not one, or not within bounds.
+    """
+    with suppress(TypeError, ValueError):
+        if 0 <= (number := float(options[name])) <= _LONGEST_S:
+            return number
+    raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
 
 
 def check_http(url: str, shown: str, options: StorageOptions) -> None:
