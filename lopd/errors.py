@@ -137,8 +137,8 @@ class CorruptStoreError(LopdError, ValueError):
 
 
 class UncheckedDataWarning(LopdWarning):
-    """Imported data without checksums, in which damage cannot be noticed.
-    To do: Export again with lopd, or compare some rows with their source.
+    """Imported data without checksums, in which damage cannot be noticed; or a store with other contents, beside which a pull puts its own.
+    To do: Export again with lopd, or compare some rows with their source; pull into a new store, unless both belong there.
     """
 
 

@@ -11,8 +11,8 @@ from exchanged import assert_equal_stores, fill
 from hub_stub import READER, Hub, hub  # noqa: F401
 
 from lopd import MemoryStore, ZarrStore
-from lopd.errors import ConflictError, HubError, StoreExistsError
-from lopd.testing import tiny_manifest, tiny_rollout
+from lopd.errors import HubError, StoreExistsError, UncheckedDataWarning
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.share import pull_store, push_store, sharing
 
 # huggingface_hub passes `data=` to its own HTTP client where it uploads by LFS
@@ -60,27 +60,56 @@ def test_a_full_disk_and_a_broken_connection_are_named_with_what_to_do(
         push_store(store, "me/rollouts", endpoint="http://127.0.0.1:1")
 
 
-def test_a_pull_that_broke_off_is_not_filled_up_with_another_revision(hub: Hub, tmp_path: Path) -> None:
+def test_a_pull_that_broke_off_goes_on_and_warns_where_another_revision_was_begun(hub: Hub, tmp_path: Path) -> None:
     manifest, rollouts = tiny_manifest(), [tiny_rollout(f"r{i}") for i in range(5)]
     stores = [MemoryStore(manifest), MemoryStore(manifest)]
     stores[0].append(rollouts[:4])
     stores[1].append(rollouts[1:])
     first = push_store(stores[0], "me/rollouts")
     push_store(stores[1], "me/rollouts", exist_ok=True)
-    broken = ZarrStore.create(tmp_path / "run.zarr", manifest)
-    broken.append(rollouts[:2])
+    ZarrStore.create(tmp_path / "run.zarr", manifest).append(rollouts[:2])
 
     def pull(revision: str | None = None) -> Any:
         return pull_store("me/rollouts", revision=revision, store=lambda made: ZarrStore.open_or_create(tmp_path / "run.zarr", made))
 
-    with pytest.raises(
-        ConflictError, match="it has 1 rollouts that this revision lacks, and lacks 3 of it; pull into a new store, or pass"
-    ):
-        pull()
-    broken.refresh()
-    assert len(broken) == 2
     whole = pull(first)
     assert_equal_stores(whole, stores[0])
     # who goes on with what was pulled may run the pull again
     whole.append([tiny_rollout("own")])
     assert len(pull(first)) == 5
+    with pytest.warns(
+        UncheckedDataWarning, match="it has 2 rollouts that this revision lacks, and gets what it lacks itself; if a pull of"
+    ):
+        assert len(pull()) == 6
+
+
+def test_a_pull_warns_of_columns_that_its_revision_lacks(hub: Hub) -> None:
+    manifest, rollouts = tiny_manifest(), [tiny_rollout(f"r{i}") for i in range(3)]
+    first, second, broken = (MemoryStore(manifest) for _ in range(3))
+    for made, column, rows in ((first, "teacher", rollouts), (second, "other", rollouts), (broken, "teacher", rollouts[:2])):
+        made.append(rows)
+        made.append_scores(column, tiny_provenance(column), [tiny_scores(rollout) for rollout in rows])
+    commit = push_store(first, "me/rollouts")
+    push_store(second, "me/rollouts", exist_ok=True)
+    with pytest.warns(UncheckedDataWarning, match=r"it has 1 columns \(teacher\) that this revision lacks") as warned:
+        pull_store("me/rollouts", store=lambda _: broken)
+    assert {"teacher", "other"} == {*broken.columns}
+    assert warned[0].filename == __file__
+    # all of this revision is there now, or will be of what was begun
+    pull_store("me/rollouts", store=lambda _: broken)
+    again = MemoryStore(manifest)
+    again.append(rollouts[:2])
+    assert_equal_stores(pull_store("me/rollouts", revision=commit, store=lambda _: again), first)
+
+
+def test_two_repositories_are_pulled_into_one_store(hub: Hub) -> None:
+    manifest = tiny_manifest()
+    both = MemoryStore(manifest)
+    for name in ("a", "b"):
+        part = MemoryStore(manifest)
+        part.append([tiny_rollout(name)])
+        push_store(part, f"me/{name}")
+    pull_store("me/a", store=lambda _: both)
+    with pytest.warns(UncheckedDataWarning, match="it has 1 rollouts that this revision lacks"):
+        pull_store("me/b", store=lambda _: both)
+    assert len(both) == 2

@@ -10,12 +10,13 @@ from safetensors import SafetensorError, safe_open
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.placing import exported_files
-from lopd.errors import ConflictError, CorruptStoreError, InvalidRecordError
+from lopd.errors import CorruptStoreError, InvalidRecordError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import named
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
+from lopd.records.warn import warn_user
 from lopd.tools.interop.arrow_table import reading
 from lopd.tools.interop.filling import StoreMaker, check_maker
 from lopd.tools.interop.parquet import export_parquet, import_parquet, open_parquet, parquet_manifest
@@ -25,6 +26,8 @@ from lopd.tools.share.hub import Repository
 _CARD = "README.md"
 #: A file whose texts are tokens.
 _TOKENS = "tokenizer.json"
+#: What the names of a column's scores begin with, in a file.
+_SCORES = "logprobs/"
 
 
 def push_student(
@@ -115,6 +118,8 @@ def pull_store(
 ) -> LogprobStore:
     """Download what `push_store` pushed, verify it, and return it as a store; run it again to resume.
 
+    A store that is there is filled up.  A warning states what else it has, which may be of a pull of another revision that broke off.
+
     Args:
         repository: `owner/name`.
         revision: branch, tag, or the commit that `push_store` returned; None for the newest.
@@ -124,7 +129,7 @@ def pull_store(
     Raises:
         HubError: there is no such dataset, it was not pushed by lopd, the token may not read it, or the hub cannot be reached.
         CorruptStoreError: the file is damaged, or no export of lopd.
-        ManifestMismatchError, ConflictError: the store has other contents, such as a part of another revision.
+        ManifestMismatchError, ConflictError: the store has other contents.
         InvalidRecordError: the repository's name does not fit.
         ArgumentError: `store` is a store or a path, and not what makes one.
         MissingDependencyError: huggingface_hub or pyarrow is not installed.
@@ -133,22 +138,25 @@ def pull_store(
     check_maker(source.owner, store)
     file = source.fetch(ROLLOUTS, revision)
     made = store(parquet_manifest(file))
-    _check_part(file, made)
+    _warn_of_others(file, made)
     import_parquet(file, made)
     return made
 
 
-def _check_part(file: Path, made: LogprobReader) -> None:
-    """Refuse to fill up a store that has rollouts of another revision: it would be neither of the two."""
+def _warn_of_others(file: Path, made: LogprobReader) -> None:
+    """Warn before a store is filled up that has more than this revision: whether a pull of another one broke off there is not recorded."""
     if not len(made):
         return
     with open_parquet(file, None) as (opened, owner), reading(owner):
         there = made.find(opened.read(columns=["rollout_id"])["rollout_id"].to_pylist()) >= 0
-    others, lacks = len(made) - int(there.sum()), int((~there).sum())
-    if others > 0 and lacks:
-        raise ConflictError(
-            f"{named(made)}: it has {others} rollouts that this revision lacks, and lacks {lacks} of it; pull into a new store, or pass `revision=` "
-            "of the first try."
+        columns = {name.removeprefix(_SCORES) for name in opened.schema_arrow.names if name.startswith(_SCORES)}
+    others, more = len(made) - int(there.sum()), sorted({*made.columns} - columns)
+    if (others > 0 or more) and not (there.all() and columns <= {*made.columns}):
+        has = {f"{others} rollouts": others > 0, f"{len(more)} columns ({', '.join(more)})": len(more) > 0}
+        warn_user(
+            f"{named(made)}: it has {' and '.join(filter(has.get, has))} that this revision lacks, and gets what it lacks itself; "
+            "if a pull of another revision broke off there, pull into a new store, or pass that `revision=`.",
+            UncheckedDataWarning,
         )
 
 
