@@ -312,7 +312,7 @@ def test_a_hub_that_does_not_take_xet_is_one_sentence(hub: Hub, store: MemorySto
 def test_a_url_with_a_password_is_not_repeated(hub: Hub, store: MemoryStore, there: bool) -> None:
     secret = "SEC" + "RET"
     place = hub.url.removeprefix("http://") if there else "127.0.0.1:1"
-    hub.fail("create", 418)
+    hub.fail("info", 418)
     with pytest.raises(HubError, match=rf"Repository me/rollouts \(dataset\) at http://{place}: it failed with \w+Error") as caught:
         push_store(store, "me/rollouts", endpoint=f"http://user:{secret}@{place}")
     assert secret not in "".join(traceback.format_exception(caught.value))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from exchanged import assert_equal_stores, fill
 from hub_stub import READER, Hub, hub  # noqa: F401
 
 from lopd import MemoryStore, ZarrStore
-from lopd.errors import HubError, StoreExistsError, UncheckedDataWarning
+from lopd.errors import HubError, InvalidRecordError, MissingDependencyError, StoreExistsError, UncheckedDataWarning
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.share import pull_store, push_store, sharing
 
@@ -24,7 +25,7 @@ def store() -> MemoryStore:
     return fill(MemoryStore(tiny_manifest()))
 
 
-@pytest.mark.parametrize("why", ["no token", "a token that may only read", "a repository that has files", "a public repository"])
+@pytest.mark.parametrize("why", ["no token", "a token that is not known", "a repository that has files", "a public repository"])
 def test_a_push_that_may_not_be_is_refused_before_the_store_is_read(
     hub: Hub, store: MemoryStore, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,10 +38,32 @@ def test_a_push_that_may_not_be_is_refused_before_the_store_is_read(
     elif why == "a public repository":
         hub.add("datasets/me/rollouts", private=False)
     else:
-        monkeypatch.setenv("HF_TOKEN", READER)
+        monkeypatch.setenv("HF_TOKEN", "hf_" + "other")
     monkeypatch.setattr(sharing, "export_parquet", lambda *_: pytest.fail("the store was read"))
     with pytest.raises(error):
         push_store(store, "me/rollouts")
+
+
+@pytest.mark.parametrize(
+    "why", ["its export fails", "its token may only read", "its repository cannot be seen", "pyarrow is not installed"]
+)
+def test_a_push_that_fails_before_its_commit_makes_no_repository(
+    hub: Hub, store: MemoryStore, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error: type[Exception] = HubError
+    if why == "its export fails":
+        store.append([tiny_rollout("a\ud800")])
+        error = InvalidRecordError
+    elif why == "its token may only read":
+        monkeypatch.setenv("HF_TOKEN", READER)
+    elif why == "its repository cannot be seen":
+        hub.fail("info", 404)
+    else:
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        error = MissingDependencyError
+    with pytest.raises(error):
+        push_store(store, "me/rollouts")
+    assert hub.repositories == {}
 
 
 def test_a_full_disk_and_a_broken_connection_are_named_with_what_to_do(

@@ -66,7 +66,10 @@ class Repository:
             HubError: it is public and `private` is asked for, or the hub refuses, or cannot be reached.
         """
         hub, api = need("huggingface_hub", "Hub", "hub"), self._api
-        parent = self.prepare(files, private=private, exist_ok=exist_ok)
+        parent = self.look(files, private=private, exist_ok=exist_ok)
+        if parent is None:
+            self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
+            parent = self.look(files, private=private, exist_ok=exist_ok)
 
         def commit() -> Any:
             # an addition cannot be sent twice
@@ -75,20 +78,32 @@ class Repository:
 
         return str(self._ask(commit).oid)
 
-    def prepare(self, names: Iterable[str], *, private: bool, exist_ok: bool) -> str | None:
-        """Return the last commit, if files of these names may be committed; a repository that is not there is made.
+    def look(self, names: Iterable[str], *, private: bool, exist_ok: bool) -> str | None:
+        """Return the last commit, None where there is no repository, if files of these names may be committed; nothing is made.
+
+        Whether the token may write shows later.
 
         Raises:
             StoreExistsError, HubError: as `commit`.
         """
-        api = self._api
         if not self._token():
             raise HubError(f"{self.owner}: there is no token that may write; run `hf auth login`, or set HF_TOKEN.")
-        self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
-        there = self._ask(lambda: api.repo_info(self.name, repo_type=self.kind))
+        there = self._ask(self._info)
+        if there is None:
+            return None
         self._check(there, {*names}, private=private, exist_ok=exist_ok)
         sha: str | None = there.sha
         return sha
+
+    def _info(self) -> Any:
+        """Return what the hub knows of the repository, None where there is none that the token may see."""
+        hub = need("huggingface_hub", "Hub", "hub")
+        try:
+            return self._api.repo_info(self.name, repo_type=self.kind)
+        except hub.utils.RepositoryNotFoundError as error:
+            if _status(error) != 404:
+                raise
+            return None
 
     def fetch(self, name: str, revision: str | None) -> Path:
         """Download a file into the cache of `huggingface_hub`, unless it is there, and return where it is.

@@ -14,6 +14,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError, UncheckedDataWarn
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import named
 from lopd.records.lineage import LINEAGE_FILE, Lineage
+from lopd.records.optional import need
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.records.warn import warn_user
@@ -83,7 +84,8 @@ def push_store(
     """Push a store as a dataset of one parquet file with its card, in one commit, and return the hash of the commit.
 
     Everything that a reader gives is in the file, with manifest, provenance, checksums, and why rollouts are in quarantine.  It is written to a
-    temporary folder first.
+    temporary folder first.  Before that it is seen that there is a token, and what is in the repository; a new repository is made after it, and
+    whether the token may write is seen then.
 
     Args:
         store: any.
@@ -100,9 +102,10 @@ def push_store(
         MissingDependencyError: huggingface_hub or pyarrow is not installed.
     """
     target = Repository(repository, "dataset", endpoint)
+    need("pyarrow", "Parquet")
     card = str(dataset_card(store, repository.rpartition("/")[2], about)).encode()
     # before everything is read
-    target.prepare([ROLLOUTS, _CARD], private=private, exist_ok=exist_ok)
+    target.look([ROLLOUTS, _CARD], private=private, exist_ok=exist_ok)
     with TemporaryDirectory() as folder:
         file = Path(folder) / ROLLOUTS
         export_parquet(store, file)
