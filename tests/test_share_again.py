@@ -79,8 +79,11 @@ def test_a_full_disk_and_a_broken_connection_are_named_with_what_to_do(
         with pytest.raises(HubError, match=r"No space left on device.*; free space where HF_HOME is, and run this again, which resumes\.$"):
             pull_store("me/rollouts")
     monkeypatch.setattr("lopd.backends.retry.time.sleep", lambda _: None)
-    with pytest.raises(HubError, match=r"; check the connection and the URL of the hub, and run this again, which resumes\.$"):
-        push_store(store, "me/rollouts", endpoint="http://127.0.0.1:1")
+    nowhere, said = "http://127.0.0.1:1", "; check the connection and the URL of the hub, and run this again"
+    with pytest.raises(HubError, match=rf"{said}, which resumes\.$"):
+        pull_store("me/other", endpoint=nowhere)
+    with pytest.raises(HubError, match=rf"{said}\.$"):
+        push_store(store, "me/rollouts", endpoint=nowhere)
 
 
 def test_a_pull_that_broke_off_goes_on_and_warns_where_another_revision_was_begun(hub: Hub, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ class Repository:
             HubError: there is no such repository, file or revision, or the token may not read it, or the hub cannot be reached.
         """
         api = self._api
-        return Path(self._ask(lambda: api.hf_hub_download(self.name, name, repo_type=self.kind, revision=revision)))
+        return Path(self._ask(lambda: api.hf_hub_download(self.name, name, repo_type=self.kind, revision=revision), resumes=True))
 
     @property
     def _api(self) -> Any:
@@ -134,19 +134,19 @@ class Repository:
                 f"{self.owner}: it has {stale!r}, which this commit does not replace, so engines might load either; remove it there, or name another."
             )
 
-    def _ask(self, work: Callable[[], T]) -> T:
-        """Return what the hub answers; what fails for a reason that passes is asked again."""
+    def _ask(self, work: Callable[[], T], *, resumes: bool = False) -> T:
+        """Return what the hub answers; what fails for a reason that passes is asked again, and a download goes on where it was."""
         try:
             # what huggingface_hub repeats itself has failed for longer than this when it raises
             return repeat(work, _passes, seconds=20.0, times=4, pause=1.0, longest=8.0)
         except Exception as error:
             if isinstance(error, LopdError):
                 raise
-            refused = self._refusal(error)
+            refused = self._refusal(error, "run this again, which resumes" if resumes else "run this again")
         # the error of huggingface_hub holds the request, and so the token
         raise refused from None
 
-    def _refusal(self, error: Exception) -> HubError:
+    def _refusal(self, error: Exception, again: str) -> HubError:
         status, what = _status(error), type(error).__name__
         if status in (401, 403):
             return HubError(f"{self.owner}: the hub answers {status}; use a token that may do this (`hf auth login`, or HF_TOKEN).")
@@ -168,9 +168,9 @@ class Repository:
         if garbled:
             remedy = "that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
         elif any(getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for one in causes):
-            remedy = "free space where HF_HOME is, and run this again, which resumes"
+            remedy = f"free space where HF_HOME is, and {again}"
         elif _passes(error):
-            remedy = "check the connection and the URL of the hub, and run this again, which resumes"
+            remedy = f"check the connection and the URL of the hub, and {again}"
         return HubError(f"{self.owner}: it failed with {said}{answered}; {remedy}.")
 
     @staticmethod
