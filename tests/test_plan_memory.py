@@ -15,7 +15,7 @@ from lopd.losses import chunking
 from lopd.losses.chunking import CHUNK_BYTES
 from lopd.tools import command
 from lopd.tools.plan import Use, Work, fit, fits, following, rates_like, sampling, scoring, training
-from lopd.tools.plan.live import Chunk, LiveBytes
+from lopd.tools.plan.live import LiveBytes, chunk_size
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -214,8 +214,8 @@ def test_the_chunk_is_the_one_that_losses_take_on_the_card(monkeypatch):
     card, row = torch.device("cuda"), 4 * 151_936
     for room_gb in (80, 30, 22, 20.5):
         monkeypatch.setattr(chunking, "free_bytes", lambda _, room_gb=room_gb: int((room_gb - 20) * 1e9))
-        chunk = Chunk(row_bytes=row, tokens=3072, limit=None, room_gb=room_gb)
-        assert chunk.size(2, 20e9) == row * chunking.chunk_rows(chunking.Chunking(), 2 * 3072, row, card)
+        size = chunk_size(2, 20e9, row_bytes=row, tokens=3072, limit=None, room_gb=room_gb)
+        assert size == row * chunking.chunk_rows(chunking.Chunking(), 2 * 3072, row, card)
 
 
 def test_a_card_with_room_has_a_larger_chunk():

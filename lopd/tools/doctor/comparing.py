@@ -1,15 +1,11 @@
 """Two columns of log-probs side by side: of one store or of two, matched by rollout id."""
 
-from typing import final
-
 import numpy as np
-from attrs import define, field, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import in_batches
-from lopd.records.arrays import Float32Array
-from lopd.records.rollouts import Rollout
 from lopd.tools.advantages import check_columns, scored_rows
 
 # The upper bits of a float32 that is not negative sort like the number itself: 20 of its 32 bits tell numbers apart to 0.1 %.
@@ -59,42 +55,11 @@ class Difference:
         return bool(self.only_left or self.only_right or self.other_content or self.max > tolerance)
 
 
-@final
-@define(eq=False)
-class _Tally:
-    """What is kept while pairs go by: memory does not grow with them."""
-
-    rollouts: int = 0
-    tokens: int = 0
-    others: int = 0
-    first_other: str | None = None
-    total: float = 0.0
-    greatest: float = 0.0
-    worst: Worst | None = None
-    counts: NDArray[np.int64] = field(factory=lambda: np.zeros(1 << (31 - _DROPPED_BITS), np.int64))
-
-    def add(self, left: Rollout, right: Rollout, left_T: Float32Array, right_T: Float32Array) -> None:
-        """Count one pair; of other content, only that it is there."""
-        if left.content_hash != right.content_hash:
-            self.others += 1
-            self.first_other = self.first_other or left.rollout_id
-            return
-        # exact in float64; the greatest difference of two float32 fits into one again
-        gap_T = np.abs(left_T.astype(np.float64) - right_T)
-        place = int(gap_T.argmax())
-        if gap_T[place] > self.greatest:
-            self.greatest = float(gap_T[place])
-            self.worst = Worst(left.rollout_id, place, float(left_T[place]), float(right_T[place]))
-        self.rollouts += 1
-        self.tokens += gap_T.size
-        self.total += float(gap_T.sum())
-        np.add.at(self.counts, gap_T.astype(np.float32).view(np.uint32) >> _DROPPED_BITS, 1)
-
-    def quantile(self, level: float) -> float:
-        """Return the upper end of the bin in which this share of all differences is reached."""
-        bin_number = int(np.searchsorted(np.cumsum(self.counts), level * self.tokens))
-        upper = np.array([((bin_number + 1) << _DROPPED_BITS) - 1], np.uint32).view(np.float32)[0]
-        return min(float(upper), self.greatest) if bin_number else 0.0
+def _quantile(counts: NDArray[np.int64], level: float) -> float:
+    """Return the upper end of the bin in which this share of all differences is reached."""
+    bin_number = int(np.searchsorted(np.cumsum(counts), level * counts.sum()))
+    upper = np.array([((bin_number + 1) << _DROPPED_BITS) - 1], np.uint32).view(np.float32)[0]
+    return float(upper) if bin_number else 0.0
 
 
 def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str, right_column: str) -> Difference:
@@ -114,24 +79,40 @@ def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str,
     """
     check_columns(left, [left_column])
     check_columns(right, [right_column])
-    left_rows, right_scored, tally = scored_rows(left, [left_column]), right.scored(right_column), _Tally()
+    left_rows, right_scored = scored_rows(left, [left_column]), right.scored(right_column)
+    rollouts, others, total, greatest = 0, 0, 0.0, 0.0
+    first_other: str | None = None
+    worst: Worst | None = None
+    counts = np.zeros(1 << (31 - _DROPPED_BITS), np.int64)
     for batch in in_batches(left_rows):
         mine = left.read(batch, columns=(left_column,))
         places = right.find([row.rollout.rollout_id for row in mine])
         both = [(row, place) for row, place in zip(mine, places.tolist(), strict=True) if place >= 0 and right_scored[place]]
         theirs = right.read([place for _, place in both], columns=(right_column,))
         for (row, _), other in zip(both, theirs, strict=True):
-            tally.add(row.rollout, other.rollout, row.scores[left_column], other.scores[right_column])
-    matched = tally.rollouts + tally.others
+            if row.rollout.content_hash != other.rollout.content_hash:
+                others, first_other = others + 1, first_other or row.rollout.rollout_id
+                continue
+            # exact in float64; the greatest difference of two float32 fits into one again
+            left_T, right_T = row.scores[left_column], other.scores[right_column]
+            gap_T = np.abs(left_T.astype(np.float64) - right_T)
+            place = int(gap_T.argmax())
+            if gap_T[place] > greatest:
+                greatest = float(gap_T[place])
+                worst = Worst(row.rollout.rollout_id, place, float(left_T[place]), float(right_T[place]))
+            rollouts += 1
+            total += float(gap_T.sum())
+            np.add.at(counts, gap_T.astype(np.float32).view(np.uint32) >> _DROPPED_BITS, 1)
+    tokens = int(counts.sum())
     return Difference(
-        rollouts=tally.rollouts,
-        tokens=tally.tokens,
-        only_left=len(left_rows) - matched,
-        only_right=int(right_scored.sum()) - matched,
-        other_content=tally.others,
-        first_other=tally.first_other,
-        max=tally.greatest,
-        p99=tally.quantile(0.99),
-        mean=tally.total / max(1, tally.tokens),
-        worst=tally.worst,
+        rollouts=rollouts,
+        tokens=tokens,
+        only_left=len(left_rows) - rollouts - others,
+        only_right=int(right_scored.sum()) - rollouts - others,
+        other_content=others,
+        first_other=first_other,
+        max=greatest,
+        p99=min(_quantile(counts, 0.99), greatest),
+        mean=total / max(1, tokens),
+        worst=worst,
     )

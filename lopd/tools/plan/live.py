@@ -6,7 +6,7 @@ Shape suffixes: T operations, P parts.
 import math
 import weakref
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -132,29 +132,20 @@ def _grouped(left: Tensor, right: Tensor, offsets: Tensor, *_: Any, **__: Any) -
     return left.new_empty(*rows, right.shape[-1])
 
 
-@final
-@frozen(kw_only=True)
-class Chunk:
-    """The buffer of logits in training; its size depends on what else is in memory, so one byte stands for it while bytes are counted.
+def chunk_size(rows: float, alive: float | None, *, row_bytes: int, tokens: int, limit: int | None, room_gb: float | None) -> int:
+    """Return bytes of the buffer of logits in training; they depend on what else is in memory, so one byte stands for it while bytes are counted.
 
     Args:
+        rows: how many.
+        alive: bytes of all else; None for a buffer as large as a card needs to be fast.
         row_bytes: bytes of the logits of one token.
         tokens: tokens that count, in each row.
         limit: bytes; None for what the losses take on a card.
         room_gb: what there is in all, 10^9 bytes; None for enough.
     """
-
-    row_bytes: int
-    tokens: int
-    limit: int | None
-    room_gb: float | None = None
-
-    def size(self, rows: float, alive: float | None) -> int:
-        """Return its bytes where so many others are alive; with None, the bytes that a card needs to be fast."""
-        free = np.inf if self.room_gb is None or alive is None else self.room_gb * _GIGA - alive
-        usual = GPU_ROWS * self.row_bytes if alive is None else card_chunk_bytes(self.row_bytes, free)
-        count = math.ceil(rows * self.tokens)
-        return self.row_bytes * chunk_rows(Chunking(self.limit or usual), count, self.row_bytes, torch.device("cpu"))
+    free = np.inf if room_gb is None or alive is None else room_gb * _GIGA - alive
+    usual = GPU_ROWS * row_bytes if alive is None else card_chunk_bytes(row_bytes, free)
+    return row_bytes * chunk_rows(Chunking(limit or usual), math.ceil(rows * tokens), row_bytes, torch.device("cpu"))
 
 
 @final
@@ -164,11 +155,11 @@ class Need:
 
     Args:
         stretches: the parts of a phase, each as two arrays (T, P): bytes after each operation without rows, and more bytes for each row.
-        chunk: what the byte of logits stands for; None where all are counted.
+        chunk: gives the bytes that the byte of logits stands for (`chunk_size`); None where all are counted.
     """
 
     stretches: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
-    chunk: Chunk | None = None
+    chunk: Callable[[float, float | None], int] | None = None
 
     @classmethod
     def of(cls, rows: int, some: Sequence[NDArray[np.int64]], more: Sequence[NDArray[np.int64]]) -> "Need":
@@ -206,7 +197,7 @@ class Need:
         for bytes_TP in filled:
             here_T = bytes_TP[:, _LOGITS] > 0
             if self.chunk is not None and here_T.any():
-                bytes_TP[here_T, _LOGITS] = self.chunk.size(rows, None if least else float(bytes_TP[here_T].sum(axis=1).max()))
+                bytes_TP[here_T, _LOGITS] = self.chunk(rows, None if least else float(bytes_TP[here_T].sum(axis=1).max()))
         return filled
 
     def most_rows(self, room_gb: float, parts: int = 1) -> int:

@@ -26,7 +26,7 @@ from lopd.records.manifest import SamplingParams
 from lopd.records.optional import need
 from lopd.records.steps import LMHead
 from lopd.tools.plan.following import ATTENTION, Phase, count, empty, layers_of
-from lopd.tools.plan.live import Chunk, LiveBytes, Need, Stretch
+from lopd.tools.plan.live import LiveBytes, Need, Stretch, chunk_size
 
 if TYPE_CHECKING:
     from lopd.engines.hf.texts import Texts, Way
@@ -105,16 +105,17 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
     """
     tokens, least = use.tokens_per_batch, use.length - 1
     check_number("Use", "tokens_per_batch", tokens, tokens >= least, f"at least {least}, the longest rollout's positions")
-    chunks: list[Chunk] = []
+    row_bytes: list[int] = []
 
     def prepare(model: Any, live: LiveBytes, use: Use) -> Phase:
         check_trained_dtype(model, use.autocast)
-        chunks.append(Chunk(row_bytes=_row_bytes(_head(model)), tokens=use.response_tokens, limit=use.chunk_bytes, room_gb=room_gb))
+        row_bytes.append(_row_bytes(_head(model)))
         return _prepare_training(model, live, use)
 
     needed = _counted(config, use, int(use.rollouts), (ATTENTION, prepare), (None, prepare))
     needed = needed.shared(use.gpus, _gathered(config, use)) if use.gpus > 1 else needed
-    return evolve(needed, chunk=chunks[-1])
+    chunk = partial(chunk_size, row_bytes=row_bytes[-1], tokens=use.response_tokens, limit=use.chunk_bytes, room_gb=room_gb)
+    return evolve(needed, chunk=chunk)
 
 
 def scoring(config: Any, use: Use) -> Need:
@@ -210,7 +211,7 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
 
 
 class _Head(torch.autograd.Function):
-    """What a fused loss holds: a buffer of logits (`Chunk`), and float32 sums of the gradients, until they are asked for."""
+    """What a fused loss holds: a buffer of logits (`chunk_size`), and float32 sums of the gradients, until they are asked for."""
 
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, live: LiveBytes) -> Tensor:

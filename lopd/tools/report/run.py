@@ -1,6 +1,6 @@
 """A run as one HTML page: what was sampled and scored, how training went, what it cost, and rollouts token by token.
 
-The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
+A page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 
 from lopd.guards.consistency import manifest_of_model, verdict
 from lopd.guards.start import StartReport
@@ -32,23 +31,8 @@ _GAP = (
     "weights by token it estimates the reverse KL from one sample each, so it may be negative; by rollout it shows a trend.  Judge a student by "
     "held-out rollouts."
 )
-
-
-@frozen
-class Fact:
-    """One thing to know at a glance.
-
-    Args:
-        name: what the fact is about.
-        value: in a few words.
-        note: more words.
-        state: "good", "bad", or nothing.
-    """
-
-    name: str
-    value: str
-    note: str = ""
-    state: str = ""
+#: Name, value in a few words, more words, and "good", "bad" or nothing.
+_Fact = tuple[str, str, str, str]
 
 
 def write_run_report(
@@ -132,43 +116,43 @@ def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
     return [over_steps(title, unit, [m.step for m in steps], series) for title, unit, series in wanted]
 
 
-def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
+def _store_facts(store: LogprobReader, report: TokenReport) -> list[_Fact]:
     prompt, response = store.lengths().sum(axis=0).tolist()
     policies, sampling = store.generations, store.manifest.sampling
     drawn = f"{store.manifest.policy.dtype}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     rounds = "" if len(policies) == 1 else f", the first of {len(policies)} rounds"
     facts = [
-        Fact("rollouts", f"{len(store):,}", f"{response:,} response tokens, {prompt:,} prompt tokens"),
-        Fact("sampled by", str(store.manifest.policy), drawn + rounds),
+        ("rollouts", f"{len(store):,}", f"{response:,} response tokens, {prompt:,} prompt tokens", ""),
+        ("sampled by", str(store.manifest.policy), drawn + rounds, ""),
     ]
     scored = store.columns.get(report.teacher)
     if scored is None:
         where, absent = _elsewhere(store, report), f"there is no column {report.teacher}"
-        return [*facts, Fact("scored by", f"not in the column {report.teacher}" if where else "not scored yet", where or absent)]
+        return [*facts, ("scored by", f"not in the column {report.teacher}" if where else "not scored yet", where or absent, "")]
     many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
     note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
     judged, _, why = verdict(manifest_of_model(store, scored), scored).partition(": ")
     return [
         *facts,
-        Fact("scored by", str(scored.model), note),
-        Fact("teacher consistency", judged, why, "good" if judged.startswith(("consistent", "privileged")) else "bad"),
+        ("scored by", str(scored.model), note, ""),
+        ("teacher consistency", judged, why, "good" if judged.startswith(("consistent", "privileged")) else "bad"),
     ]
 
 
-def _training_facts(steps: Sequence[StepMetrics]) -> list[Fact]:
+def _training_facts(steps: Sequence[StepMetrics]) -> list[_Fact]:
     if not steps:
-        return [Fact("training", "no steps", "no history was given")]
+        return [("training", "no steps", "no history was given", "")]
     first, last = steps[0], steps[-1]
     tokens, seconds = sum(m.read_tokens for m in steps), sum(m.seconds for m in steps)
     read = f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} read tokens, {duration(seconds)}"
-    training = [Fact("training", f"{len(steps):,} steps", read)]
+    training = [("training", f"{len(steps):,} steps", read, "")]
     if any(m.reverse_kl for m in steps):  # exactly 0 only where no teacher is seen
         moved = f"{first.reverse_kl:.3f} → {last.reverse_kl:.3f}"
-        training.append(Fact("gap to the teacher, first and last step", moved, _GAP))
+        training.append(("gap to the teacher, first and last step", moved, _GAP, ""))
     return training
 
 
-def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
+def _advantage_facts(summary: AdvantageSummary | None) -> list[_Fact]:
     if summary is None:
         return []
     heavy = summary.tail > MAX_TAIL
@@ -176,14 +160,14 @@ def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
         f"more than {MAX_TAIL:.0%}: a loss without importance ratio is not to be trusted" if heavy else f"at most {MAX_TAIL:.0%} is fine"
     )
     share = f"{summary.tail:.2%} below {TAIL:g} nats"
-    return [Fact("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
+    return [("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
 
 
-def _start_facts(start: StartReport | str) -> list[Fact]:
+def _start_facts(start: StartReport | str) -> list[_Fact]:
     if isinstance(start, str):
         return []
     state = {"offline": "good", "more SFT first": "bad"}.get(start.verdict, "")
-    return [Fact("before the first step", start.verdict, start.reason, state)]
+    return [("before the first step", start.verdict, start.reason, state)]
 
 
 def _known_phases(store: LogprobReader, steps: Sequence[StepMetrics]) -> list[Phase]:
