@@ -53,7 +53,7 @@ BOUND_BY = tuple(
     [fields[length], fields["content_hash_0"], fields["content_hash_1"]] for fields, length in ((R, "response_length"), (S, "length"))
 )
 LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
-ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
+ID_HALVES = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
 # The leading columns of a line are counts, codes or bits; sums of counts below 2^50 fit 64 bits.
 _COUNT = (1 << 50) - 1

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Piece, Run
 from lopd.backends.id_index import decode_id, hash_ids
-from lopd.backends.zarr.columns import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
+from lopd.backends.zarr.columns import BOUND_BY, ID_HALVES, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment, checksums
 from lopd.records.rows import Rows
 from lopd.records.support import TopK
@@ -109,12 +109,10 @@ def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k
         generations=lines[:, R["generation"]],
         content_hashes=contents(lines),
         scores={name: _joined(found[f"scores {name}"], responses)[0].astype(np.float32, copy=False) for name in scores},
-        top_k={name: _support(*_joined(found[f"top_k {name}"], responses)) for name in top_k},
+        top_k={
+            name: TopK.from_store(ids, ranked, tail) for name in top_k for ids, ranked, tail in [_joined(found[f"top_k {name}"], responses)]
+        },
     )
-
-
-def _support(ids: NDArray[Any], logprobs: NDArray[Any], tail: NDArray[Any]) -> TopK:
-    return TopK.from_store(ids, logprobs, tail)
 
 
 def contents(lines: _Int64) -> list[bytes]:
@@ -165,7 +163,7 @@ def _names(group: Group, lines: _Int64) -> list[str]:
     starts = lines[:, R["id_start"]]
     ends = starts + lines[:, R["id_length"]]
     data = group.segment.pieces("rollout_ids", starts, ends)
-    if (hash_ids(data).view("<i8").reshape(-1, 2) != lines[:, ID_HASH]).any():
+    if (hash_ids(data).view("<i8").reshape(-1, 2) != lines[:, ID_HALVES]).any():
         raise group.segment.damaged("rollout_ids", "an id is not the one that its line names")
     return [decode_id(bytes(raw)) for raw in data]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.backends.id_index import encode_ids, hash_ids
-from lopd.backends.zarr.columns import ID_HASH, REASONS, REPORTED, ROLLOUT_FIELDS, SCORE_FIELDS, TOP_K_ARRAYS, S
+from lopd.backends.zarr.columns import ID_HALVES, REASONS, REPORTED, ROLLOUT_FIELDS, SCORE_FIELDS, TOP_K_ARRAYS, S
 from lopd.backends.zarr.segment import SegmentData, checksums
 from lopd.records.rollouts import Rollout, Scores
 from lopd.records.rows import ends
@@ -24,21 +24,11 @@ SCORE_ATTRIBUTES = {"fields": SCORE_FIELDS}
 ID_HASHES, SCORED_ROWS = "id_hashes", "scored_rows"
 
 
-def id_hashes(lines: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (n, 2): see `ID_HASHES`."""
-    return lines[:, ID_HASH].copy()
-
-
-def scored_rows(lines: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return (n,): see `SCORED_ROWS`."""
-    return lines[:, S["row"]].copy()
-
-
 def found_by(lines: NDArray[np.int64], first_row: int, last_row: int) -> dict[str, NDArray[np.int64]]:
     """Return the arrays by which rows of a segment with these lines are found."""
     if lines.shape[1] == len(ROLLOUT_FIELDS):
-        return {ID_HASHES: id_hashes(lines)}
-    return {} if last_row - first_row + 1 == len(lines) else {SCORED_ROWS: scored_rows(lines)}
+        return {ID_HASHES: lines[:, ID_HALVES].copy()}
+    return {} if last_row - first_row + 1 == len(lines) else {SCORED_ROWS: lines[:, S["row"]].copy()}
 
 
 def _two(hashes: Sequence[bytes]) -> NDArray[np.int64]:

@@ -10,7 +10,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Run
-from lopd.backends.zarr.encode import SCORED_ROWS, scored_rows
+from lopd.backends.zarr.columns import S
+from lopd.backends.zarr.encode import SCORED_ROWS
 from lopd.backends.zarr.segment import Segment, SegmentGoneError
 from lopd.records.rows import ends
 
@@ -57,7 +58,7 @@ _Known = tuple[Sequence[_Placed], Sequence[Segment], _Int64]
 
 
 def _rows_of(segment: Segment) -> _Int64:
-    return segment.keys(SCORED_ROWS, scored_rows)
+    return segment.keys(SCORED_ROWS, S["row"])
 
 
 def _rows_or_gone(segment: Segment) -> _Int64 | SegmentGoneError:

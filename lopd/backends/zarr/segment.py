@@ -182,12 +182,12 @@ class Segment:
     def _limits(self) -> Limits:
         return Limits.of({name: array.shape[0] for name, array in self.meta.arrays.items()})
 
-    def keys(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
-        """Return the whole array by which its rows are found; `make` makes it of the lines where an older segment lacks it.
+    def keys(self, name: str, columns: int | slice) -> _Int64:
+        """Return the whole array by which its rows are found: these columns of the lines, where an older segment lacks it.
 
         It has no other checksum than that of its bytes.
         """
-        return self.whole(name) if name in self else make(self.lines())
+        return self.whole(name) if name in self else self.lines()[:, columns].copy()
 
     def whole(self, name: str) -> NDArray[Any]:
         """Return a whole array, if its file is what was committed."""

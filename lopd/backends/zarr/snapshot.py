@@ -19,8 +19,8 @@ from lopd.backends.files import Files
 from lopd.backends.growing import Growing
 from lopd.backends.id_index import ID_HASH, IdIndex
 from lopd.backends.zarr import decode
-from lopd.backends.zarr.columns import LENGTHS, REPORTED, R
-from lopd.backends.zarr.encode import ID_HASHES, id_hashes
+from lopd.backends.zarr.columns import ID_HALVES, LENGTHS, REPORTED, R
+from lopd.backends.zarr.encode import ID_HASHES
 from lopd.backends.zarr.segment import SegmentGoneError
 from lopd.backends.zarr.state import State
 from lopd.records.identity import ModelId
@@ -119,7 +119,7 @@ class Snapshot:
     def _id_hashes(self, first: int, state: State) -> NDArray[np.void]:
         """Return the hashed ids of the rows from this one on."""
         segments = [segment for segment in state.segments if segment.meta.last_row >= first]
-        hashes = np.concatenate(self._files.run([partial(segment.keys, ID_HASHES, id_hashes) for segment in segments]))
+        hashes = np.concatenate(self._files.run([partial(segment.keys, ID_HASHES, ID_HALVES) for segment in segments]))
         begin = first - segments[0].meta.first_row
         return hashes[begin : begin + self.rows - first].view(ID_HASH).reshape(-1)
 

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
 
 from lopd.errors import InvalidRecordError
 from lopd.tools.command.models import Model
@@ -37,51 +36,33 @@ def add_report(parser: ArgumentParser) -> None:
 
 
 def _report(options: Namespace) -> int:
-    return _draw_run(options) if options.rows is None else _draw_tokens(options)
-
-
-def _draw_tokens(options: Namespace) -> int:
-    from lopd.tools.report import write_token_report
-
-    out, store = options.out or Path("tokens.html"), opened(options.url, options)
-    write_token_report(out, store, options.rows, report=_columns(options), decode=_decode(options.tokenizer))
-    say(f"{out}: {len(options.rows)} rollouts; open it in a browser.")
-    return FINE
-
-
-def _draw_run(options: Namespace) -> int:
     from lopd.records.lineage import Lineage
-    from lopd.tools.report import RunHistory, write_run_report
-
-    out = options.out or Path("run.html")
-    history = RunHistory() if options.history is None else RunHistory.read(options.history)
-    write_run_report(
-        out,
-        opened(options.url, options),
-        history.steps,
-        phases=history.phases,
-        report=_columns(options),
-        decode=_decode(options.tokenizer),
-        lineage=None if options.student is None else Lineage.read(options.student),
-        versions=history.versions,
-        title=options.title,
-    )
-    say(f"{out}: {len(history.steps):,} steps; open it in a browser.")
-    return FINE
-
-
-def _columns(options: Namespace) -> Any:
-    from lopd.tools.report import TokenReport
+    from lopd.tools.report import RunHistory, TokenReport, decoder_of, write_run_report, write_token_report
 
     if len(options.columns) not in {2, 3}:
         raise InvalidRecordError(
             f"Report: the columns are {options.columns}, expected teacher, student, and perhaps a third; pass --columns."
         )
     teacher, student, other = [*options.columns, None][:3]
-    return TokenReport(teacher, student, other, options.clip)
-
-
-def _decode(folder: str | None) -> Any:
-    from lopd.tools.report import decoder_of
-
-    return None if folder is None else decoder_of(Model(folder).tokenizer())
+    report, store = TokenReport(teacher, student, other, options.clip), opened(options.url, options)
+    decode = None if options.tokenizer is None else decoder_of(Model(options.tokenizer).tokenizer())
+    if options.rows is not None:
+        out = options.out or Path("tokens.html")
+        write_token_report(out, store, options.rows, report=report, decode=decode)
+        say(f"{out}: {len(options.rows)} rollouts; open it in a browser.")
+        return FINE
+    out, history = options.out or Path("run.html"), RunHistory() if options.history is None else RunHistory.read(options.history)
+    lineage = None if options.student is None else Lineage.read(options.student)
+    write_run_report(
+        out,
+        store,
+        history.steps,
+        phases=history.phases,
+        report=report,
+        decode=decode,
+        lineage=lineage,
+        versions=history.versions,
+        title=options.title,
+    )
+    say(f"{out}: {len(history.steps):,} steps; open it in a browser.")
+    return FINE

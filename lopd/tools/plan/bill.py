@@ -113,7 +113,7 @@ def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
         _spread("scores", work.tokens * work.reads, rates.scoring, rates, gpus),
         _training(work, rates, gpus),
     )
-    return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _served_gb(work.teacher_billions)))
+    return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _SERVED_BYTES * work.teacher_billions))
 
 
 def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bill:
@@ -139,7 +139,7 @@ def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bil
         # GPUs that have nothing to train on are held all the same
         evolve(training, gpus=gpus),
     )
-    memory = trained_gb(work) + _served_gb(work.student_billions) + _served_gb(work.teacher_billions)
+    memory = trained_gb(work) + _SERVED_BYTES * work.student_billions + _SERVED_BYTES * work.teacher_billions
     return Bill("online OPD", phases, 0, memory)
 
 
@@ -166,7 +166,3 @@ def _training(work: Work, rates: GpuRates, gpus: int) -> Phase:
 def trained_gb(work: Work) -> float:
     """Return the gigabytes of the student's weights, gradients and moments in float32."""
     return _TRAINED_BYTES * work.student_billions
-
-
-def _served_gb(billions: float) -> float:
-    return _SERVED_BYTES * billions

@@ -98,7 +98,14 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
     """
     _maker(config)
     try:
-        return _counted(config, make, rows, prepare)
+        depth = _layers_alike(config, make)
+        models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
+        runs = [_run(model, rows, prepare) for model in models]
+        if depth is None:
+            alive = [[stretch.after for stretch in stretches] for stretches in runs[0]]
+        else:
+            alive = [[a.with_layers(b, depth - 2) for a, b in zip(*pair, strict=True)] for pair in zip(*runs, strict=True)]
+        return Need.of(rows, *alive)
     except LopdError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -112,17 +119,6 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
             f"Plan: a {type(config).__name__} cannot be made and run on token ids alone ({type(error).__name__}: {reason:.200}); measure it "
             "on the card."
         ) from error
-
-
-def _counted(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> Need:
-    depth = _layers_alike(config, make)
-    models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
-    runs = [_run(model, rows, prepare) for model in models]
-    if depth is None:
-        alive = [[stretch.after for stretch in stretches] for stretches in runs[0]]
-    else:
-        alive = [[a.with_layers(b, depth - 2) for a, b in zip(*pair, strict=True)] for pair in zip(*runs, strict=True)]
-    return Need.of(rows, *alive)
 
 
 def _run(model: Any, rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> list[list[Stretch]]:

@@ -59,12 +59,6 @@ TABLE_2: Mapping[str, Measured] = {
 DECODED: Mapping[float, float] = {0.49: 311.55, 1.54: 183.33, 3.09: 127.61, 7.61: 84.28}
 
 
-def _waits_like() -> float:
-    """Return billions of parameters whose reading takes as long as all else in a step of decoding: of the line through `DECODED`."""
-    slope, rest = np.polyfit(list(DECODED), [1 / rate for rate in DECODED.values()], 1)
-    return float(rest / slope)
-
-
 def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     """Return rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
 
@@ -82,7 +76,9 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     trains = _mean(
         lambda row: row.work.trained / row.work.rollouts * row.work.tokens * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
     )
-    sizes, rest = [row.work.flops_student for row in TABLE_2.values()], 2e9 * _waits_like()
+    # the line through `DECODED`: all else in a step of decoding takes as long as reading so many billions of parameters
+    slope, start = np.polyfit(list(DECODED), [1 / rate for rate in DECODED.values()], 1)
+    sizes, rest = [row.work.flops_student for row in TABLE_2.values()], 2e9 * float(start / slope)
     slower, faster = max(sizes) / work.flops_student, (min(sizes) + rest) / (work.flops_student + rest)
     return GpuRates(
         sampling=sampled * min(1.0, slower) * max(1.0, faster) * flops / H100_FLOPS,
