@@ -1,6 +1,7 @@
 """Checking a store to the last bit."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from attrs import evolve
 
@@ -10,6 +11,7 @@ from lopd.protocols import DurableStore, LogprobReader, Progress
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import Part, named, parts
 from lopd.records.rollouts import ScoredRollout, Scores
+from lopd.verbs.asking import shown
 
 
 def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progress | None = None) -> Iterator[str]:
@@ -43,16 +45,11 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
     except CorruptStoreError as error:
         yield str(error)
         return
-    if progress is not None:
-        progress.begin("verifying", len(store), 0, int(tokens.sum()), "read tokens")
-    try:
+    silent = nullcontext(lambda *_: None)
+    with silent if progress is None else shown(progress, "verifying", len(store), 0, int(tokens.sum())) as advance:
         for part in whole:
             yield from _check_part(store, part)
-            if progress is not None:
-                progress.advance(len(part.rows), int(tokens[[*part.rows]].sum()), 0)
-    finally:
-        if progress is not None:
-            progress.end()
+            advance(len(part.rows), int(tokens[[*part.rows]].sum()), 0)
 
 
 def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
