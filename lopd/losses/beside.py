@@ -11,7 +11,7 @@ from lopd.losses.objective import Objective, Signal, TokenLosses
 from lopd.losses.tokens import Tokens, check_per_token
 from lopd.losses.variants import window_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels, StatesRatio
-from lopd.records.checks import check_kind, check_number, own_numbers
+from lopd.records.checks import check_bound, check_kind, check_number, own_numbers
 
 
 def check_objective(owner: object, _: Any, objective: Any) -> None:
@@ -130,13 +130,12 @@ class WindowRatio(OfObjective):
 
     objective: Objective = field(validator=check_objective)
     window: int = 8
-    cap: float | None = 4.0
+    cap: float | None = field(default=4.0, validator=check_bound)
 
     per_token = False
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "WindowRatio", window=1)
-        check_number("WindowRatio", "cap", self.cap, self.cap is None or 0 < self.cap < math.inf, "None, or finite and more than 0")
 
     @property
     def wants_entropy(self) -> bool:

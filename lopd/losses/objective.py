@@ -5,7 +5,6 @@ A variant of Lightning OPD is a function `Signal -> Signal` (`lopd.losses.varian
 Shape suffixes: M counted tokens of a batch, K selected ids each.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar, cast, final
@@ -19,7 +18,7 @@ from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
 from lopd.losses.tokens import check_per_token
-from lopd.records.checks import a_kind, check_call, check_number, name_of, own_numbers, unwrapped
+from lopd.records.checks import a_kind, check_bound, check_call, check_number, name_of, unwrapped
 from lopd.records.steps import LossOutput
 
 
@@ -162,11 +161,6 @@ class Objective(Protocol):
         ...
 
 
-def _check_clip(owner: object, _: Any, clip: Any) -> None:
-    own_numbers(owner, type(owner).__name__)
-    check_number(type(owner).__name__, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
-
-
 def _check_cap(owner: "OPDSettings", _: Any, cap: Any) -> None:
     name = type(owner).__name__
     check_number(name, "ratio_cap", cap, cap is None or cap > 0, "None, or more than 0")
@@ -201,7 +195,7 @@ class OPDSettings:
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
     """
 
-    clip: float | None = field(default=10.0, validator=_check_clip)
+    clip: float | None = field(default=10.0, validator=check_bound)
     ratio_to_ref: bool = False
     transforms: tuple[Transform, ...] = field(default=(), converter=_to_transforms)
     advantage: float | None = None

@@ -4,7 +4,7 @@ Shape suffixes: M counted tokens, K of the support each, D drawn ones each, E = 
 """
 
 import math
-from typing import Any, final
+from typing import final
 
 import torch
 from attrs import field, frozen
@@ -15,12 +15,7 @@ from lopd.losses import functional
 from lopd.losses.divergences import Divergence, tail_advantages
 from lopd.losses.objective import TokenLosses
 from lopd.losses.tokens import Tokens, check_per_token
-from lopd.records.checks import check_call, check_number, name_of, own_numbers
-
-
-def _check_bound(owner: Any, attribute: Any, bound: float | None) -> None:
-    own_numbers(owner, "TopKObjective")
-    check_number("TopKObjective", attribute.name, bound, bound is None or 0 < bound < math.inf, "None, or finite and more than 0")
+from lopd.records.checks import check_bound, check_call, name_of
 
 
 @final
@@ -60,8 +55,8 @@ class TopKObjective:
 
     divergence: Divergence
     residual: bool = False
-    clip: float | None = field(default=None, validator=_check_bound)
-    ratio_cap: float | None = field(default=None, validator=_check_bound)
+    clip: float | None = field(default=None, validator=check_bound)
+    ratio_cap: float | None = field(default=None, validator=check_bound)
 
     per_token = True  # a divergence looks at each token alone
     wants_entropy = False

@@ -94,6 +94,13 @@ def own_numbers(record: Any, owner: str, /, **least: int) -> None:
             check_at_least(owner, name, getattr(record, name), number)
 
 
+def check_bound(record: Any, attribute: Any, bound: Any) -> None:
+    """Refuse, by an InvalidRecordError, a bound that is neither None nor finite and more than 0; for attrs, as a validator."""
+    owner, nats = type(record).__name__, " nats" * (attribute.name == "clip")
+    own_numbers(record, owner)
+    check_number(owner, attribute.name, bound, bound is None or 0 < bound < math.inf, f"None, or finite and more than 0{nats}")
+
+
 def own_texts(record: Any, owner: str) -> None:
     """Refuse a field of type str that holds something else, which no store could read again.
 
