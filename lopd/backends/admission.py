@@ -11,6 +11,7 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
+from lopd.backends.column_names import check_column
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols.reading import row_numbers
 from lopd.records.checks import a_kind, several
@@ -118,13 +119,15 @@ def _check_is(owner: str, what: str, value: object, kind: type, remedy: str) -> 
         raise InvalidRecordError(f"{owner}: {what} is {a_kind(value)}, expected a {kind.__name__}; {remedy}.")
 
 
-def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:
-    """Refuse scores of another model, or made in another way, than those already under a column.
+def check_provenance(owner: str, column: str, columns: Mapping[str, Provenance], given: Provenance) -> None:
+    """Refuse a name that no column can have, and scores of another model, or made in another way, than those already under it in `columns`.
 
     Raises:
         ConflictError: it names the first thing that differs.
-        InvalidRecordError: it is not a provenance.
+        InvalidRecordError: it is not a provenance; or see `check_column`.
     """
+    check_column(owner, column, columns)
+    stored = columns.get(column)
     _check_is(owner, f"the provenance of column {column!r}", given, Provenance, "pass `scorer.provenance`")
     if stored is None or stored == given:
         return

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
-from lopd.backends.column_names import check_column
 from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files, prove
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
@@ -261,8 +260,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
         """Return the new scores by row, in ascending order."""
-        check_column(self._owner, column, self.columns)
-        admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
+        admission.check_provenance(self._owner, column, self.columns, provenance)
         ids = [score.rollout_id for score in scores]
         found, known = self._known(ids)
         rows, done = dict(zip(ids, found.tolist(), strict=True)), self._done(column, found)
@@ -280,8 +278,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
         while True:
             self.refresh()
-            check_column(self._owner, column, self.columns)
-            admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
+            admission.check_provenance(self._owner, column, self.columns, provenance)
             rows, known = self.find(list(reasons)), self.quarantined(column)
             new = admission.new_quarantine(self._owner, reasons, rows=rows.tolist(), done=self._done(column, rows), known=known)
             if not new:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
-from lopd.backends.column_names import check_column
 from lopd.protocols.reading import describe
 from lopd.records.checks import several
 from lopd.records.glance import Glance, Glanced
@@ -123,8 +122,7 @@ class MemoryStore(Glanced):
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores; rows already scored are skipped."""
         scores = admission.listed("MemoryStore", scores, Scores)
-        check_column("MemoryStore", column, self._columns)
-        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_provenance("MemoryStore", column, self._columns, provenance)
         there = {s.rollout_id: self._rollouts[self._rows[s.rollout_id]] for s in scores if s.rollout_id in self._rows}
         new = admission.new_scores(
             "MemoryStore",
@@ -140,8 +138,7 @@ class MemoryStore(Glanced):
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say which rollouts this model cannot score, and why."""
-        check_column("MemoryStore", column, self._columns)
-        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_provenance("MemoryStore", column, self._columns, provenance)
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
         new = admission.new_quarantine(
             "MemoryStore", reasons, rows=rows, done=set(np.flatnonzero(self.scored(column)).tolist()), known=known

@@ -116,7 +116,7 @@ def refuse_other(store: LogprobReader, rows: Sequence[Mapping[str, Any]], column
         ConflictError: a value is another, beyond what a store of float16 rounds, or is in one of the two alone; or a column is another model's.
     """
     for column, provenance in columns.items():
-        admission.check_provenance(named(store), column, store.columns.get(column), provenance)
+        admission.check_provenance(named(store), column, store.columns, provenance)
     ids = [row["rollout_id"] for row in rows]
     twice, firsts = {rollout_id for rollout_id, times in Counter(ids).items() if times > 1}, dict[tuple[str, str], Any]()
     for rollout_id, row in zip(ids, rows, strict=True):
