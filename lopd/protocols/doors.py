@@ -73,26 +73,34 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
     """Refuse what is not a list of prompts, or is empty, or has an id twice where that matters.
 
     Raises:
-        ArgumentError: it cannot be indexed, such as a generator or a single prompt, or it is the path of a file.
-        InvalidRecordError: one is not a `Prompt`, there are none, or an id occurs twice.
+        ArgumentError: it cannot be indexed, such as a generator or a single prompt, or it is the path of a file, or one is not a `Prompt`.
+        InvalidRecordError: there are none, or an id occurs twice.
     """
     if isinstance(prompts, str | os.PathLike):
         raise ArgumentError(
             f"Prompts: they are {str(prompts)!r:.80}, expected a list; read a file with `lopd.read_prompts(path, tokenizer)`, or make them of texts "
             "with `lopd.make_prompts`."
         )
-    check_list("Prompts", prompts)
-    wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
-    if wrong is not None:
-        raise InvalidRecordError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")
-    if not prompts:
+    ids = ids_of(prompts)
+    if not ids:
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
-    times = Counter(prompt.prompt_id for prompt in prompts) if unique else {}
-    for name in (name for name, count in times.items() if count > 1):
+    for name in (name for name, count in Counter(ids).items() if unique and count > 1):
         raise InvalidRecordError(
             f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one, and for more samples of a prompt raise "
             "`samples_per_prompt`."
         )
+
+
+def ids_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Return the ids of prompts.
+
+    Raises:
+        ArgumentError: they are something else.
+    """
+    check_list("Prompts", prompts)
+    for wrong in (prompt for prompt in prompts if not isinstance(prompt, Prompt)):
+        raise ArgumentError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")
+    return [prompt.prompt_id for prompt in prompts]
 
 
 def answers_of(kind: type[Answer], given: object) -> list[Answer]:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols import LogprobReader, StatesName
-from lopd.protocols.doors import check_noun
-from lopd.records.checks import a_kind, check_list
+from lopd.protocols.doors import check_noun, ids_of
+from lopd.records.checks import a_kind
 from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Prompt, Rollout, ScoredRollout, policy_column, prompt_id_of, rollout_id
@@ -193,20 +193,6 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
             f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
         )
     return samples_of(reader, [ids_of(prompts)], reader.generations if generations is None else generations)[0]
-
-
-def ids_of(prompts: Sequence[Prompt]) -> list[str]:
-    """Return the ids of prompts.
-
-    Raises:
-        ArgumentError: they are something else.
-    """
-    check_list("Prompts", prompts)
-    if wrong := [prompt for prompt in prompts if not isinstance(prompt, Prompt)]:
-        raise ArgumentError(
-            f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
-        )
-    return [prompt.prompt_id for prompt in prompts]
 
 
 def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generations: Iterable[int]) -> list[NDArray[np.int64]]:

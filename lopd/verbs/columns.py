@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning, TrainingWarning
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import ids_of
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
-from lopd.protocols.reading import chosen, elsewhere, ids_of, named, samples_of, way_to
+from lopd.protocols.reading import chosen, elsewhere, named, samples_of, way_to
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance

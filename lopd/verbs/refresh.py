@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, TrainingWarning
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
-from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import ids_of, named, rows_of
+from lopd.protocols.doors import check_noun, ids_of
+from lopd.protocols.reading import named, rows_of
 from lopd.records.checks import check_at_least, check_call
 from lopd.records.rollouts import Prompt, policy_column, rollout_id
 from lopd.records.steps import StepMetrics
