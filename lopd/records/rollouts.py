@@ -47,10 +47,9 @@ class Prompt(Glanced):
     answer: str | None = None
 
     def __attrs_post_init__(self) -> None:
-        _check_id("Prompt", "prompt_id", self.prompt_id)
+        _check_text(f"Prompt {self.prompt_id!r:.80}", "prompt_id", self.prompt_id)
         for name in ("text", "answer") if self.answer is not None else ("text",):
-            if not isinstance(value := getattr(self, name), str):
-                raise InvalidRecordError(f"Prompt {self.prompt_id!r}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
+            _check_text(f"Prompt {self.prompt_id!r}", name, getattr(self, name))
         if self.token_ids.size == 0:
             raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
 
@@ -60,9 +59,9 @@ class Prompt(Glanced):
         return Glance(f"Prompt {quoted(self.prompt_id)}", {**text, "tokens": self.token_ids.size, **answer})
 
 
-def _check_id(owner: str, name: str, value: object) -> None:
+def _check_text(owner: str, name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InvalidRecordError(f"{owner} {value!r:.80}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
+        raise InvalidRecordError(f"{owner}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
 
 
 def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
@@ -133,7 +132,7 @@ class Rollout(Glanced):
 
     def __attrs_post_init__(self) -> None:
         owner = f"Rollout {self.rollout_id!r}"
-        _check_id("Rollout", "rollout_id", self.rollout_id)
+        _check_text(f"Rollout {self.rollout_id!r:.80}", "rollout_id", self.rollout_id)
         for name, ids in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
             if ids.size == 0:
                 raise InvalidRecordError(f"{owner}: {name} has 0 tokens, expected at least 1; drop the rollout.")

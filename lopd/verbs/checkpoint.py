@@ -30,7 +30,7 @@ from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
-from lopd.verbs.parameters import check_parameters, check_untrained, untrained_values
+from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_values
 from lopd.verbs.random_state import RNG, random_states, restore_random
 
 _STATE = "state.json"
@@ -112,7 +112,7 @@ def save_checkpoint(
     if lineage is None:
         raise CheckpointError(f"{owner}: there is no lineage; pass `steps=`, what it was trained on, or `lineage=`.")
     trained = parameter_labels(owner, own, optimizer)
-    parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
+    parameters, (entries, plain) = on_first(trained_parameters(own)), flatten(owner, optimizer)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     settings = None if steps is None else dict(steps.settings)
     state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": untrained_values(own)}
@@ -237,7 +237,7 @@ def load_checkpoint(
     if optimizer is not None:
         _check_settings(path, state.get("steps"), steps, changed)
     saved = _read(path / "parameters.safetensors", load_file)
-    current = {name: p.detach() for name, p in _trained(own).items()}
+    current = {name: p.detach() for name, p in trained_parameters(own).items()}
     check_parameters(path, saved, current)
     if "untrained" not in changed:
         check_untrained(path, state.get("untrained", {}), untrained_values(own))
@@ -273,10 +273,6 @@ def _check_settings(path: Path, saved: Mapping[str, Any] | None, steps: Describe
                 f"Checkpoint {path}: {name} of its steps is {saved[name]!r}, expected {mine!r} as in those to go on with; pass the arguments of "
                 f"the run that is resumed, or `changed=[{name!r}]` if other steps are meant."
             )
-
-
-def _trained(student: Student) -> dict[str, Tensor]:
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
 def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lopd.errors import CheckpointError
 from lopd.protocols import Student
@@ -13,6 +14,11 @@ from lopd.records.values import few_values
 _VALUES = 8
 #: As a share of their norm: what adapters leave in the weights under them that were merged and taken out again is below it, by the type of weights.
 _LEFT = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+
+
+def trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
+    """Return those that are trained, by name."""
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
 def untrained_values(student: Student) -> dict[str, list[float]]:

@@ -22,6 +22,7 @@ from lopd.records.drift import TokenLogprobs, measure_step
 from lopd.records.identity import TokenizerId
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
+from lopd.verbs.parameters import trained_parameters
 
 
 def opd_steps(
@@ -87,7 +88,7 @@ def opd_steps(
     most = math.inf if max_grad_norm is None else to_real("Training", "max_grad_norm", max_grad_norm)
     check_number("Training", "max_grad_norm", max_grad_norm, most > 0, "more than 0")
     check_summed(student, ranks)
-    trained = _trained_parameters(student)
+    trained = trained_parameters(student)
     if not _updated(optimizer, trained.values()):
         raise InvalidRecordError(
             f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
@@ -100,7 +101,7 @@ def opd_steps(
 def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
-    ranks, trained = Ranks.current(), _trained_parameters(student)
+    ranks, trained = Ranks.current(), trained_parameters(student)
     guard = FirstSteps(student, loss, optimizer, trained)
     for step in steps:
         started = perf_counter()
@@ -152,7 +153,7 @@ def _train(
 def _backward(student: Student | DistributedDataParallel, step: Step, loss: OPDLoss, ranks: Ranks, total: float) -> list[LossOutput]:
     """Add the gradient of each micro-batch, as a share of the step's total weight, and return what the loss gave of each, detached."""
     said: list[LossOutput] = []
-    device = next(iter(_trained_parameters(student).values())).device.type
+    device = next(iter(trained_parameters(student).values())).device.type
     # the student moves each to where it computes, so a GPU holds one of them at a time
     for place, batch in enumerate(step.batches, 1):
         # a product in an autocast that the caller is in would round gradients; a student has its own
@@ -164,10 +165,6 @@ def _backward(student: Student | DistributedDataParallel, step: Step, loss: OPDL
         said.append(evolve(output, loss_sum=output.loss_sum.detach()))
         del output
     return said
-
-
-def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
 def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step | None) -> list[float]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
-from lopd.backends.lance.encode import ID, LINE_CHECKSUM, ROLLOUT_DATA, SCORE_DATA, TOP_K_DATA, line_checksums
+from lopd.backends.lance.encode import ID, LINE_CHECKSUM, ROLLOUT_DATA, SCORE_DATA, TOP_K_DATA, line_checksums, tokens_of
 from lopd.backends.lance.table import HAS_SAMPLER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rows import Rows, ends
@@ -188,10 +188,7 @@ class _Reader:
         self._columns = [name for group in targets.values() for name in group if name not in absent]
         self._distinct, first, self._inverse, counts = np.unique(wanted.rows, return_index=True, return_inverse=True, return_counts=True)
         self._order, self._ends = np.argsort(self._inverse, kind="stable"), ends(counts)
-        lengths = [
-            wanted.lines[name][first] for name in ("prompt_length", "response_length", "length") if name in (wanted.lines.dtype.names or ())
-        ]
-        self._tokens = ends(np.array(lengths, np.int64).sum(axis=0))
+        self._tokens = ends(tokens_of(wanted.lines)[first])
 
     def calls(self) -> list[Callable[[], _Chunk]]:
         """Return functions that each fetch some of the rows, in stored order; a row that is asked for twice is fetched once."""

@@ -63,9 +63,10 @@ def line_columns(line: np.dtype[Any]) -> list[str]:
     return [*names, *([HAS_SAMPLER] if "has_behavior" in names else []), LINE_CHECKSUM]
 
 
-def tokens_of(lines: NDArray[np.void]) -> int:
-    """Return prompt and response tokens of rollouts, or scored response tokens."""
-    return sum(int(lines[name].sum()) for name in ("prompt_length", "response_length", "length") if name in (lines.dtype.names or ()))
+def tokens_of(lines: NDArray[np.void]) -> NDArray[np.int64]:
+    """Return (n,): prompt and response tokens of rollouts, or scored response tokens."""
+    lengths = (lines[name] for name in ("prompt_length", "response_length", "length") if name in (lines.dtype.names or ()))
+    return sum(lengths, np.zeros(len(lines), np.int64))
 
 
 def checksum(*parts: Any) -> int:

@@ -130,7 +130,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
             for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
                 when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
                 kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
-                found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
+                found.append(Commit(0, kind, len(commit), int(tokens_of(commit).sum()), column, when, rounding))
         found.sort(key=lambda commit: commit.when)
         return [evolve(commit, number=number) for number, commit in enumerate(found)]
 
@@ -155,7 +155,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
                 continue
             columns = () if column is None else (column,)
             ranked = tuple(name for name in columns if self._catalog.top_k(name))
-            rows, step = np.sort(lines["row"]), min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE * len(lines) // max(tokens_of(lines), 1) + 1)
+            rows, step = np.sort(lines["row"]), min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE * len(lines) // max(int(tokens_of(lines).sum()), 1) + 1)
             for start in range(0, len(rows), step):
                 yield from self._problems_of(rows[start : start + step], columns, ranked)
 

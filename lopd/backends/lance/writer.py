@@ -226,7 +226,7 @@ class Writer:
                     ) from error
                 merged = False  # another compaction was quicker
             if merged:
-                self._catalog.say("compaction", {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column})
+                self._catalog.say("compaction", {"rows": part.table.rows, "tokens": int(tokens_of(part.lines()).sum()), "column": column})
         self._remove_strangers()
         remove_unfinished(self._files.url, older_than)
         self._snapshot.refresh()

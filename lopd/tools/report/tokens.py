@@ -1,7 +1,4 @@
-"""Rollouts token by token, as one HTML page: where the teacher and the student disagree.
-
-The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
-"""
+"""Rollouts token by token, as one HTML page: where the teacher and the student disagree."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
