@@ -48,7 +48,7 @@ def test_four_writers_lose_nothing_on_a_sound_server(backend: str, sound: RealSe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_unsound_server_gets_no_store_and_no_writer(backend: str, unsound: RealServer, pool: Executor) -> None:
     place = Place(backend, unsound.new_url(), unsound.storage_options)
-    with pytest.raises(StorePathError, match=r"4 of 4 writers created the same object, expected 1; .*If-None-Match"):
+    with pytest.raises(StorePathError, match=r"[2-4] of 4 writers created the same object, expected 1; .*If-None-Match"):
         place.open_or_create()
     found = four_writers(place, pool)
     assert found.acknowledged == 0
