@@ -42,12 +42,27 @@ def test_fewer_rows_are_read_at_once_where_columns_and_supports_make_them_wide(m
         scores = [evolve(tiny_scores(item), top_k=tiny_top_k(3)) for item in items]
         store.append_scores(column, tiny_provenance(column, top_k=2), scores)
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
-    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 4 * 4 * (4 + 3 * (1 + 2 * 2)))
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 4 * (1 + 3 * (4 + 3 * (1 + 2 * 2))))
     assert [len(part.rows) for part in parts(store)] == [4, 4, 4]
     audit(store, ["a", "b", "c"])
     assert looked == [4, 4, 4]
     assert len([*walk(store, np.arange(12), ("a", "b", "c"))]) == 12
     assert looked == [4, 4, 4, 12]
+
+
+def test_rows_are_as_wide_as_their_own_columns_and_a_prompt_has_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(tiny_manifest())
+    items = [evolve(tiny_rollout(f"p{i}/s0/g0"), prompt_ids=np.ones(100, np.int32)) for i in range(13)]
+    store.append(items)
+    for column, some in (("a", items[:12]), ("b", items[12:]), ("c", items[12:])):
+        store.append_scores(column, tiny_provenance(column, top_k=2), [evolve(tiny_scores(item), top_k=tiny_top_k(3)) for item in some])
+    each = 100 + 3 * (4 + 1 + 2 * 2)
+    monkeypatch.setattr(reading, "VALUES_AT_ONCE", 6 * each)
+    assert [(len(part.rows), part.values) for part in parts(store)] == [(6, 6 * each), (6, 6 * each), (1, each + 3 * (1 + 2 * 2))]
+    read, looked = MemoryStore.read, list[int]()
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
+    assert len([*walk(store, np.arange(12), ("a",), ("a",))]) == 12
+    assert looked == [6, 6]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 11])
@@ -117,7 +132,7 @@ def test_a_rare_gap_in_a_store_of_many_rows_is_seen_or_not_with_what_else_is_ask
 def test_rows_that_are_looked_at_are_read_in_parts_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     store, read, looked = numbered([f"p{i}/s{s}/g0" for i in range(9) for s in (0, 2)]), MemoryStore.read, list[int]()
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
-    monkeypatch.setattr(reading.in_batches, "__defaults__", (64, None, 4 * 4 * int(store.lengths()[0].sum())))
+    monkeypatch.setattr(reading.in_batches, "__defaults__", (64, None, 4 * int(reading.values_of(store)[0])))
     assert rows_of(store, [Prompt("p3", [1])]).tolist() == [6, 7]
     assert looked == [17, 4, 4, 4, 4, 1], "a look, and then all"
 

@@ -31,22 +31,23 @@ class Part:
     Args:
         rows: row numbers in the store, ascending.
         columns: in which all of them have scores; never a virtual one, which comes with the rollouts.
-        top_k: those of the columns that keep a top-k support.
+        top_k: those of the columns that keep a top-k support.   values: about how many the rows have together.
     """
 
     rows: Sequence[int]
     columns: tuple[str, ...]
     top_k: tuple[str, ...]
+    values: int
 
     def read(self, reader: LogprobReader) -> Rows:
         """Return the rows, with all that they have."""
         return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
 
 
-def values_of(reader: LogprobReader, columns: Collection[str], top_k: Collection[str]) -> NDArray[np.int64]:
-    """Return (len(reader),): about how many values each row has, with these columns and supports."""
-    width = 4 + len(columns) + sum(2 * made.top_k for name, made in reader.columns.items() if name in top_k)
-    return np.asanyarray(reader.lengths().sum(axis=1) * width, np.int64)
+def values_of(reader: LogprobReader, scores: NDArray[np.int64] | int = 0) -> NDArray[np.int64]:
+    """Return (len(reader),): about how many values each row has, with so many of scores for each response token."""
+    prompts, responses = reader.lengths().T
+    return np.asanyarray(prompts + responses * (4 + scores), np.int64)
 
 
 def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
@@ -56,14 +57,15 @@ def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
     """
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
-    made = []
-    for window in in_batches(np.arange(len(reader)), rows_per_read, values_of(reader, columns, columns), VALUES_AT_ONCE):
+    values, made = values_of(reader, np.array([0, *(1 + 2 * each.top_k for each in columns.values())]) @ covered.T), []
+    for window in in_batches(np.arange(len(reader)), rows_per_read, values, VALUES_AT_ONCE):
         near, alike = range(window[0], window[-1] + 1), dict[bytes, list[int]]()
         for row in near:
             alike.setdefault(covered[row].tobytes(), []).append(row)
         for rows in alike.values():
             names = tuple(name for name, there in zip(columns, covered[rows[0], 1:], strict=True) if there)
-            made.append(Part(near if len(alike) == 1 else rows, names, tuple(name for name in names if columns[name].top_k)))
+            top_k = tuple(name for name in names if columns[name].top_k)
+            made.append(Part(near if len(alike) == 1 else rows, names, top_k, int(values[rows].sum())))
     return made
 
 
@@ -81,8 +83,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
         column = policy_column(generation)
         kept, policy = reader.columns.get(column), reader.generations[generation]
         # another model may have been scored into it
-        own = kept is not None and kept.is_of(policy)
-        found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
+        found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and kept.is_of(policy) else (0, 0)
         if found[0] < provenance.candidates or found[1] < provenance.drawn:
             raise MissingScoresError(
                 f"{named(reader)}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens of {policy}, expected "
@@ -125,7 +126,8 @@ def walk(
     reader: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str] = (), top_k: Sequence[str] = (), rows_per_read: int = 64
 ) -> Iterator[ScoredRollout]:
     """Yield these rows in the order given, each with these columns; the store is read a part at a time, and not at all for none."""
-    values = values_of(reader, columns, top_k)[rows] if top_k and len(rows) else None
+    scores = len(columns) + sum(2 * made.top_k for name, made in reader.columns.items() if name in top_k)
+    values = values_of(reader, scores)[rows] if top_k and len(rows) else None
     for part in in_batches(rows, rows_per_read, values, VALUES_AT_ONCE):
         yield from reader.read(part, columns=columns, top_k=top_k)
 
@@ -164,8 +166,7 @@ def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.
         raise InvalidRecordError(
             f"{named(reader)}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
         )
-    if unique[0] < 0 or unique[-1] >= len(reader):
-        row = unique[0] if unique[0] < 0 else unique[-1]
+    for row in unique[(unique < 0) | (unique >= len(reader))][:1]:
         raise NoSuchRowError(f"{named(reader)}: row {row} was chosen, expected one of {len(reader)} rows.")
     return unique
 
@@ -176,8 +177,7 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
     Samples are found by their ids, as lopd numbers them: those of the manifest's `samples_per_prompt`, and what follows without a gap.  Of the other
     rows of the store at most 1,024, evenly spaced, are read.  Where one has a sample beyond that number, or an id of another form, as imported
     rollouts and those of your own may have, lengths are asked for and all other rows are read, and each belongs to the prompt in its id.  So samples
-    behind a gap are all found in a store of few other rows, or many gaps; a rare gap in a larger one may be overlooked, and what else is asked for
-    decides.
+    behind a gap are all found in a store of few other rows, or many gaps; a rare gap in a larger one may be overlooked, depending on what is asked.
 
     Args:
         reader: the store.
@@ -216,7 +216,7 @@ def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generatio
     seen = (record.rollout.rollout_id for record in walk(reader, evenly(rest, _LOOKED_AT)))
     # imported rollouts, and a user's own, may be numbered with gaps: only their ids show whose they are
     if rest.size and (other or any(_is_other(name, usual) for name in seen)):
-        for part in in_batches(rest, _LOOKED_AT, 4 * reader.lengths()[rest].sum(axis=1)):
+        for part in in_batches(rest, _LOOKED_AT, values_of(reader)[rest]):
             read = reader.read(part)
             pairs = zip(map(prompt_id_of, read.rollout_ids), read.generations.tolist(), strict=True)
             whose[part] = [numbers.get(prompt_id, -1) if generation in rounds else -1 for prompt_id, generation in pairs]

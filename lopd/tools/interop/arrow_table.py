@@ -34,7 +34,7 @@ from lopd.errors import (
     UncheckedDataWarning,
 )
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.protocols.reading import VALUES_AT_ONCE, in_batches, named, parts, values_of
+from lopd.protocols.reading import VALUES_AT_ONCE, in_batches, named, parts
 from lopd.records.manifest import Provenance
 from lopd.records.optional import need
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
@@ -53,13 +53,12 @@ _Wanted = list[tuple[Mapping[str, Any], int]]  # rows of an import, each with it
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
     """Yield the whole store in tables of about so many rows, or fewer where their values are very many."""
     schema, waiting, first, total = description.schema(), dict[int, ScoredRollout](), 0, 0
-    values = values_of(reader, description.columns, description.columns)
     for part in parts(reader, min(64, rows_per_table)):
-        total += (size := int(values[[*part.rows]].sum()))
+        total += part.values
         # parts of the same rows follow one another: where one begins behind all that wait, none of these is still to come
         if waiting and part.rows[0] == first + len(waiting) and (len(waiting) >= rows_per_table or total > VALUES_AT_ONCE):
             yield _table([waiting[row] for row in sorted(waiting)], schema)
-            waiting, first, total = {}, part.rows[0], size
+            waiting, first, total = {}, part.rows[0], part.values
         waiting.update(zip(part.rows, part.read(reader), strict=True))
     if waiting:
         yield _table([waiting[row] for row in sorted(waiting)], schema)
