@@ -14,6 +14,8 @@ from threading import Barrier, BrokenBarrierError
 from typing import Any
 from uuid import uuid4
 
+import lancedb
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
@@ -306,7 +308,7 @@ def test_a_writer_of_a_store_that_was_put_back_and_gone_on_with_by_fewer_commits
     assert rows_of(reopened(filled))[4:] == ["r30", "r31"]
 
 
-@pytest.mark.parametrize("more", [0, 1, 3])
+@pytest.mark.parametrize("more", [0, 1, 2, 3])
 def test_a_store_that_is_put_back_while_its_writer_loses_a_race_acknowledges_nothing(
     more: int, filled: LanceStore, tmp_path: Path, before_insert: Any
 ) -> None:
@@ -326,6 +328,32 @@ def test_a_store_that_is_put_back_while_its_writer_loses_a_race_acknowledges_not
         with pytest.raises(CorruptStoreError, match=r"version 4 of table 'rollouts-.* is not what it was when it was read"):
             filled.append(many(i, 1))
     assert rows_of(reopened(filled))[4:] == [f"r{i}" for i in range(30, 30 + more)]
+
+
+def test_a_store_that_is_put_back_while_a_write_fails_is_not_taken_for_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LanceStore.create(tmp_path / "run.lance", tiny_manifest())
+    store.append(many(0, 1))
+    shutil.copytree(place(store), tmp_path / "kept")
+    for i in (20, 21):
+        store.append(many(i, 1))
+
+    def conflicting(*_: Any) -> None:
+        monkeypatch.undo()
+        shutil.rmtree(place(store))
+        shutil.copytree(tmp_path / "kept", place(store))
+        other = reopened(store)
+        for i in (30, 31, 32):
+            other.append(many(i, 1))
+        raise OSError("commit conflict")
+
+    monkeypatch.setattr(lancedb.table.LanceTable, "merge_insert", conflicting)
+    behavior = np.full(3, -1.0, np.float32)
+    for rollout in (tiny_rollout("r40", behavior_logprobs=behavior, sampler_logprobs=behavior), tiny_rollout("r20")):
+        with pytest.raises(CorruptStoreError, match=r"version 3 of table 'rollouts-.* is not what it was when it was read"):
+            store.append([rollout])
+    assert rows_of(reopened(store))[1:] == ["r30", "r31", "r32"]
 
 
 def test_a_compaction_removes_what_killed_writers_left_of_a_record(filled: LanceStore) -> None:

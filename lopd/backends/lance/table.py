@@ -237,26 +237,26 @@ class LanceTable:
         """
         table = self._table
         table.checkout_latest()
-        if int(table.version) != version:  # the rows that these were to follow may have been taken back, or the store put back
+        # the rows that these were to follow may have been taken back, or the store put back, also to as many versions
+        if int(table.version) != version or not self.check():
             self.refresh()
             return False
-        try:
-            there = table.schema
-            for field in there:
-                if not (field.nullable or field.name in data.schema.names):
-                    raise StoreWriteError(
-                        f"{self._named()}: it has a column {field.name!r} of another tool that may not be empty, expected only lopd's own; "
-                        "drop it (`drop_columns`), or make it nullable (`alter_columns`)."
-                    )
-            new = [field for field in data.schema if field.name not in there.names]
-            if new:
-                table.add_columns(data.select([field.name for field in new]).schema)
-            base = int(table.version)
-            # with an index of another tool on the numbers, Lance would not look for this one in what others commit meanwhile
-            made = table.merge_insert(COMMIT).use_index(False).when_not_matched_insert_all().execute(data).num_inserted_rows
-            return bool(made) and self._once(data, base)
-        finally:
-            self._load()
+        there = table.schema
+        for field in there:
+            if not (field.nullable or field.name in data.schema.names):
+                raise StoreWriteError(
+                    f"{self._named()}: it has a column {field.name!r} of another tool that may not be empty, expected only lopd's own; "
+                    "drop it (`drop_columns`), or make it nullable (`alter_columns`)."
+                )
+        new = [field for field in data.schema if field.name not in there.names]
+        if new:
+            table.add_columns(data.select([field.name for field in new]).schema)
+        base = int(table.version)
+        # with an index of another tool on the numbers, Lance would not look for this one in what others commit meanwhile
+        made = table.merge_insert(COMMIT).use_index(False).when_not_matched_insert_all().execute(data).num_inserted_rows
+        added = bool(made) and self._once(data, base)
+        self._load()  # not where a write failed: what is there then may be another store's
+        return added
 
     def _once(self, data: Any, base: int) -> bool:
         """Return whether rows that were just added to this version are there once; they are removed where their number was another's.
