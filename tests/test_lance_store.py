@@ -23,6 +23,7 @@ from zarr_stores import MACHINE, StoreMachine, _quick_disk, fill, many, place, r
 
 from lopd import score_rollouts
 from lopd.backends.lance import encode
+from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import Database, LanceTable
 from lopd.backends.opening import open_store
@@ -340,6 +341,19 @@ def test_opening_reads_no_rows_and_reading_some_rows_reads_no_others(filled: Lan
     store.lengths()
     assert store.find(["b"]).tolist() == [1]
     assert taken[2:] == [[0, 1, 2, 3]]
+
+
+def test_verify_reads_fewer_rows_at_once_where_their_values_are_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, looked = LanceStore.create(tmp_path / "run.lance", tiny_manifest()), list[tuple[int, bool]]()
+    store.append(many(0, 12))
+    for column, k in (("plain", 0), ("wide", 50)):
+        scores = [evolve(tiny_scores(rollout), top_k=tiny_top_k(3, k) if k else None) for rollout in many(0, 12)]
+        store.append_scores(column, tiny_provenance(column, top_k=k), scores)
+    read = Snapshot.read
+    monkeypatch.setattr(Snapshot, "read", lambda self, rows, *asked: looked.append((len(rows), bool(asked[1]))) or read(self, rows, *asked))
+    monkeypatch.setattr("lopd.backends.lance.store.VALUES_AT_ONCE", 4 * (1 + 3 * (4 + 1 + 2 * 50)))
+    assert list(store.verify()) == []
+    assert looked == [(12, False), (12, False), (4, True), (4, True), (4, True)]
 
 
 def test_columns_that_no_row_asked_for_has_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,12 +24,13 @@ from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root, read_root
 from lopd.errors import CorruptStoreError, LopdError, MissingScoresError
+from lopd.protocols.reading import VALUES_AT_ONCE, in_batches, values_of
 from lopd.records.checks import check_number, to_real
 from lopd.records.manifest import Commit
 
 _WEEK = 7 * 24 * 3600.0
-# `verify` reads so many rows at once if they are short, and of long ones as many as have about so many tokens.
-_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 4096, 1 << 21
+# `verify` reads so many rows at once, or fewer where their values are very many.
+_ROWS_AT_ONCE = 4096
 
 
 @final
@@ -148,16 +149,15 @@ class LanceStore(DurableBase[Snapshot, Writer]):
             yield problem(self._files, error)
         for column, part in self._snapshot.parts().items():
             part.forget()
+            top_k = 0 if column is None else self._catalog.top_k(column)
             try:
-                lines = part.lines()
+                rows, values = np.sort(part.lines()["row"]), values_of(self, 0 if column is None else 1 + 2 * top_k)
             except LopdError as error:
                 yield problem(self._files, error)
                 continue
             columns = () if column is None else (column,)
-            ranked = tuple(name for name in columns if self._catalog.top_k(name))
-            rows, step = np.sort(lines["row"]), min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE * len(lines) // max(int(tokens_of(lines).sum()), 1) + 1)
-            for start in range(0, len(rows), step):
-                yield from self._problems_of(rows[start : start + step], columns, ranked)
+            for batch in in_batches(rows, _ROWS_AT_ONCE, values[rows], VALUES_AT_ONCE):
+                yield from self._problems_of(np.array(batch), columns, columns if top_k else ())
 
     def _problems_of(self, rows: NDArray[np.int64], columns: tuple[str, ...], ranked: tuple[str, ...]) -> Iterator[str]:
         """Yield the problems of many rows at once if they are sound, and else of each half; each sentence once."""
