@@ -26,7 +26,8 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
 
     Raises:
         ArgumentError: the progress is something else.
-        StoreReadError: the storage refused a read, which does not mean that the store is damaged.
+        StoreReadError: the storage refused a read, which does not mean that the store is damaged; where the store has found problems by itself,
+            they are all that there are instead, for one may be a bad sector.
     """
     if progress is not None:
         check_noun(progress, Progress)
@@ -39,7 +40,19 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
 
 
 def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None) -> Iterator[str]:
-    yield from store.verify()
+    found = False
+    for problem in store.verify():
+        found = True
+        yield problem
+    try:
+        yield from _problems_of_rows(store, rows_per_read, progress)
+    except StoreReadError:
+        # a bad sector, which is a problem that the store has found in its own bytes
+        if not found:
+            raise
+
+
+def _problems_of_rows(store: DurableStore, rows_per_read: int, progress: Progress | None) -> Iterator[str]:
     try:
         tokens, whole = store.lengths().sum(axis=1), parts(store, rows_per_read)
     except CorruptStoreError as error:
