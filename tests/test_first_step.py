@@ -64,7 +64,7 @@ def test_an_optimizer_whose_step_needs_an_argument_is_refused_by_the_call(kind, 
 
 
 class Unusual(torch.optim.SGD):
-    """Names itself as nobody does."""
+    """Has another name for itself in its step."""
 
     def step(this, closure=None):  # noqa: N805
         return super().step(closure)
