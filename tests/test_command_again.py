@@ -280,22 +280,31 @@ def test_copies_of_a_prompt_are_held_out_as_one_and_an_id_that_is_there_twice_is
         held_out, sampled = ([prompt.text for prompt in part] for part in (run.held_out, run.prompts))
         assert len({*held_out}) == len(held_out) == 3
         assert sorted(sampled) == sorted(text for text in texts if text not in held_out)
-    row = tmp_path / "run/seed-3/phases/evaluation-before-opd.json"
-    phases.write_json(row, {"held_out": [prompt.prompt_id for prompt in run.held_out]})
+
+    def row(name):
+        return run.run.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
+
+    for name in run._work():
+        phases.write_json(row(name), {})
+    assert _Seeded.of(found, 3, prompts, unfit) == run, "which has all of its phases"
+    row("OPD").unlink()  # so that it and the evaluation after it are done again
+    phases.write_json(row(_BEFORE), {"held_out": [prompt.prompt_id for prompt in run.held_out]})
     assert _Seeded.of(found, 3, prompts, unfit) == run
     for others in ({"held_out": ["a", "b", "c"]}, {}):  # nothing was kept of which when copies were several
-        phases.write_json(row, others)
+        phases.write_json(row(_BEFORE), others)
         with pytest.raises(ConflictError, match=r"before-opd.json: other prompts were held out when .* remove it, to do"):
             _Seeded.of(found, 3, prompts, unfit)
-    phases.write_json(row.with_name("evaluation-after-opd.json"), {})
-    assert _Seeded.of(found, 3, prompts, unfit) == run, "whose evaluations are done"
+    row("SFT").unlink()
+    assert _Seeded.of(found, 3, prompts, unfit) == run, "which evaluates before OPD again, too"
     shutil.rmtree(tmp_path / "run/seed-3")
     with pytest.warns(PromptWarning), pytest.raises(InvalidRecordError, match="there are 4 of other tokens each, expected more than"):
         prepared(texts, held_out=4)
     np.random.default_rng(1).shuffle(order := [*range(4)])
     found, prompts, unfit = prepared([f"what is {i} + 1?" for i in range(4)])
-    phases.write_json(tmp_path / "run/seed-1/phases/evaluation-before-opd.json", {})
     run = _Seeded.of(found, 1, prompts, unfit)
+    for name in ("SFT text", "SFT", _BEFORE):
+        phases.write_json(row(name), {})
+    assert _Seeded.of(found, 1, prompts, unfit) == run
     assert [*run.held_out, *run.prompts] == [prompts[i] for i in order], "what a run did before copies were looked for"
     twice = [{"prompt": f"what is {i} + 1?", "id": "same" if i < 2 else str(i)} for i in range(9)]
     assert main(["run", written(here, example(prompts=twice, out=str(tmp_path / "other")))]) == 2

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -102,13 +103,13 @@ class Run:
 
     def phases(self, work: Mapping[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
         """Do the phases that are left, in this order, and return all rows; what was made from a phase that is done again is made again too."""
-        rows = list[dict[str, Any]]()
-        for name in work:
-            if not is_there(self._row(name)):
-                for later in [*work][len(rows) + 1 :]:
-                    self._row(later).unlink(missing_ok=True)
-            rows.append(self.phase(name, work[name]))
-        return rows
+        for name in [*work][len(self.kept(work)) :]:
+            self._row(name).unlink(missing_ok=True)
+        return [self.phase(name, work[name]) for name in work]
+
+    def kept(self, names: Iterable[str]) -> list[str]:
+        """Return those of these phases that `phases` does not do again: the first, up to one that is not done."""
+        return [*takewhile(lambda name: is_there(self._row(name)), names)]
 
     def _row(self, name: str) -> Path:
         return self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
@@ -143,8 +144,7 @@ class Run:
 
 def wall_time(row: Mapping[str, Any]) -> str:
     """Return the seconds of a phase; those of the last of several attempts are marked as what they are."""
-    seconds = f"{row['wall_s']:,.0f}"
-    return seconds if row["attempts"] == 1 else f"{seconds} (attempt {row['attempts']})"
+    return f"{row['wall_s']:,.0f}" + f" (attempt {row['attempts']})" * bool(row["attempts"] > 1)
 
 
 def digest(path: str) -> str:

@@ -30,14 +30,14 @@ from lopd.guards.watch import bias_of
 from lopd.protocols.doors import check_prompt_list
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.chat_template import asks_for_the_day
-from lopd.records.paths import asked, is_there, local_path, path_or_url, said_without_secrets, without_secrets
+from lopd.records.paths import asked, local_path, path_or_url, said_without_secrets, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.claims import read_kept
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import RunSettings, decisive
 from lopd.tools.phases import Run, digest, write_json
 
-_MEASURED, _COMPARED = "evaluation-before-opd.json", "evaluation-after-opd.json"
+_MEASURED = "evaluation-before-opd.json"
 #: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
 #: phase again, as a store keeps what was made of it.
 _FIXED_BY = {
@@ -227,7 +227,7 @@ def check_held_out(phases: Path, ids: list[str], usual: list[str]) -> None:
     Raises:
         ConflictError: they are others.
     """
-    kept = None if is_there(phases / _COMPARED) else read_kept(phases / _MEASURED, Mapping[str, Any], "remove it, to do its phase again")
+    kept = read_kept(phases / _MEASURED, Mapping[str, Any], "remove it, to do its phase again")
     if kept is not None and kept.get("held_out", usual) != ids:
         raise ConflictError(
             f"File {phases / _MEASURED}: other prompts were held out when it was written than are now, and the evaluation after OPD is compared "

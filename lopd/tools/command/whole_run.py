@@ -131,12 +131,19 @@ class _Seeded:
         held_out = dict([*distinct.items()][: s.evaluation.held_out if s.evaluation else 0])
         sampled = [prompt for prompt in shuffled if prompt.token_ids.tobytes() not in held_out]
         found = cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), sampled, [*held_out.values()])
-        # runs were begun when copies were held out as several, and nothing was kept of which
-        check_held_out(found.run.folder / "phases", ids_of(found.held_out), ids_of(shuffled[: len(held_out)]))
+        if _BEFORE in (kept := found.run.kept(work := found._work())) and len(kept) < len(work):  # the other is evaluated again
+            # runs were begun when copies were held out as several, and nothing was kept of which
+            check_held_out(found.run.folder / "phases", ids_of(found.held_out), ids_of(shuffled[: len(held_out)]))
         return found
 
     def finish(self) -> list[_Phase]:
         """Do the phases that are left; return all of them."""
+        phases = self.run.phases(self._work())
+        self._report(phases)
+        return phases
+
+    def _work(self) -> dict[str, Callable[[], _Phase]]:
+        """Return all phases by name, in order."""
         s, start, work = self.s, self.s.student.model, dict[str, Callable[[], _Phase]]()
         if s.sft:
             work |= {"SFT text": self._text, "SFT": partial(self._sft, s.sft)}
@@ -147,9 +154,7 @@ class _Seeded:
         work |= {"scores": self._score, "OPD": partial(self._opd, start)}
         if s.evaluation:
             work[_AFTER] = partial(self._evaluate, s.evaluation, str(self.run.folder / "opd"))
-        phases = self.run.phases(work)
-        self._report(phases)
-        return phases
+        return work
 
     def _url(self, name: str) -> str:
         return f"{(self.s.store or self.s.out).rstrip('/')}/seed-{self.seed}/{name}.zarr"
