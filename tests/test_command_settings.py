@@ -153,7 +153,7 @@ def test_answers_and_ids_in_the_file_are_as_they_are_written(tmp_path):
         "- {prompt: a, answer: ~}",
         "- {prompt: a, answer: &w 010}",
         "- {prompt: a, answer: *w, chat_template_kwargs: {n: *w, think: no}}",
-        "- {prompt: a, answer: &l [no, 1:30, 1.50, 4, {x: 010, no: [[no]]}]}",
+        "- {prompt: a, answer: &l [no, 1:30, 1.50, 4, {x: 010, no: [[no]], 1.0: 1.0, n: 1e5}]}",
         "- &m {prompt: a, answer: no, chat_template_kwargs: {n: *l}}",
         "- {<<: *m, prompt: b}",
         "- {<<: [{id: 010}, *m], answer: {<<: {y: no}, x: no}}",
@@ -164,14 +164,32 @@ def test_answers_and_ids_in_the_file_are_as_they_are_written(tmp_path):
     ).prompts
     made = make_prompts(prompts[: len(words) + 2], byte_tokenizer(None))
     below, one, merged, both = prompts[-4:]
-    assert below["answer"] == ["no", "1:30", "1.50", 4, {"x": "010", "no": [["no"]]}]
+    assert below["answer"] == ["no", "1:30", 1.5, 4, {"x": "010", "no": [["no"]], "1.0": 1.0, "n": 1e5}]
     assert one["answer"] == merged["answer"] == "no"
     assert (merged["prompt"], both["id"], both["answer"]) == ("b", "010", {"x": "no", "y": "no"})
-    assert both["chat_template_kwargs"] == {"n": [False, 90, 1.5, 4, {"x": 8, False: [[False]]}]}
+    assert both["chat_template_kwargs"] == {"n": [False, 90, 1.5, 4, {"x": 8, False: [[False]], 1.0: 1.0, "n": 1e5}]}
     assert [prompt.answer for prompt in made] == [*words, None, "010"]
     assert [prompt.prompt_id for prompt in made[: len(words) - 2]] == words[:-2]
     assert [prompts[words.index(word)]["answer"] for word in ("4", "-0.5", "true")] == [4, -0.5, True], "a run is known by what they were"
     assert (prompts[-5]["answer"], prompts[-5]["chat_template_kwargs"]) == ("010", {"n": 8, "think": False})
+
+
+def test_answers_and_ids_of_a_file_of_json_are_those_of_its_records(tmp_path):
+    """pandas writes a column of ints with a gap as floats."""
+    records = [
+        {"prompt": "a", "id": 7.0, "answer": 4.0},
+        {"prompt": "b", "answer": 1e22},
+        {"prompt": "c", "answer": {"x": 0.5, "y": [1e-5]}},
+    ]
+    found = read_settings(written(tmp_path, json.dumps(example(out="a", prompts=records)))).prompts
+    assert found == records
+    assert make_prompts(found, byte_tokenizer(None))[0].answer == "4"
+
+
+def test_prompts_that_are_merged_into_the_file_are_as_they_are_written(tmp_path):
+    rest = json.dumps({key: value for key, value in example(out="a").items() if key != "prompts"})
+    for merged in ("{prompts: [{prompt: a, answer: no}]}", "[{out: b}, {prompts: [{prompt: a, answer: no}]}]"):
+        assert read_settings(written(tmp_path, f"{rest[:-1]}, <<: {merged}}}")).prompts == [{"prompt": "a", "answer": "no"}]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the file of `lopd run` may hold: each key is a field here, and `example.yaml` explains each."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -221,23 +222,25 @@ def read_settings(path: str | Path) -> RunSettings:
 def _loader(yaml: Any) -> Any:
     """Return YAML's safe loader, which also refuses a key that is there twice, and anchors that grow, and takes 1e-3 for a number.
 
-    Answers and ids of prompts are as they are written.
+    Answers and ids of prompts are as they are written; in them, and where their keys are quoted, as JSON's are, numbers of JSON stay numbers.
     """
 
-    def as_written(self: Any, node: Any, keys: Sequence[str] = ()) -> Any:
+    def as_written(self: Any, node: Any, path: Sequence[Sequence[str]], as_json: bool = False) -> Any:
         if isinstance(node, yaml.MappingNode):
             pairs = list[tuple[Any, Any]]()
             for key, part in node.value:
-                merged = key.tag == "tag:yaml.org,2002:merge"
-                rewritten = as_written(self, part, keys if merged else ()) if merged or not keys or key.value in keys else part
-                pairs.append((key if keys else as_written(self, key), rewritten))
+                merged, found = key.tag == "tag:yaml.org,2002:merge", not path or key.value in path[0]
+                below = path if merged else path[1:]
+                rewritten = as_written(self, part, below, not path or key.style == '"') if merged or found else part
+                pairs.append((key if path else as_written(self, key, ()), rewritten))
             return yaml.MappingNode(node.tag, pairs, node.start_mark)
         if isinstance(node, yaml.SequenceNode):
-            return yaml.SequenceNode(node.tag, [as_written(self, part, keys) for part in node.value], node.start_mark)
-        if keys or node.tag.rpartition(":")[2] not in _READ_AS_VALUES:
+            return yaml.SequenceNode(node.tag, [as_written(self, part, path, not path) for part in node.value], node.start_mark)
+        if path or node.tag.rpartition(":")[2] not in _READ_AS_VALUES:
             return node
-        with suppress(ValueError, OverflowError):  # a number too long to read, or a month 13
-            if as_text(plain(self.construct_object(node), "")) == node.value:
+        with suppress(ValueError, OverflowError):  # a number too long to read, a month 13, or what is not JSON
+            value = self.construct_object(node)
+            if as_text(plain(value, "")) == node.value or (as_json and json.loads(node.value) == value):
                 return node
         return yaml.ScalarNode("tag:yaml.org,2002:str", node.value)
 
@@ -245,12 +248,7 @@ def _loader(yaml: Any) -> Any:
         if (size := _size(node, seen := dict[int, int]())) > _LARGEST_GROWTH * len(seen):
             problem = f"its anchors make {size:,} values of {len(seen):,} that are written"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        if isinstance(node, yaml.MappingNode):
-            node.value = [
-                (key, as_written(self, part, ("answer", "id")) if key.value == "prompts" and isinstance(part, yaml.SequenceNode) else part)
-                for key, part in node.value
-            ]
-        return yaml.SafeLoader.construct_document(self, node)
+        return yaml.SafeLoader.construct_document(self, as_written(self, node, (("prompts",), ("answer", "id"))))
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
