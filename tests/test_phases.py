@@ -59,7 +59,7 @@ def test_saving_takes_a_small_share_of_a_training(tmp_path, monkeypatch, small, 
     monkeypatch.setattr(phases, "monotonic", lambda: clock.now)
     monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
     monkeypatch.setattr(phases, "save_checkpoint", save)
-    assert len(resumably(tmp_path, *small, Lineage(), train, total=100)) == 100
+    assert len(resumably(tmp_path, *small, Lineage(), train, total=100, seed=0)) == 100
     assert made == saved
 
 
@@ -70,7 +70,7 @@ def test_no_rank_waits_for_one_whose_disk_is_full(tmp_path, monkeypatch, small):
     monkeypatch.setattr(phases, "load_checkpoint", lambda *_, **__: 0)
     monkeypatch.setattr(phases, "save_checkpoint", lambda *_, **__: pytest.fail("it waits for rank 0"))
     with pytest.raises(StoreWriteError, match="the disk is full"):
-        resumably(tmp_path, *small, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5)
+        resumably(tmp_path, *small, Lineage(), lambda _: [StepMetrics(4, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, None)], total=5, seed=0)
 
 
 def test_what_a_run_keeps_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_a_checkpoint_without_the_metrics_of_its_steps_is_not_gone_on_with(tmp_p
     for damage in (lambda path: None, Path.touch):
         damage(tmp_path / "history.json")
         with pytest.raises(ConflictError, match=rf"File .*history.json: it cannot be read .*; restore it, or remove {tmp_path}\.$"):
-            resumably(tmp_path, *small, Lineage(), lambda _: [], total=9)
+            resumably(tmp_path, *small, Lineage(), lambda _: [], total=9, seed=0)
 
 
 def test_a_rate_that_a_decay_made_low_is_not_told_to_be_raised(tmp_path, small, scored):

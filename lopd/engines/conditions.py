@@ -181,7 +181,7 @@ def _same_twice(model: Any) -> bool:
 
 @contextmanager
 def randomly(model: Any) -> Iterator[None]:
-    """Draw random numbers without taking them from the caller's stream."""
+    """Draw random numbers without taking them from the caller's streams, of the CPU and of the model's device."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -268,7 +268,7 @@ def resumably(
     begin: Callable[[int], Iterable[StepMetrics]],
     *,
     total: int,
-    seed: int = 0,
+    seed: int,
 ) -> list[StepMetrics]:
     """Train, and return the metrics of all steps, those of a killed process included; every few steps there is a checkpoint.
 
@@ -279,7 +279,7 @@ def resumably(
         trained_on: the steps of a store, which are compared with those that were saved; a run that samples again at each step has a lineage only.
         begin: trains on from the step of this number.
         total: number of steps.
-        seed: decides what dropout draws; the caller's random state is as it was afterwards.
+        seed: decides what all devices draw; of the CPU and the student's device, the caller's random state is as it was afterwards.
     """
     steps, lineage = (trained_on, trained_on.lineage) if isinstance(trained_on, StepStream) else (None, trained_on)
     with randomly(student):
