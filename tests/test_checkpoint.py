@@ -207,6 +207,27 @@ def test_a_checkpoint_on_other_parameters_that_are_not_trained_is_refused(kept, 
     assert load_checkpoint(tmp_path, other, optimizer) == 4
 
 
+def frozen_base(model, scaled=1.0):
+    """Return a student with adapters of seed 0 on a model whose keys are scaled, and its optimizer."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(scaled)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    made = CausalLMStudent(adapted, TOKENIZER_ID, autocast=torch.bfloat16)
+    return made, torch.optim.AdamW([p for p in made.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(1.003, 1.0), (1.0, 1.003)])
+def test_a_base_in_32_bits_whose_files_have_16_is_compared_as_one_of_32(saved, resumed, make_model, tmp_path):
+    def student(scaled):  # as one that SFT adapters were merged into
+        return frozen_base(make_model("llama_tied").to(torch.bfloat16).float(), scaled)
+
+    save_checkpoint(tmp_path, *student(saved), next_step=4, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *student(saved)) == 4
+    with pytest.raises(CheckpointError, match=r"k_proj.base_layer.weight', which is not trained, has other values"):
+        load_checkpoint(tmp_path, *student(resumed))
+
+
 def test_a_parameter_that_is_not_trained_and_not_finite_is_compared_with_nothing(small, tmp_path):
     student, _ = small
     frozen, *trained = student.parameters()

@@ -30,7 +30,7 @@ from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
-from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_values
+from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_types, untrained_values
 from lopd.verbs.random_state import RNG, random_states, restore_random
 
 _STATE = "state.json"
@@ -47,6 +47,7 @@ class _State(TypedDict):
     optimizer: _Optimizer
     steps: NotRequired[Mapping[str, Any] | None]
     untrained: NotRequired[Mapping[str, list[float]]]
+    untrained_types: NotRequired[Mapping[str, str]]
 
 
 class Described(Protocol):
@@ -115,7 +116,8 @@ def save_checkpoint(
     parameters, (entries, plain) = on_first(trained_parameters(own)), flatten(owner, optimizer)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     settings = None if steps is None else dict(steps.settings)
-    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, "untrained": untrained_values(own)}
+    untrained = {"untrained": untrained_values(own), "untrained_types": untrained_types(own)}
+    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": settings, **untrained}
     tensors = {"parameters": parameters, "optimizer": {**on_first(entries), **random_states(own)}}
     ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
@@ -240,7 +242,7 @@ def load_checkpoint(
     current = {name: p.detach() for name, p in trained_parameters(own).items()}
     check_parameters(path, saved, current)
     if "untrained" not in changed:
-        check_untrained(path, state.get("untrained", {}), untrained_values(own))
+        check_untrained(path, state.get("untrained", {}), state.get("untrained_types", {}), own)
     if optimizer is not None:
         check_optimizer(path, own, optimizer, state)
         tensors = _read(path / "optimizer.safetensors", load_file, RNG)

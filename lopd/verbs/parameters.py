@@ -12,8 +12,11 @@ from lopd.protocols import Student
 from lopd.records.values import few_values
 
 _VALUES = 8
-#: As a share of their norm: what adapters leave in the weights under them that were merged and taken out again is below it, by the type of weights.
-_LEFT = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float32: 1e-4}
+#: As a share of their norm, at least and by the step of their type: what adapters leave in the weights under them that were merged and taken out
+#: again, be they as large as those.
+_LEFT, _STEPS_LEFT = 1e-4, 1.3
+_HALVES = (torch.bfloat16, torch.float16)
+_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_HALVES, torch.float32, torch.float64)}
 
 
 def trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
@@ -27,10 +30,21 @@ def untrained_values(student: Student) -> dict[str, list[float]]:
     return {name: values.tolist() for name, values in chosen.items() if values.isfinite().all()}
 
 
-def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: Mapping[str, Sequence[float]]) -> None:
-    """Refuse parameters that are not trained and have other values than were saved, whatever 16 bits they are in; names of both are compared."""
+def untrained_types(student: Student) -> dict[str, str]:
+    """Return the type of each parameter that is not trained, as "bfloat16"."""
+    return {name: str(p.dtype).removeprefix("torch.") for name, p in student.named_parameters() if not p.requires_grad}
+
+
+def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], types: Mapping[str, str], student: Student) -> None:
+    """Refuse parameters that are not trained and have other values than were saved, whatever 16 bits they are in; names of both are compared.
+
+    Types that were not saved are the narrowest ones that hold the values.
+    """
+    current, now = untrained_values(student), untrained_types(student)
     for name in (name for name in current if name in saved):
-        if not _alike(name, *(torch.tensor(values, dtype=torch.float32, device="cpu") for values in (saved[name], current[name]))):
+        before, values = (torch.tensor(values, dtype=torch.float32, device="cpu") for values in (saved[name], current[name]))
+        fits = next((dtype for dtype in _HALVES if torch.equal(before, before.to(dtype).float())), torch.float32)
+        if not _alike(name, before, values, _TYPES.get(types.get(name, ""), fits), getattr(torch, now[name])):
             raise CheckpointError(
                 f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
                 "was, on the same base, and with the same seed where a part of its adapters is frozen; or pass `changed=['untrained']` if others "
@@ -38,15 +52,15 @@ def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], current: M
             )
 
 
-def _alike(name: str, before: Tensor, now: Tensor) -> bool:
+def _alike(name: str, before: Tensor, now: Tensor, *types: torch.dtype) -> bool:
     """Return whether one has the values of the other, or of a cast of it; under adapters also up to what they leave."""
     if before.shape != now.shape:
         return False
-    casts = {dtype: (before.to(dtype).float(), now.to(dtype).float()) for dtype in _LEFT}
-    if any(torch.equal(then, now) or torch.equal(before, cast) for then, cast in casts.values()):
+    # adapters in 32 bits may have been drawn in 16
+    if any(torch.equal(before.to(dtype).float(), now) or torch.equal(before, now.to(dtype).float()) for dtype in _TYPES.values()):
         return True
-    held = next(dtype for dtype, (then, cast) in casts.items() if torch.equal(before, then) or torch.equal(now, cast))
-    return ".base_layer." in name and bool((now - before).norm() <= _LEFT[held] * before.norm())
+    step = max(torch.finfo(dtype).eps for dtype in types)
+    return ".base_layer." in name and bool((now - before).norm() <= max(_LEFT, _STEPS_LEFT * step) * before.norm())
 
 
 def check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
