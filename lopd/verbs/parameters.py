@@ -47,19 +47,22 @@ def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], types: Map
         if not _alike(name, before, values, _TYPES.get(types.get(name, ""), fits), getattr(torch, now[name])):
             raise CheckpointError(
                 f"Checkpoint {path}: parameter {name!r}, which is not trained, has other values than when it was saved; rebuild the student as it "
-                "was, on the same base, and with the same seed where a part of its adapters is frozen; or pass `changed=['untrained']` if others "
-                "are meant."
+                "was, on the same base, and with the same seed where a part of its adapters is frozen; or, if others are meant, pass "
+                "`changed=['untrained']` to `load_checkpoint` (with `lopd run`: begin in another output folder)."
             )
 
 
 def _alike(name: str, before: Tensor, now: Tensor, *types: torch.dtype) -> bool:
-    """Return whether one has the values of the other, or of a cast of it; under adapters also up to what they leave."""
+    """Return whether one has the values of the other, or of a cast of it, or both of casts; under adapters also up to what they leave."""
     if before.shape != now.shape:
         return False
     # adapters in 32 bits may have been drawn in 16
     if any(torch.equal(before.to(dtype).float(), now) or torch.equal(before, now.to(dtype).float()) for dtype in _TYPES.values()):
         return True
     step = max(torch.finfo(dtype).eps for dtype in types)
+    # each may be half a step beside the value, or half the smallest of float16
+    if {*types} == {*_HALVES} and torch.allclose(before, now, rtol=0.6 * step, atol=2**-24):
+        return True
     return ".base_layer." in name and bool((now - before).norm() <= max(_LEFT, _STEPS_LEFT * step) * before.norm())
 
 
