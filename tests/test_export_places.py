@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 from conftest import TOKENIZER_ID, build_tokenizer
@@ -9,7 +10,7 @@ from conftest import TOKENIZER_ID, build_tokenizer
 import lopd.engines.placing
 from lopd import CausalLMStudent, ModelId
 from lopd.engines.identity import folder_model_id, model_id
-from lopd.errors import StoreExistsError
+from lopd.errors import StoreExistsError, StoreWriteError
 from lopd.records import Lineage
 
 LINEAGE = Lineage(ModelId("writer", "1", "float32"))
@@ -152,3 +153,49 @@ def test_a_student_is_not_lost_where_a_folder_cannot_be_listed(student, tmp_path
     with pytest.raises(StoreExistsError, match=r"cannot be looked through \(.*lost\+found'\); the student was written to .*/out-export"):
         student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
     assert_is(tmp_path / "out-export", student)
+
+
+@pytest.mark.parametrize("refused", ["a file that another user alone reads", "a flush", "what a kill left"])
+def test_a_student_is_not_lost_where_its_place_cannot_be_prepared(refused, student, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    student.export(out, build_tokenizer(), LINEAGE)
+    (out / "notes.txt").write_text("mine")
+
+    def refuse(*_paths, follow_symlinks=False):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    flush, rename = lopd.engines.placing.flush, os.rename
+    if refused.startswith("a file"):
+        monkeypatch.setattr(os, "link", refuse)
+        monkeypatch.setattr(shutil, "copy2", refuse)
+    elif refused == "a flush":
+        monkeypatch.setattr(
+            lopd.engines.placing, "flush", lambda *paths: refuse() if any("notes" in str(path) for path in paths) else flush(*paths)
+        )
+    else:
+        out.rename(tmp_path / ".out.old")
+        monkeypatch.setattr(os, "rename", lambda path, *to: refuse() if path.name == ".out.old" else rename(path, *to))
+    with pytest.raises(StoreExistsError, match=r"cannot be .*Permission denied.*; the student was written to .*/out-export, move it"):
+        student.export(out, build_tokenizer(), LINEAGE)
+    folder_of_old = tmp_path / ".out.old" if refused.startswith("what") else out
+    assert (folder_of_old / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "out-export/notes.txt").exists()
+    assert folder_model_id(tmp_path / "out-export").revision == model_id(student.model).revision
+
+
+def test_a_student_is_not_lost_where_no_folder_can_be_moved(student, tmp_path, monkeypatch):
+    rename = os.rename
+
+    def files_only(path, *to):
+        if os.path.isdir(path):  # noqa: PTH112 (names of any kind)
+            raise OSError(errno.EMFILE, "Too many open files", str(path))
+        rename(path, *to)
+
+    monkeypatch.setattr(os, "rename", files_only)
+    for times in (1, 2):
+        with pytest.raises(StoreWriteError, match=rf"cannot be moved to {tmp_path}/out \(.*Too many.*; it stands in {tmp_path}/out-kept\."):
+            student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
+        kept = [*tmp_path.iterdir()]
+        assert len(kept) == times
+        for folder in kept:
+            assert_is(folder, student)

@@ -111,7 +111,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             adapters are active.
         StoreExistsError: the folder holds what no export wrote and this one would replace, or a student of other teachers; the export is in the
             folder that the message names.
-        StoreWriteError: the disk refused.
+        StoreWriteError: the disk refused; a student that was whole by then is in the folder that the message names.
     """
     from lopd.engines.written import check_written, name_end, quantiser_forgotten  # a model that is saved brought transformers along
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from lopd.errors import CorruptStoreError, StoreExistsError
+from lopd.errors import CorruptStoreError, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import is_there, read_regular, walked
@@ -67,26 +67,34 @@ def _make_like(made: Path, there: Path) -> None:
 
 
 def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
-    """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it."""
+    """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it.
+
+    It has another name too where the system refuses: a whole export is not lost.
+    """
     old = folder.parent / f".{folder.name}.old"
-    if is_there(old) and not is_there(folder):  # an exchange by two moves was cut short between them
-        old.rename(folder)
     there = is_there(folder)
     try:
+        if not there and is_there(old):  # an exchange by two moves was cut short between them
+            old.rename(folder)
+            there = True
         objection = _objection(model, fresh, folder, written) if there else None
     except OSError as error:  # as that of lost+found, which only root lists
         objection = f"it cannot be looked through ({error})"
     if objection is None:
-        if fresh.parent != folder:
-            _carry(folder, fresh)
-        flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
         try:
+            if fresh.parent != folder:
+                _carry(folder, fresh)
+            flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
             _replace(folder, fresh, old)
-        except OSError as error:  # as that of a mount which looks like a plain folder
-            if not there:
-                raise
+        except OSError as error:  # as that of a mount which looks like a plain folder, or of a file that only another user reads
             for name in {*files_in(fresh)} - {*written, LINEAGE_FILE}:  # they are its owner's, who has them there
                 (fresh / name).unlink()
+            if not there:
+                # under a name that no export removes, by a copy where folders cannot be moved
+                kept = shutil.move(fresh, fresh.with_name(f"{folder.name}-kept.{uuid4().hex[:8]}"))
+                raise StoreWriteError(
+                    f"{owner}: the student was written, and cannot be moved to {folder} ({error}); it stands in {kept}, move or copy it from there."
+                ) from error
             objection = f"it cannot be replaced ({error})"
     if objection is not None:
         aside = fresh.parent / f"{folder.name}-export"
