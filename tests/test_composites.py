@@ -13,6 +13,7 @@ from odd_models import SHAPE
 from safetensors.torch import load_file, save_file
 
 from lopd import CausalLMStudent, ModelId
+from lopd.engines.export import export_model
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
 from lopd.errors import ModelError
@@ -118,6 +119,29 @@ def test_the_text_part_of_an_export_is_loaded_in_the_dtype_of_the_student(tokeni
     assert {part["dtype"] for part in parts} == {part.get("torch_dtype", "float32") for part in parts} == {"float32"}
     assert_same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), loaded)
     assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision
+
+
+@pytest.mark.parametrize("make", [qwen3_5, None])
+@pytest.mark.parametrize("values", ["of 32 bits", "that fit 16", "that stay in 32"])
+def test_an_export_of_several_dtypes_states_one_that_rounds_none(values, make, make_model, tokenizer, tmp_path, monkeypatch):
+    make_model("llama_tied").save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    if make is not None:
+        save(make, tokenizer, tmp_path / "plain")
+    model, _ = load_model(tmp_path / "plain", torch.bfloat16)
+    layers = model.get_submodule("model" if make is None else "model.language_model").layers.float()
+    if values != "that fit 16":
+        with torch.no_grad():
+            for parameter in layers.parameters():
+                parameter.add_(1e-4)
+    if values == "that stay in 32":
+        monkeypatch.setattr(model, "_keep_in_fp32_modules_strict", {"layers"})
+    export_model(model, tokenizer, LINEAGE, tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out")
+    assert loaded.dtype == (torch.float32 if values == "of 32 bits" else torch.bfloat16)
+    if values != "that stay in 32":  # by its class, and not by this test
+        for name, weight in model.named_parameters():
+            assert torch.equal(loaded.get_parameter(name).float(), weight.float()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

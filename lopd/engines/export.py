@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap, without_runners
 from lopd.engines.effective import saved_adapter
-from lopd.engines.older import is_untied, spell_out
+from lopd.engines.older import is_untied, spell_out, widest
 from lopd.engines.placing import begin, exported_files, files_in, name_files, place
 from lopd.errors import LopdError, ModelError, ModelWarning, StoreWriteError
 from lopd.records.flush import share_mode
@@ -131,7 +131,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
                 (fresh / adapter).rmdir()
             tokenizer.save_pretrained(fresh)
             if is_there(fresh / "config.json"):
-                spell_out(fresh / "config.json", untied=untied)
+                spell_out(fresh / "config.json", untied=untied, dtype=widest(model, gathered))
                 check_written(owner, fresh, folder, unwrap(model), gathered)
             generation = getattr(unwrap(model), "generation_config", None)
             if generation is not None and is_there(fresh / "adapter_config.json"):

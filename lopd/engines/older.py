@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
+from lopd.records.values import is_plain
 
 #: What stands outside the scaling, and what some classes call that.
 _APART = ("rope_theta", "partial_rotary_factor")
@@ -22,31 +23,50 @@ _LOCAL = ("gemma3_text", "gemma3n_text")
 _BRIEF, _FACTORS = ("phi3", "phi4_multimodal"), ("short_factor", "long_factor")
 
 
-def spell_out(path: Path, *, untied: bool) -> None:
+def spell_out(path: Path, *, untied: bool, dtype: torch.dtype) -> None:
     """Add rope and dtype by the names of transformers 4 to a config.json, of which transformers 5 makes the same model as before.
 
-    Parts get the dtype of the whole: a model that was loaded in one and is in another now has the first there, and transformers would round to it.
+    The whole and its parts get one dtype: a model that was loaded in one and is in another now has the first there, and transformers would round
+    to it.
 
     Rope that differs by layer has no such names, but in Gemma 3.
 
     Args:
         path: the file.
         untied: let it state that no weights are tied: only transformers 5 looks whether both are there.
+        dtype: what `widest` gave.
     """
     stated = json.loads(path.read_text())
     if isinstance(stated.get("dtype"), str):
-        _give_dtype(stated, stated["dtype"])
+        _give_dtype(stated, str(dtype).removeprefix("torch."))
     for part in (stated, stated.get("text_config")):
         if isinstance(part, dict):
             part.update(_older(part) | ({"tie_word_embeddings": False} if untied else {}))
     path.write_text(json.dumps(stated, indent=2, sort_keys=True) + "\n")
 
 
-def _give_dtype(whole: Mapping[str, Any], dtype: str) -> None:
+def _give_dtype(whole: dict[str, Any], dtype: str) -> None:
+    whole.update({"dtype": dtype} if "dtype" in whole else {})
     for part in whole.values():
         if isinstance(part, dict) and "model_type" in part:
-            part.update({"dtype": dtype} if "dtype" in part else {})
             _give_dtype(part, dtype)
+
+
+def widest(model: Any, state: Mapping[str, Tensor] | None) -> torch.dtype:
+    """Return the dtype in which no weight is rounded: that of the first one, which transformers states, or a wider one that others need.
+
+    Args:
+        model: a transformers model.
+        state: the weights, where the model's own are sharded.
+    """
+    base = unwrap(model)
+    dtype: torch.dtype = base.dtype
+    alone = getattr(base, "_keep_in_fp32_modules_strict", None) or ()  # these are float32 to transformers whatever is stated
+    for name, parameter in base.named_parameters():
+        weight = parameter.detach() if state is None else state.get(name, parameter)
+        if is_plain(weight) and not any(part in name for part in alone) and not torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            dtype = torch.promote_types(dtype, weight.dtype) if dtype.itemsize > 1 else weight.dtype
+    return dtype
 
 
 def is_untied(model: Any, state: Mapping[str, Tensor] | None) -> bool:
