@@ -124,6 +124,12 @@ def test_what_may_be_a_secret_is_not_shown():
         (["hidden", "hidden"], "environment 0 is a str, expected a dict"),
         ([{}, {"HF_TOKEN": 4711}], r"variable 'HF_TOKEN' of environment 1 is an int, expected text; pass `str\(i\)`"),
         ([{}, {4: "hidden"}], "variable 4 of environment 1 is an int, expected text"),
+        (
+            [{}, {"HF_TOKEN=hidden": ""}],
+            "variable 'HF_TOKEN' of environment 1 has '=' in its name, .*which the system refuses; pass `{name",
+        ),
+        ([{b"HF_TOKEN": b"hidden\0"}, {}], "variable .*HF_TOKEN.* of environment 0 has .*a zero byte"),
+        ([{"HF_TOKEN": "hidden\ud800"}, {}], "variable 'HF_TOKEN' of environment 0 has .*half a character"),
     ],
 )
 def test_what_is_not_an_environment_is_refused_without_its_values(environments, said):
@@ -131,7 +137,7 @@ def test_what_is_not_an_environment_is_refused_without_its_values(environments, 
         with pytest.raises(ArgumentError, match=f"{kind.__name__}: {said}") as caught:
             kind(Small, environments=environments)
         assert not {"hidden", "4711"} & set(str(caught.value).replace("'", " ").split())
-    LocalSource(Small, environments=({}, {"HF_HOME": Path("cache"), b"HF_TOKEN": b"hidden"}))
+    LocalSource(Small, environments=({}, {"HF_HOME": Path("cache"), b"HF_TOKEN": b"hidden=", "": ""}))
 
 
 def test_settings_that_make_no_sense_are_refused():

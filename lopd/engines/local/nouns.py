@@ -56,11 +56,20 @@ def _check_environments(owner: str, given: object) -> None:
         if not isinstance(environment, Mapping):
             raise ArgumentError(f"{owner}: environment {place} is {a_kind(environment)}, expected a dict; pass `{{name: text}}`.")
         for variable, value in environment.items():
-            # bytes and paths are as good for the system
-            if wrong := [part for part in (variable, value) if not isinstance(part, str | bytes | os.PathLike)]:
-                raise ArgumentError(
-                    f"{owner}: variable {variable!r:.80} of environment {place} is {a_kind(wrong[0])}, expected text; pass `str(i)`."
-                )
+            for part, never in ((variable, b"=\0"), (value, b"\0")):
+                try:  # bytes and paths are as good for the system
+                    fits = not {*os.fsencode(part)} & {*never}
+                except TypeError as error:
+                    raise ArgumentError(
+                        f"{owner}: variable {variable!r:.80} of environment {place} is {a_kind(part)}, expected text; pass `str(i)`."
+                    ) from error
+                except UnicodeEncodeError:
+                    fits = False
+                if not fits:
+                    raise ArgumentError(
+                        f"{owner}: variable {str(variable).partition('=')[0]!r:.80} of environment {place} has '=' in its name, a zero byte or half "
+                        "a character, which the system refuses; pass `{name: text}`."
+                    )
 
 
 @final
@@ -71,13 +80,14 @@ class LocalSource(HostedSource, _Local[RolloutSource]):
     Args:
         make: gives the source of one worker, in the worker's process; it is pickled, and imported there.
         workers: how many; each has an engine.
-        environments: variables of each worker's environment, for example its CUDA_VISIBLE_DEVICES; all else is as here.  None or one per worker.
+        environments: variables of each worker's environment, for example its CUDA_VISIBLE_DEVICES; all else is as here.  Empty, or one per
+            worker.
         attempts: how many workers may fail over the same prompts before the call does; those over which so many died are tried in halves first, so
             that the error names the one that kills.
         patience_s: how long a worker may take to start and load its engine.
 
     Raises:
-        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text.
+        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text that the system takes.
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
 
@@ -92,7 +102,7 @@ class LocalScorer(HostedScorer, _Local[TeacherScorer]):
         workers, environments, attempts, patience_s: as those of `LocalSource`.
 
     Raises:
-        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text.
+        ArgumentError: `make` is not a function, or `environments` are not a list of dicts from text to text that the system takes.
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
 
