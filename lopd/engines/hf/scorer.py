@@ -4,7 +4,6 @@ Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk,
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from lopd.engines.causal_lm import candidate_logprobs, context_length, cut_to_head, evaluating, lm_head, row_hidden_states
 from lopd.engines.hf.loading import load_model
-from lopd.engines.hf.source import HFSource
-from lopd.engines.identity import Identified, check_unchanged, identify, model_name
+from lopd.engines.hf.source import HFSource, OnModel
+from lopd.engines.identity import check_unchanged, model_name
 from lopd.engines.inputs import asked_ids, budgeted, check_rollouts, check_support, in_order
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import arrange, likely, make_scores, provenance_of
@@ -26,7 +25,7 @@ from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_kind, own_numbers
 from lopd.records.collate import target_slice
 from lopd.records.estimates import RolloutSums
-from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
@@ -35,7 +34,7 @@ _ENGINE = f"transformers {transformers.__version__}"
 
 @final
 @define(eq=False, slots=False)
-class HFScorer:
+class HFScorer(OnModel):
     """Reads rollouts with a transformers model: length-sorted batches under a token budget, float32 log-softmax in chunks of rows.
 
     A log-prob of exactly -inf (a head that rules a token out) becomes the floor of `lopd.floor_logprobs`, and is counted.
@@ -89,19 +88,6 @@ class HFScorer:
         own_numbers(self, "HFScorer", tokens_per_batch=1, rows_per_chunk=1)
         check_support("HFScorer", self._known, self.top_k, self.candidates, self.drawn)
         check_scoring(self.model, self._known.vocab_size)
-
-    @cached_property
-    def tokenizer_id(self) -> TokenizerId:
-        """Whose ids it reads."""
-        return fingerprint_tokenizer(self.tokenizer)
-
-    @cached_property
-    def _known(self) -> TokenizerId:
-        return cut_to_head(self.model, self.tokenizer)
-
-    @cached_property
-    def _identified(self) -> Identified:
-        return identify(self.model, self.identity)
 
     @property
     def provenance(self) -> Provenance:

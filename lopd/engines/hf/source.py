@@ -25,9 +25,30 @@ from lopd.records.manifest import Manifest, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
 
 
+class OnModel:
+    """What a source and a scorer on a model have in common."""
+
+    model: Any
+    tokenizer: Any
+    identity: ModelId | None
+
+    @cached_property
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_head(self.model, self.tokenizer)
+
+    @cached_property
+    def _identified(self) -> Identified:
+        return identify(self.model, self.identity)
+
+
 @final
 @frozen(eq=False)
-class HFSource:
+class HFSource(OnModel):
     """Samples from a transformers model in batches: with a cache and padding if both are right for the model, which is probed.
 
     A model whose padding is not right has prompts of one length in each batch; one whose cache is not right computes each token from the whole
@@ -83,19 +104,6 @@ class HFSource:
         check_top_k("HFSource", self.sampling.candidates, self._known, "candidates")
         check_scoring(self.model, self._known.vocab_size)
         check_sampling(self.model, self._known.vocab_size)
-
-    @cached_property
-    def tokenizer_id(self) -> TokenizerId:
-        """Whose ids it reads."""
-        return fingerprint_tokenizer(self.tokenizer)
-
-    @cached_property
-    def _known(self) -> TokenizerId:
-        return cut_to_head(self.model, self.tokenizer)
-
-    @cached_property
-    def _identified(self) -> Identified:
-        return identify(self.model, self.identity)
 
     @property
     def manifest(self) -> Manifest:

@@ -45,9 +45,34 @@ _COLDEST = 0.01
 _ENTRIES = 1 << 27
 
 
+class OnEngine:
+    """What a source and a scorer on an engine have in common."""
+
+    engine: VLLMEngine
+    tokenizer: Any
+    identity: ModelId | None
+
+    @cached_property
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_rows(self.tokenizer, self.engine.vocab_size)
+
+    @cached_property
+    def _identified(self) -> Identified:
+        return identify(self.engine, self.identity)
+
+    def close(self) -> None:
+        """Free the engine's memory; a later call starts it again."""
+        self.engine.close()
+
+
 @final
 @frozen(eq=False)
-class VLLMSource:
+class VLLMSource(OnEngine):
     """Samples with vLLM; `contextlib.closing(source)` frees the GPU when a phase is over.
 
     Each (seed, prompt, sample, generation) has its own random stream, so a rollout does not depend on what shared its batch (up to the
@@ -97,19 +122,6 @@ class VLLMSource:
         temperature = self.sampling.temperature
         # vLLM would raise it to that
         check_number("VLLMSource", "temperature", temperature, temperature == 0 or temperature >= _COLDEST, f"0 or at least {_COLDEST}")
-
-    @cached_property
-    def tokenizer_id(self) -> TokenizerId:
-        """Whose ids it reads."""
-        return fingerprint_tokenizer(self.tokenizer)
-
-    @cached_property
-    def _known(self) -> TokenizerId:
-        return cut_to_rows(self.tokenizer, self.engine.vocab_size)
-
-    @cached_property
-    def _identified(self) -> Identified:
-        return identify(self.engine, self.identity)
 
     @property
     def manifest(self) -> Manifest:
@@ -196,14 +208,10 @@ class VLLMSource:
             candidates=make_support(owner, ids_TK, logprobs_TK) if self._kept else None,
         )
 
-    def close(self) -> None:
-        """Free the engine's memory; a later call starts it again."""
-        self.engine.close()
-
 
 @final
 @frozen(eq=False)
-class VLLMScorer:
+class VLLMScorer(OnEngine):
     """Reads rollouts with vLLM: each as a prompt whose log-probs are asked for, shortest first, with prefix caching off.
 
     `contextlib.closing(scorer)` frees the GPU when the phase is over.
@@ -258,19 +266,6 @@ class VLLMScorer:
         check_support("VLLMScorer", self._known, self.top_k, self.candidates, self.drawn)
         check_engine("VLLMScorer", self.engine, self._known, widest(self.top_k, self.candidates, self.drawn), scoring=True)
 
-    @cached_property
-    def tokenizer_id(self) -> TokenizerId:
-        """Whose ids it reads."""
-        return fingerprint_tokenizer(self.tokenizer)
-
-    @cached_property
-    def _known(self) -> TokenizerId:
-        return cut_to_rows(self.tokenizer, self.engine.vocab_size)
-
-    @cached_property
-    def _identified(self) -> Identified:
-        return identify(self.engine, self.identity)
-
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
@@ -294,7 +289,3 @@ class VLLMScorer:
             return []
         with as_identified("VLLMScorer", self.engine, self._identified):
             return read_scores(self.engine, rollouts, self.top_k, self.candidates, self.drawn)
-
-    def close(self) -> None:
-        """Free the engine's memory; a later call starts it again."""
-        self.engine.close()
