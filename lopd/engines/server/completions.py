@@ -11,13 +11,13 @@ Shape suffixes: T response tokens, K candidates a token.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 
 from lopd.engines.inputs import all_ids
 from lopd.engines.server.answers import AllNullError
-from lopd.engines.server.dialect import Dialect, Draw, Get, Served, Widths, model_card, positions
+from lopd.engines.server.dialect import Dialect, Get, Served, Widths, model_card, positions
 from lopd.engines.server.reading import check_first, choices_of, listed, most_likely, named_id, number
 from lopd.engines.supports import make_scores
 from lopd.errors import EngineError, InvalidRecordError
@@ -34,7 +34,6 @@ class Completions(Dialect):
     key_variable = "OPENAI_API_KEY"
     scores_ids = False
     samples = False
-    tried = True
     extra: ClassVar[Mapping[str, Any]] = {"return_tokens_as_token_ids": True}
 
     def engine(self, served: Served) -> str:
@@ -59,14 +58,6 @@ class Completions(Dialect):
         """Return the scores in the order of the rollouts."""
         choices = choices_of(f"Rollout {rollouts[0].rollout_id!r}", answer, len(rollouts))
         return [_scores(rollout, widths, choice) for rollout, choice in zip(rollouts, choices, strict=True)]
-
-    def sampling(self, draw: Draw) -> NoReturn:
-        """Raise: a source refuses this kind of server when it is made."""
-        raise NotImplementedError
-
-    def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> NoReturn:
-        """Raise, for the same reason."""
-        raise NotImplementedError
 
 
 def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scores:

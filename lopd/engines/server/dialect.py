@@ -157,9 +157,9 @@ class Dialect(Protocol):
     #: Fields that are added to each request, unless the user gives others.
     extra: ClassVar[Mapping[str, Any]] = {}
     #: Whether it scores ids that are asked for, samples, and is tried with a few tokens before it is used.
-    scores_ids: ClassVar[bool]
-    samples: ClassVar[bool]
-    tried: ClassVar[bool]
+    scores_ids: ClassVar[bool] = True
+    samples: ClassVar[bool] = True
+    tried: ClassVar[bool] = True
 
     def engine(self, served: Served) -> str:
         """Return its name in the provenance of a column."""
@@ -187,13 +187,13 @@ class Dialect(Protocol):
         """Return the rollout or scores in its answer."""
         ...
 
-    def sampling(self, draw: Draw) -> dict[str, Any]:
+    def sampling(self, draw: Draw) -> dict[str, Any]:  # noqa: ARG002
         """Return a request for one response."""
-        ...
+        raise AssertionError  # of a server that does not sample: a source refuses it when it is made
 
-    def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
+    def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:  # noqa: ARG002
         """Return the rollout in its answer; where its log-probs are `processed`, all that are at temperature 1 are missing."""
-        ...
+        raise AssertionError
 
 
 def check_extra(owner: str, extra: Mapping[str, Any], body: Mapping[str, Any]) -> None:

@@ -41,9 +41,6 @@ class SGLang(Dialect):
     """SGLang's own API."""
 
     key_variable = "SGLANG_API_KEY"
-    scores_ids = True
-    samples = True
-    tried = True
 
     def engine(self, served: Served) -> str:
         """Return its name in the provenance of a column."""

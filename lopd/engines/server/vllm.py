@@ -44,8 +44,6 @@ class VLLM(Dialect):
     """Servers with vLLM's extensions of the OpenAI completions."""
 
     key_variable = "VLLM_API_KEY"
-    scores_ids = True
-    samples = True
     tried = False
 
     def engine(self, served: Served) -> str:
