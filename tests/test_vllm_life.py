@@ -375,7 +375,7 @@ def test_a_temperature_that_vllm_would_change_is_refused(folder):
 
 def test_where_vllm_is_missing_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(MissingDependencyError, match=r"Package vllm: it cannot be imported .*use `lopd\[vllm\]`"):
+    with pytest.raises(MissingDependencyError, match=r"VLLMEngine: vllm is not installed; pip install 'lopd\[vllm\]'"):
         import_vllm()
 
 

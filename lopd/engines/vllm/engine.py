@@ -17,28 +17,18 @@ from lopd.engines.finding import described
 from lopd.engines.identity import folder_dtype, folder_version
 from lopd.engines.vllm.liveness import ran_out_of_memory, told_of_death, was_refused, words_of
 from lopd.engines.vllm.settings import VLLMSettings
-from lopd.errors import EngineError, LopdError, MissingDependencyError, ModelError, ModelWarning
+from lopd.errors import EngineError, LopdError, ModelError, ModelWarning
 from lopd.records.devices import give_back
+from lopd.records.optional import need
 from lopd.records.warn import warn_user
 
 #: The most prompts that vLLM answers side by side, unless its option `max_num_seqs` is given.
 ROWS = 256
 
 
-def import_vllm() -> ModuleType:
-    """Return the module vllm, found by importing it: builds for other devices are distributed under other names.
-
-    Raises:
-        MissingDependencyError: it cannot be imported.
-    """
-    try:
-        import vllm
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Package vllm: it cannot be imported ({error}), expected an installation; use `lopd[vllm]`."
-        ) from error
-    module: ModuleType = vllm
-    return module
+def import_vllm() -> Any:
+    """Return the module vllm, found by importing it: builds for other devices are distributed under other names; raises as `need` does."""
+    return need("vllm", "VLLMEngine", "vllm")
 
 
 @final
