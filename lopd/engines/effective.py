@@ -4,11 +4,12 @@ Adapters of peft count through what they make of the weights: switched off they 
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from attrs import define, field, frozen
+from attrs import frozen
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import unwrap
@@ -19,19 +20,8 @@ _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Kind = Literal["parameter", "buffer", "derived"]
-
-
-@define(eq=False)
-class _Merger:
-    """Merges one layer at a time, and remembers the last one: its tensors are read one after the other."""
-
-    layer: Any = None
-    tensors: Mapping[str, Tensor] = field(factory=dict)
-
-    def read(self, layer: Any, name: str) -> Tensor:
-        if self.layer is not layer:
-            self.layer, self.tensors = layer, {weight.names[0]: weight.held for weight in _walk(_merged(layer), "", self)}
-        return self.tensors[name]
+#: Returns the tensors that an adapted layer applies, by name.
+_Merge = Callable[[Any], Mapping[str, Tensor]]
 
 
 @frozen(eq=False)
@@ -48,14 +38,14 @@ class Weight:
     names: list[str]
     kind: Kind
     held: Tensor
-    adapted: tuple[_Merger, Any, str] | None = None
+    adapted: tuple[_Merge, Any, str] | None = None
 
     def read(self) -> Tensor:
         """Return the values that are applied."""
         if self.adapted is None:
             return self.held
-        merger, layer, name = self.adapted
-        return merger.read(layer, name)
+        merge, layer, name = self.adapted
+        return merge(layer)[name]
 
 
 def effective_weights(model: Any) -> list[Weight]:
@@ -68,12 +58,11 @@ def effective_weights(model: Any) -> list[Weight]:
     """
     _check_methods(model)
     kept: dict[int, list[Weight]] = {}
-    for weight in _walk(unwrap(model), "", _Merger()):
+    for weight in _walk(unwrap(model), "", lru_cache(1)(_merged)):  # the tensors of a layer are read one after the other
         same = kept.setdefault(id(weight.held), [])
-        for other in same:
-            if _applied_alike(weight, other):
-                other.names.extend(weight.names)
-                break
+        twin = next((other for other in same if _applied_alike(weight, other)), None)
+        if twin:
+            twin.names.extend(weight.names)
         else:
             same.append(weight)
     return sorted((weight for same in kept.values() for weight in same), key=lambda weight: weight.names[0])
@@ -125,26 +114,26 @@ def _applied_alike(weight: Weight, other: Weight) -> bool:
     return (weight.adapted is None and other.adapted is None) or torch.equal(weight.read().double().cpu(), other.read().double().cpu())
 
 
-def _walk(module: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
+def _walk(module: Any, prefix: str, merge: _Merge) -> Iterator[Weight]:
     if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
         active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.modules_to_save]
-        yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, merger)
+        yield from _walk(module.modules_to_save[active[0]] if active else module.original_module, prefix, merge)
     elif hasattr(module, "token_adapter"):
-        yield from _walk(module.token_adapter, prefix, merger)
+        yield from _walk(module.token_adapter, prefix, merge)
     elif is_adapted(module):
-        yield from _walk_adapted(module, prefix, merger)
+        yield from _walk_adapted(module, prefix, merge)
     else:
         for name, tensor, kind in _own_tensors(module):
             yield Weight([prefix + name], kind, tensor)
         for name, child in module.named_children():
-            yield from _walk(child, prefix if name in _TRANSPARENT else f"{prefix}{name}.", merger)
+            yield from _walk(child, prefix if name in _TRANSPARENT else f"{prefix}{name}.", merge)
 
 
-def _walk_adapted(layer: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
-    weights = list(_walk(_innermost(layer), "", merger))
+def _walk_adapted(layer: Any, prefix: str, merge: _Merge) -> Iterator[Weight]:
+    weights = list(_walk(_innermost(layer), "", merge))
     changed, mergeable = _differs_from_base(layer), all(_is_mergeable(weight.held) for weight in weights)
     for weight in weights:
-        adapted = (merger, layer, weight.names[0]) if changed and mergeable else None
+        adapted = (merge, layer, weight.names[0]) if changed and mergeable else None
         yield Weight([prefix + weight.names[0]], weight.kind, weight.held, adapted)
     if changed and not mergeable:
         yield from _beside_the_base(layer, prefix)
@@ -175,10 +164,10 @@ def _is_mergeable(held: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _merged(layer: Any) -> Any:
-    """Return a copy of the layer that is adapted, with what its adapters do now in its weights: in float32 unless they are wider.
+def _merged(layer: Any) -> dict[str, Tensor]:
+    """Return the tensors of the layer that is adapted, by name, with what its adapters do now in them: in float32 unless they are wider.
 
-    It is on the CPU: each kind of device rounds products in its own way, and the sum is hashed.
+    They are on the CPU: each kind of device rounds products in its own way, and the sum is hashed.
     """
     copied = copy.deepcopy(layer)._apply(lambda tensor: tensor.cpu().float() if tensor.dtype in _MERGEABLE[:2] else tensor.cpu())
     try:
@@ -192,7 +181,7 @@ def _merged(layer: Any) -> Any:
             f"Model: its layer {type(layer).__name__} cannot be merged ({error}), expected adapters with an effect on weights alone; merge them, or "
             "pass `identity=`."
         ) from error
-    return copied
+    return {weight.names[0]: weight.held for weight in _walk(copied, "", _merged)}
 
 
 def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor, Kind]]:
