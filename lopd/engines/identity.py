@@ -6,7 +6,7 @@ settings that decide what is computed from them (`lopd.engines.configs`).  `fold
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,8 @@ def function_version(model: Any) -> int:
     moving = "inv_freq" if rope_moves(base.config) else "not a name"
     buffers = (buffer for name, buffer in base.named_buffers() if moving not in name)
     counts = tuple((t._version, t.dtype) for t in (*base.parameters(), *buffers) if not t.is_inference())
-    return hash((counts, _some_values(base), tuple(map(_adapters, base.modules())), function_settings(model)))
-
-
-def _some_values(base: Any) -> bytes:
-    """Return up to 16 values of each parameter."""
-    parts = [values.cpu() for values in few_values(base.named_parameters(), 16).values()]
-    return torch.cat(parts).numpy().tobytes() if parts else b""
+    values = tuple(few.cpu().numpy().tobytes() for few in few_values(base.named_parameters(), 16).values())
+    return hash((counts, values, tuple(map(_adapters, base.modules())), function_settings(model)))
 
 
 def _adapters(module: Any) -> tuple[Any, ...] | None:
@@ -222,19 +217,10 @@ def _made_again(model: Any) -> dict[str, Tensor]:
                 for name in module._non_persistent_buffers_set:
                     held = module._buffers[name]
                     module._buffers[name] = None if held is None else torch.empty_like(held, device="cpu")
-            for module, owner in _with_owners(new, new):
-                owner._init_weights(module)
+            new.initialize_weights()
     except Exception:  # a class that cannot be built from its configuration alone
         return {}
     return {weight.names[0]: weight.held for weight in effective_weights(new) if weight.kind == "derived"}
-
-
-def _with_owners(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each module, with the part of the model that knows how to initialise it."""
-    owner = module if isinstance(module, transformers.PreTrainedModel) else owner
-    yield module, owner
-    for child in module.children():
-        yield from _with_owners(child, owner)
 
 
 def _folder_name(folder: Path) -> str:
