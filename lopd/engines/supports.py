@@ -4,7 +4,7 @@ Shape suffixes: T response tokens, K candidates a token, A ids that a scorer is 
 gives at a token.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,17 +91,11 @@ def likely(top_k: int, candidates: int) -> int:
     return top_k and candidates + top_k
 
 
-class FlatLogprobs(Protocol):
-    """vLLM's log-probs of all positions end to end; those of position i are at `start_indices[i]` to `end_indices[i]`."""
+def entries(flat: Any, first: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return (T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1.
 
-    start_indices: list[int]
-    end_indices: list[int]
-    token_ids: list[int]
-    logprobs: list[float]
-
-
-def entries(flat: FlatLogprobs, first: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return (T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1."""
+    `flat` is vLLM's `FlatLogprobs`: all positions end to end, those of position i at `start_indices[i]` to `end_indices[i]`.
+    """
     starts_T, ends_T = (np.array(indices[first:], np.int64) for indices in (flat.start_indices, flat.end_indices))
     places_TW = starts_T[:, None] + np.arange(max((ends_T - starts_T).max(initial=0), 1))
     missing_TW = places_TW >= ends_T[:, None]
