@@ -207,7 +207,7 @@ def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are
     llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llama.save_pretrained(tmp_path)
-    monkeypatch.setattr("lopd.engines.hf.loading._from_pretrained", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("lopd.engines.hf.loading.load_whole", lambda *_: pytest.fail("weights were read"))
     lacks = r"its tokenizer cannot be loaded \(the folder has neither tokenizer.json nor.*tokenizer.save_pretrained"
     with pytest.raises(EngineError, match=lacks):
         load_model(tmp_path)

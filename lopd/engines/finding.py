@@ -23,7 +23,7 @@ from lopd.errors import EngineError, LopdError, ModelError
 from lopd.records.identity import TokenizerId
 from lopd.records.lineage import refuse_store
 from lopd.records.manifest import SamplingParams
-from lopd.records.paths import check_files, local_path, without_secrets
+from lopd.records.paths import check_files, local_path, names_path, without_secrets
 
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
@@ -179,12 +179,7 @@ def find_model(name: str | Path) -> Path:
         EngineError: it is a file; or it is a path, and there is no such folder: the hub would be asked for it, again and again.
     """
     path = local_path("Model", name, EngineError)
-    is_path = (
-        isinstance(name, Path)
-        or str(name).startswith((".", "/", "~"))
-        or len(path.parts) > 2
-        or (len(path.parts) > 1 and path.parent.is_dir())
-    )
+    is_path = isinstance(name, Path) or names_path(str(name)) or (len(path.parts) > 1 and path.parent.is_dir())
     if path.is_file():
         raise _not_loaded(name, "it is a file", f"pass the folder that it is in, {str(path.parent)!r}")
     if is_path and not path.exists():
@@ -210,6 +205,9 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         _refuse_gated(name, error)
+        if isinstance(error, RuntimeError) and "mismatched" in str(error):
+            reason = "its weights have other shapes than its config.json states; restore the one that was saved"
+            raise ModelError(f"Model {str(name)!r}: {reason}.") from error
         # safetensors calls a file that it may not read one that is not there
         named = (file for file in found.glob("*") if file.name in str(error))
         hidden = next((file.name for file in named if os.access(file, os.F_OK) and not os.access(file, os.R_OK)), None)

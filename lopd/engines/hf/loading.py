@@ -13,7 +13,7 @@ from lopd.engines.causal_lm import attention_of, context_length, evaluating, hid
 from lopd.engines.conditions import drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
 from lopd.engines.whole import load_whole
-from lopd.errors import EngineError, ModelError
+from lopd.errors import EngineError
 from lopd.records.devices import check_device, has_flash_3
 
 _LOG = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def load_model(
     check_described(find_model(folder))
     tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:
-        model = _from_pretrained(str(found), dtype or "auto")
+        model = load_whole(str(found), dtype or "auto")
         take_generation_config(model, found)
     if getattr(model, "_hf_peft_config_loaded", False):
         # of adapters, transformers leaves saved modules and biases to be trained by themselves
@@ -162,15 +162,3 @@ def _check_device(folder: str | Path, device: str) -> None:
             f"Model {str(folder)!r}: device {device!r} cannot be used ({reason}); pass device='cpu', or install the build of torch for it."
         ) from error
     check_device(f"Model {str(folder)!r}", found)
-
-
-def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return what `load_whole` does, with an error of its own for weights of other shapes."""
-    try:
-        return load_whole(folder, dtype)
-    except RuntimeError as error:
-        if "mismatched" not in str(error):
-            raise
-        raise ModelError(
-            f"Model {folder!r}: its weights have other shapes than its config.json states; restore the one that was saved."
-        ) from error
