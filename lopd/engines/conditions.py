@@ -120,11 +120,10 @@ def keep_caps(model: Any) -> None:
     """
     if drops_cap(model):
         unwrap(model).set_attn_implementation("eager")
-        warnings.warn(
+        warn_user(
             f"Model {type(unwrap(model)).__name__}: its attention dropped the cap on attention scores, and was set to 'eager', which keeps it; load "
             "the model with attn_implementation='eager', or with `lopd.engines.hf.load_model`.",
             ModelWarning,
-            stacklevel=5,
         )
 
 
@@ -161,11 +160,10 @@ def warn_of_dropout(model: Any) -> None:
         if dropping
         else "its layers draw at random"
     )
-    warnings.warn(
+    warn_user(
         f"Student {type(unwrap(model)).__name__}: {what}, so its log-probs differ from the policy's by chance, and importance ratios and drift are "
         "noise; set dropout to 0, and a router's jitter.",
         ModelWarning,
-        stacklevel=2,
     )
 
 

@@ -1,7 +1,6 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
 import math
-import warnings
 from operator import index
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -84,11 +83,10 @@ class CausalLMStudent(nn.Module):
         check_exportable(model, tokenizer)
         self._changed_base = _check_adapters(model, before=True)
         if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
-            warnings.warn(
+            warn_user(
                 f"Model {type(unwrap(model)).__name__}: its torch.compile is passed by, since a student computes the layers below the head by "
                 "themselves; call `student.compile()`.",
                 ModelWarning,
-                stacklevel=2,
             )
         self.model = model
         # accelerate, and so Trainer, reads here which modules FSDP2 shards

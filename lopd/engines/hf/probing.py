@@ -4,7 +4,6 @@ Shape suffixes: B rows, P positions, V vocabulary.
 """
 
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +18,7 @@ from lopd.engines.probes import refusal
 from lopd.engines.structure import is_exact, once
 from lopd.errors import ModelWarning
 from lopd.records.steps import LMHead
+from lopd.records.warn import warn_user
 
 _STEPS, _SMALL = 9, 64
 _NO_LIMIT = (0.0, math.inf)
@@ -43,7 +43,7 @@ def check_sampling(model: Any, vocab_size: int, *, warn: bool = True) -> Way:
     way, causes = once(("sampling", vocab_size), model, lambda: _first_right(model, vocab_size))
     if warn and way is Way.WHOLE:
         text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; sample with vLLM where you can."
-        warnings.warn(f"Model {type(unwrap(model)).__name__}: {text}", ModelWarning, stacklevel=4)
+        warn_user(f"Model {type(unwrap(model)).__name__}: {text}", ModelWarning)
     return way
 
 
