@@ -14,7 +14,7 @@ from conftest import TOKENIZER_ID
 from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
-from lopd.errors import CheckpointError, CorruptStoreError, InvalidRecordError, LopdError, PromptError, StoreWriteError
+from lopd.errors import CheckpointError, CorruptStoreError, InvalidRecordError, LopdError, PromptError, StoreExistsError
 from lopd.records import Lineage, read_prompts
 from lopd.records.lineage import LINEAGE_FILE
 from lopd.records.paths import open_regular, read_regular
@@ -78,7 +78,7 @@ def test_checkpoints_and_exports_are_files(odd: Path, llama: Any, tokenizer: Any
         student.export(export, tokenizer, Lineage())
     (export / LINEAGE_FILE).unlink()
     os.mkfifo(export / "pipe")
-    with pytest.raises(StoreWriteError, match=r"Export .*export: it cannot be written"):
+    with pytest.raises(StoreExistsError, match=r"Export .*export: it cannot be replaced .*the student was written to .*/export-export"):
         student.export(export, tokenizer, Lineage())
 
 
