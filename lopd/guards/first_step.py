@@ -280,7 +280,7 @@ class FirstSteps:
             judge_ends(self._optimizer, inner(self._student), step.batches)
 
     def judge_gradients(self, grad_norm: float) -> Callable[[], None]:
-        """Judge the gradients of the first step; return what to call after the update: of the first one at the full rate, it judges what moved."""
+        """Judge the gradients of the first step, and return what to call after the update, which judges what the first one at the full rate moved."""
         if self.steps == 0:
             judge_gradients(self._optimizer, self._student, self._trained)
         if self._moved or not at_full_rate(self._optimizer):

@@ -74,7 +74,7 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
 
     Raises:
         ArgumentError: it cannot be indexed, such as a generator or a single prompt, or it is the path of a file, or one is not a `Prompt`.
-        InvalidRecordError: there are none, or an id occurs twice.
+        InvalidRecordError: the list is empty, or an id occurs twice.
     """
     if isinstance(prompts, str | os.PathLike):
         raise ArgumentError(

@@ -96,7 +96,7 @@ class Repository:
         return sha
 
     def _info(self) -> Any:
-        """Return what the hub knows of the repository, None where there is none that the token may see."""
+        """Return what the hub knows of the repository; None if it is not there, or the token may not see it."""
         hub = need("huggingface_hub", "Hub", "hub")
         try:
             return self._api.repo_info(self.name, repo_type=self.kind)
