@@ -5,7 +5,7 @@ import math
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from signal import SIGPIPE
 from typing import TYPE_CHECKING, Any
 
@@ -20,26 +20,29 @@ FINE, PROBLEMS, UNUSABLE, UNREAD = 0, 1, 2, 128 + SIGPIPE
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
-def give_examples(parser: ArgumentParser, *lines: str) -> None:
-    """End the help of a command with examples."""
-    parser.epilog = "\n  ".join(("examples:", *lines))
+def declare(parser: ArgumentParser, run: Callable[[Namespace], int], *examples: str, storage: bool = True, json: bool = True) -> None:
+    """Declare what runs a command, the options that commands share, and the examples that end its help.
 
-
-def add_json(parser: ArgumentParser) -> None:
-    """Let the user ask for data."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def add_storage_option(parser: ArgumentParser) -> None:
-    """Add the option with the settings of the storage of the URLs."""
-    parser.add_argument(
-        "--storage-option",
-        action="append",
-        type=_key_and_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="how to reach the storage of all URLs, may be repeated; credentials are read from the environment",
-    )
+    Args:
+        parser: that of the command, with its own options.
+        run: does what was asked for; returns the exit code.
+        examples: lines.
+        storage: the command opens URLs, whose storage may have settings.
+        json: the command can print data.
+    """
+    parser.set_defaults(run=run)
+    parser.epilog = "\n  ".join(("examples:", *examples))
+    if storage:
+        parser.add_argument(
+            "--storage-option",
+            action="append",
+            type=_key_and_value,
+            default=[],
+            metavar="KEY=VALUE",
+            help="how to reach the storage of all URLs, may be repeated; credentials are read from the environment",
+        )
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _key_and_value(text: str) -> tuple[str, str]:

@@ -27,7 +27,7 @@ COMMANDS = {
     "verify": ("stores", "check every checksum and hash, and read every row with every column"),
     "diff": ("stores", "compare two columns of one store, or one column of two stores"),
     "compact": ("stores", "merge many small appends into large ones"),
-    "report": ("pages", "draw a run, or rollouts token by token, as a page for a browser"),
+    "report": ("stores", "draw a run, or rollouts token by token, as a page for a browser"),
     "plan": ("planning", "estimate what a run will cost, or what fits on a card"),
 }
 #: Arguments of the Python API that have another name here.

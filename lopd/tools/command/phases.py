@@ -10,7 +10,7 @@ from attrs import asdict
 import lopd
 from lopd.errors import ArgumentError
 from lopd.tools.command.models import add_model, model_of, running
-from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, progress, say
+from lopd.tools.command_line import FINE, PROBLEMS, declare, opened, print_json, progress, say
 
 _SAMPLING = (
     ("max-new-tokens", int, "cap on a response: the length that is trained on"),
@@ -25,23 +25,22 @@ _SAMPLING = (
 
 def add_run(parser: ArgumentParser) -> None:
     """Declare the options of `lopd run`."""
-    parser.set_defaults(run=_run)
     parser.add_argument("file", nargs="?", metavar="FILE", help="YAML; every key is checked before anything is done")
     parser.add_argument("--example", action="store_true", help="print a file that shows every key, and stop")
-    add_json(parser)
-    give_examples(
+    declare(
         parser,
+        _run,
         "lopd run --example > run.yaml     then put your own models and prompts there",
         "lopd run run.yaml                 SFT, rollouts, scores, OPD, evaluation, and a page; again to go on after a stop",
         "lopd run run.yaml --json | jq .seeds",
         "",
         "Exit code 1 if prompts were refused or rollouts are in quarantine.",
+        storage=False,
     )
 
 
 def add_sample(parser: ArgumentParser) -> None:
     """Declare the options of `lopd sample`."""
-    parser.set_defaults(run=_sample)
     parser.add_argument("url", metavar="URL", help="the store, a local path or a URL; a new one that ends with .lance is LanceDB tables")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines or parquet, local or a URL")
     parser.add_argument("--field", default="prompt", help="key of the prompt in a record (prompt)")
@@ -67,10 +66,9 @@ def add_sample(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--date", type=day, metavar="YYYY-MM-DD", help="what a chat template that asks for it reads as today (today)")
     add_model(parser, "student")
-    add_storage_option(parser)
-    add_json(parser)
-    give_examples(
+    declare(
         parser,
+        _sample,
         "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --max-new-tokens 4096",
         "lopd sample s3://bucket/run.zarr --student sft-student --prompts prompts.jsonl --engine vllm --dtype bfloat16",
         "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --engine http://gpu1:8000 --engine http://gpu2:8000",
@@ -81,7 +79,6 @@ def add_sample(parser: ArgumentParser) -> None:
 
 def add_score(parser: ArgumentParser) -> None:
     """Declare the options of `lopd score`."""
-    parser.set_defaults(run=_score)
     parser.add_argument("url", metavar="URL", help="a store with rollouts, a local path or a URL")
     parser.add_argument("--column", default="teacher", help="where the scores go (teacher)")
     parser.add_argument(
@@ -92,10 +89,9 @@ def add_score(parser: ArgumentParser) -> None:
     parser.add_argument("--rollouts-per-batch", type=int, default=256, metavar="N", help="scored and committed together (256)")
     parser.add_argument("--retry-quarantined", action="store_true", help="try those again that were refused before")
     add_model(parser, "teacher")
-    add_storage_option(parser)
-    add_json(parser)
-    give_examples(
+    declare(
         parser,
+        _score,
         "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine vllm --top-k 20",
         "lopd score run.zarr --teacher teacher-folder --engine http://gpu1:8000 --engine http://gpu2:8000",
         "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine https://host --speaks openai --revision COMMIT --dtype bfloat16",

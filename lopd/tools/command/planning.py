@@ -17,7 +17,7 @@ from attrs import asdict, evolve, fields
 from lopd.errors import ArgumentError
 from lopd.records.checks import check_at_least, check_number
 from lopd.records.optional import need
-from lopd.tools.command_line import FINE, PROBLEMS, Table, add_json, add_storage_option, give_examples, opened, print_json, show
+from lopd.tools.command_line import FINE, PROBLEMS, Table, declare, opened, print_json, show
 from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
 from lopd.tools.plan.fit import Fit, fits
 from lopd.tools.plan.like import measured_rates, work_like
@@ -38,7 +38,6 @@ _OF_CARD = _WITH_CARD - {"card", "json", "gpus", *(f.name for f in fields(Work))
 
 def add_plan(parser: ArgumentParser) -> None:
     """Declare the options of `lopd plan`."""
-    parser.set_defaults(run=_plan)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--prompts", type=int, nargs="+", metavar="N")
     size.add_argument("--tokens", type=float, nargs="+", default=_SIZES, metavar="N", help="response tokens that are stored (1e6 1e9 1e12)")
@@ -72,22 +71,21 @@ def add_plan(parser: ArgumentParser) -> None:
         "--like", metavar="URL", help="a store: its lengths and columns, and how fast commits in a row filled it, where nothing is given"
     )
     parser.add_argument("--like-gpus", type=int, default=1, metavar="N", help="GPUs that filled it (1)")
-    add_storage_option(parser)
     parser.add_argument("--tflops", type=float, default=H100_FLOPS / _TERA, metavar="N", help="of one GPU, where rates are guessed (989)")
     parser.add_argument(
         "--lockstep", type=float, default=PAPER_LOCKSTEP, metavar="X", help="see `lopd.tools.plan.online` (%(default).2f, the paper's)"
     )
     parser.add_argument("--gpu-price", type=float, metavar="X", help="of a GPU-hour")
     parser.add_argument("--storage-price", type=float, metavar="X", help="of 10^9 bytes for a month")
-    add_json(parser)
     _add_card(parser)
-    parser.set_defaults(unset=vars(parser.parse_args([])))
-    give_examples(
+    declare(
         parser,
+        _plan,
         "lopd plan --tokens 1e6 1e9 1e12 --gpus 64",
         "lopd plan --like run.zarr --prompts 1000000",
         "lopd plan --card 24 --student DIR --teacher DIR",
     )
+    parser.set_defaults(unset=vars(parser.parse_args([])))
 
 
 def _add_card(parser: ArgumentParser) -> None:
