@@ -53,6 +53,14 @@ def test_starting_at_step_k_gives_what_iterating_to_it_gives(size: tuple[int, in
     assert same_steps(reached, numbered_stream(*size, seed=seed).step(k))
 
 
+def test_steps_made_and_looked_at_in_inference_mode_are_trained_on_later() -> None:
+    with torch.inference_mode():
+        steps = [numbered_stream(5, 3).step(0), *numbered_stream(5, 3)[1:2]]
+        assert "tokens that count" in str(steps[0].batches[0])
+    metrics = train(steps, SFTLoss())[1]
+    assert [step.step for step in metrics] == [0, 1]
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pretend that there is a GPU, which a thread reads ahead for; return the threads in which memory was pinned."""

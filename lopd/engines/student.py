@@ -130,7 +130,8 @@ class CausalLMStudent(nn.Module):
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         """Return `loss` of this batch; moves the batch to where the model is.
 
-        Computes in the dtype of the weights, or in `autocast`, whatever autocast the caller is in.
+        Computes in the dtype of the weights, or in `autocast`, whatever autocast the caller is in.  `backward` called in an autocast rounds the
+        gradients to it, as in torch; `opd_steps` calls it outside.
 
         Warns:
             ModelWarning: the first batch with a ref column meets modules that drop values at random.

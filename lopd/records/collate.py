@@ -78,7 +78,10 @@ def collate(
         values["sampler_logprobs"] = np.where(np.isnan(rows.sampler_logprobs), rows.scores[ref], rows.sampler_logprobs)
     if top_k is not None:
         values |= _support(column_of(rows.rollout_ids[0], rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))
-    return Batch(**{name: torch.from_numpy(array) for name, array in _packed(rows, weighting, values).items()})
+    arrays = _packed(rows, weighting, values)
+    # what is made in a validation may be trained on later
+    with torch.inference_mode(False):
+        return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def target_slice(rollout: Rollout) -> slice:

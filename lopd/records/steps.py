@@ -69,7 +69,9 @@ class Batch(Glanced):
     @cached_property
     def counted(self) -> Tensor:
         """(M,) int64, the places of tokens whose weight is above 0, in their order: index with these, not with a mask."""
-        return (self.weight > 0).nonzero().squeeze(-1)
+        # it stays, so a look at the batch in a validation must leave it good for training
+        with torch.inference_mode(False):
+            return (self.weight > 0).nonzero().squeeze(-1)
 
     @cached_property
     def lengths(self) -> tuple[int, ...]:

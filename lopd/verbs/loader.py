@@ -131,8 +131,7 @@ class StepStream(Glanced):
         parts = shares[self.ranks.rank]
         # what sums gradients over ranks waits for each of them as many times as for the busiest
         idle = max(map(len, shares)) - len(parts)
-        if idle:
-            parts = [*parts, np.array([np.argmin(lengths)])]
+        parts = [*parts, np.array([np.argmin(lengths)])] if idle else parts
         # before its first update a student should be the policy that sampled, whatever the loss is to read
         asked = index == 0 and self.columns.teachers and self.columns.ref is None and self.store.scored(BEHAVIOR_COLUMN)[rows].all()
         columns = evolve(self.columns, ref=BEHAVIOR_COLUMN) if asked else self.columns
@@ -147,7 +146,8 @@ class StepStream(Glanced):
         if asked:
             made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
-            made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
+            with torch.inference_mode(False):  # as those of `collate`
+                made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
         shared = _digest(np.concatenate([places, lengths, *chain.from_iterable(shares)]), "<i8")
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle, shared, self.ranks)
 
