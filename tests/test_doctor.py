@@ -14,11 +14,12 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lopd import label_rollouts
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError, MissingScoresError, StoreNotFoundError, StoreReadError
+from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
 from lopd.guards.consistency import verdict
 from lopd.protocols import Counted
 from lopd.records import AdvantageSummary, Commit, ModelId, Parity, Rollout, Scores, mixture_id
@@ -385,9 +386,13 @@ def test_a_column_equals_itself(store: ZarrStore) -> None:
     assert not found.exceeds(0.0)
 
 
-def test_diff_of_a_column_that_is_not_there_names_those_that_are(store: ZarrStore) -> None:
+def test_diff_of_a_column_that_is_not_there_or_of_a_label_with_a_log_prob_is_refused(store: ZarrStore) -> None:
     with pytest.raises(MissingScoresError, match=r"'nobody' is absent, expected one of \['teacher', 'ref', 'behavior'\]"):
         compare_columns(store, store, "teacher", "nobody")
+    label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None, recheck=0)
+    for columns in (("teacher", "label"), ("label", "behavior")):
+        with pytest.raises(InvalidRecordError, match="column 'label' holds labels of"):
+            compare_columns(store, store, *columns)
 
 
 @pytest.mark.parametrize("columns", [[], ["teacher"], ["teacher", "teacher"], ["a", "b", "c"]])

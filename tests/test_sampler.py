@@ -219,6 +219,21 @@ def test_rollouts_that_lack_the_log_probs_of_the_sampler_are_counted_and_go_by_t
     batches(store, teacher=None, ref="behavior")
 
 
+def test_rollouts_drawn_otherwise_than_the_manifest_has_it_are_warned_of(scored):
+    hot = scored(temperature=0.8)
+    mixed = MemoryStore(evolve(hot.manifest, sampling=evolve(hot.manifest.sampling, temperature=1.0)))
+    mixed.append([record.rollout for record in without_sampler(hot, {0, 3}).read(range(len(hot)))])
+    mixed.append_scores("teacher", hot.columns["teacher"], [hot._scores["teacher"][i] for i in range(len(hot))])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdvantageWarning)
+        with pytest.warns(
+            SamplerWarning, match=r"12 of 14 rollouts have sampler_logprobs and no .* its manifest has temperature 1 and"
+        ) as caught:
+            batches(mixed)
+    assert sum(warning.category is SamplerWarning for warning in caught) == 1
+    batches(mixed, ref="behavior")
+
+
 RATIOLESS = [
     (),
     (position_weights,),

@@ -264,6 +264,13 @@ def test_what_is_missing_is_said_and_not_invented(known):
     hot = measure_start(known.store(8, 0, hot))
     assert hot.sampled_outside is None
     assert hot.missing["reverse_kl"] == "tokens were drawn at temperature 0.7 and top_p 1, so the mean is not that of the policy itself"
+    store = known.store(8, 0)
+    few = evolve(store.read([0])[0].rollout, rollout_id="hot", sampler_logprobs=store.read([0])[0].rollout.behavior_logprobs)
+    store.append([few])
+    store.append_scores("teacher", store.columns["teacher"], [evolve(store._scores["teacher"][0], rollout_id="hot")])
+    mixed = measure_start(store)
+    assert mixed.sampled_outside is None
+    assert mixed.missing["sampled_outside"].endswith("tokens of 1 rollouts were not drawn at temperature 1 and top_p 1")
 
 
 def test_evenly_spaced_rollouts_are_read_and_no_more(known):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError
 from lopd.guards.consistency import check_reference
-from lopd.guards.watch import MAX_TAIL
+from lopd.guards.watch import MAX_TAIL, drawn_otherwise
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
@@ -232,20 +232,20 @@ def _report(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: st
         bucket_kl=means.get("bucket_kl"),
         overlap=overlap,
         outside=(means["least"], means["most"]) if "most" in means else None,
-        sampled_outside=means.get("sampled_outside") if store.manifest.sampling.neutral else None,
+        sampled_outside=None if drawn_otherwise(store, rows).any() else means.get("sampled_outside"),
         advantages=summary,
         sizes=tuple(np.quantile(sizes, SIZE_LEVELS).tolist()),
         beyond_tail=float(np.mean(sizes > -TAIL)),
         beyond_clip=float(np.mean(sizes > CLIP)),
         heaviest=float(heaviest),
         floored=floored,
-        missing=_missing(store, teacher, ref),
+        missing=_missing(store, rows, teacher, ref),
         verdict=verdict,
         reason=reason,
     )
 
 
-def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
+def _missing(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str) -> Mapping[str, str]:
     """Return field of the report -> why it is None, incomplete or of something else."""
     widths = {name: _own_width(store, name) for name in (teacher, ref)}
     without = " and ".join(repr(name) for name, width in widths.items() if width is None)
@@ -263,8 +263,9 @@ def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
     if widths[teacher] is None:
         said["sampled_outside"] = f"needs the teacher's most likely tokens (top_k); they are not stored in {teacher!r}"
     sampling = store.manifest.sampling
-    if not sampling.neutral:
+    if (others := drawn_otherwise(store, rows)).any():
         drawn = f"tokens were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"
+        drawn = f"tokens of {others.sum()} rollouts were not drawn at temperature 1 and top_p 1" if sampling.neutral else drawn
         said["reverse_kl"] = f"{drawn}, so the mean is not that of the policy itself"
         said["sampled_outside"] = f"needs tokens of the policy itself, and {drawn}"
     return said

@@ -161,8 +161,14 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
         rows: that are trained on.
         ratio: whether a loss can form an importance ratio; it is to the right distribution where rollouts have `sampler_logprobs`.
     """
-    sampling = store.manifest.sampling
+    sampling, mixed = store.manifest.sampling, int(drawn_otherwise(store, rows).sum())
     if sampling.neutral:
+        if mixed and not ratio:
+            warn_user(
+                f"{named(store)}: {mixed} of {len(rows)} rollouts have sampler_logprobs and no importance ratio, though its manifest has temperature "
+                '1 and top_p 1; pass `ref="behavior"` and a loss with `ratio_to_ref=True`, or keep what was drawn otherwise in another store.',
+                SamplerWarning,
+            )
         return
     lacking = int((~store.scored(SAMPLER_COLUMN)[rows]).sum())
     what = "lack the sampler_logprobs that an importance ratio needs"
@@ -177,6 +183,11 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
             "temperature 1 and top_p 1.",
             SamplerWarning,
         )
+
+
+def drawn_otherwise(store: LogprobReader, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which of these rows were drawn at another temperature or top-p than 1: all if the manifest has another, and those whose source had."""
+    return store.scored(SAMPLER_COLUMN)[rows] if store.manifest.sampling.neutral else np.ones(len(rows), np.bool_)
 
 
 def bias_of(sampling: SamplingParams) -> str:

@@ -5,6 +5,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.protocols import LogprobReader
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import in_batches
 from lopd.tools.advantages import check_columns, scored_rows
 
@@ -75,10 +76,15 @@ def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str,
 
     Raises:
         MissingScoresError: a store has no such column.
+        InvalidRecordError: one column holds labels, the other log-probs.
         CorruptStoreError: a row is damaged.
     """
     check_columns(left, [left_column])
     check_columns(right, [right_column])
+    made = left.columns.get(left_column), right.columns.get(right_column)
+    if len({one is not None and one.label for one in made}) > 1:
+        refuse_labels(left, left_column)
+        refuse_labels(right, right_column)
     left_rows, right_scored = scored_rows(left, [left_column]), right.scored(right_column)
     rollouts, others, total, greatest = 0, 0, 0.0, 0.0
     first_other: str | None = None
