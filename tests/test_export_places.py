@@ -26,16 +26,17 @@ def modes(folder):
 
 
 class _Watching:
-    """A tokenizer that notes the mode of the folder that it is saved in."""
+    """A tokenizer that does something before it is saved: it notes the mode of the folder, for one."""
 
-    def __init__(self):
+    def __init__(self, act=None):
         self._inner, self.seen = build_tokenizer(), []
+        self._act = act or (lambda folder: self.seen.append(folder.stat().st_mode & 0o7777))
 
     def __getattr__(self, name):
         return getattr(self._inner, name)
 
     def save_pretrained(self, folder):
-        self.seen.append(folder.stat().st_mode & 0o7777)
+        self._act(folder)
         self._inner.save_pretrained(folder)
 
 
@@ -199,3 +200,26 @@ def test_a_student_is_not_lost_where_no_folder_can_be_moved(student, tmp_path, m
         assert len(kept) == times
         for folder in kept:
             assert_is(folder, student)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_of_two_exports_under_one_name_at_once_the_one_that_ends_last_stands_there_whole(there, student, make_model, tmp_path):
+    out, other = tmp_path / "out", CausalLMStudent(make_model("llama_tied", seed=9), TOKENIZER_ID)
+    if there:
+        student.export(out, build_tokenizer(), LINEAGE)
+
+    def between(_):
+        other.export(out, build_tokenizer(), LINEAGE)
+        assert folder_model_id(out).revision == model_id(other.model).revision
+
+    student.export(out, _Watching(between), LINEAGE)
+    assert_is(out, student)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_whose_files_somebody_removed_does_not_take_the_place_of_a_whole_one(student, make_model, tmp_path):
+    student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
+    gone = _Watching(lambda folder: [path.unlink() for path in folder.iterdir()])
+    with pytest.raises(StoreWriteError, match=r"config\.json has gone .*out is as it was; export again\.$"):
+        CausalLMStudent(make_model("llama_tied", seed=9), TOKENIZER_ID).export(tmp_path / "out", gone, LINEAGE)
+    assert_is(tmp_path / "out", student)

@@ -116,40 +116,40 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
     from lopd.engines.written import check_written, name_end, quantiser_forgotten  # a model that is saved brought transformers along
 
     owner, model, folder = f"Export {folder}", without_runners(model), folder.expanduser().resolve()
-    with _saving(owner, "it"):
-        fresh = begin(folder)
-        try:
-            # first: `save_pretrained` takes the weights out of `state`
-            gathered, untied = None if state is None else dict(state), is_untied(model, state)
-            adapter = saved_adapter(model)
-            chosen = {} if adapter is None else {"selected_adapters": [adapter]}
-            with quantiser_forgotten(unwrap(model)):
-                model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
-            if adapter not in (None, "default"):  # peft puts any other into a folder of its own, where none is looked for
-                for path in (fresh / adapter).iterdir():
-                    path.rename(fresh / path.name)
-                (fresh / adapter).rmdir()
-            tokenizer.save_pretrained(fresh)
-            if is_there(fresh / "config.json"):
-                spell_out(fresh / "config.json", untied=untied, dtype=widest(model, gathered))
-                check_written(owner, fresh, folder, unwrap(model), gathered)
-            generation = getattr(unwrap(model), "generation_config", None)
-            if generation is not None and is_there(fresh / "adapter_config.json"):
-                # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
-                generation.to_json_file(fresh / "generation_config.json")
-            name_end(fresh / "generation_config.json", unwrap(model), tokenizer)
-            ours = exported_files(folder)
-            for path in _processor_files(unwrap(model).config) if is_there(fresh / "config.json") else ():
-                if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along
-                    shutil.copyfile(path, fresh / path.name)
-            (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
-            written = files_in(fresh)
-            lineage.write(fresh)
-            name_files(fresh, written)
-            share_mode(fresh / LINEAGE_FILE)
-            place(owner, model, fresh, written, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+    with _saving(owner, "it"), begin(folder) as fresh:
+        # first: `save_pretrained` takes the weights out of `state`
+        gathered, untied = None if state is None else dict(state), is_untied(model, state)
+        adapter = saved_adapter(model)
+        chosen = {} if adapter is None else {"selected_adapters": [adapter]}
+        with quantiser_forgotten(unwrap(model)):
+            model.save_pretrained(fresh, **chosen, **({} if state is None else {"state_dict": state}))
+        if adapter not in (None, "default"):  # peft puts any other into a folder of its own, where none is looked for
+            for path in (fresh / adapter).iterdir():
+                path.rename(fresh / path.name)
+            (fresh / adapter).rmdir()
+        tokenizer.save_pretrained(fresh)
+        if is_there(fresh / "config.json"):
+            spell_out(fresh / "config.json", untied=untied, dtype=widest(model, gathered))
+            check_written(owner, fresh, folder, unwrap(model), gathered)
+        elif not is_there(fresh / "adapter_config.json"):
+            raise StoreWriteError(
+                f"{owner}: config.json has gone from {fresh} while it was written, and {folder} is as it was; export again."
+            )
+        generation = getattr(unwrap(model), "generation_config", None)
+        if generation is not None and is_there(fresh / "adapter_config.json"):
+            # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
+            generation.to_json_file(fresh / "generation_config.json")
+        name_end(fresh / "generation_config.json", unwrap(model), tokenizer)
+        ours = exported_files(folder)
+        for path in _processor_files(unwrap(model).config) if is_there(fresh / "config.json") else ():
+            if path.name in ours or not (folder / path.name).exists():  # what somebody put there moves along
+                shutil.copyfile(path, fresh / path.name)
+        (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
+        written = files_in(fresh)
+        lineage.write(fresh)
+        name_files(fresh, written)
+        share_mode(fresh / LINEAGE_FILE)
+        place(owner, model, fresh, written, folder)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import os
 import shutil
 import stat
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +20,7 @@ from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import is_there, read_regular, walked
 from lopd.records.stored import LARGEST_JSON, parse
+from lopd.records.unfinished import unfinished
 
 #: Endings of files that some library takes for weights, or for a list of the weights to load.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
@@ -46,18 +48,18 @@ def exported_files(folder: Path) -> set[str]:
         return set()
 
 
-def begin(folder: Path) -> Path:
-    """Make and return the folder that an export is written in: beside its place, or inside where that is mounted or nothing can be written beside."""
+@contextmanager
+def begin(folder: Path) -> Iterator[Path]:
+    """Yield the folder that an export is written in: beside its place, or inside where that is mounted or nothing can be written beside."""
     inside = folder.is_dir() and (os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK))
-    fresh = (folder if inside else folder.parent) / f".{folder.name}.partial"
-    shutil.rmtree(fresh, ignore_errors=True)
-    _make_like(fresh, folder)
-    return fresh
+    with unfinished((folder if inside else folder.parent) / f".{folder.name}.partial") as fresh:
+        _make_like(fresh, folder)
+        yield fresh
 
 
 def _make_like(made: Path, there: Path) -> None:
     """Make a folder, with the group and mode of another if that is there, so that what is private, or a group's, stays it; its owner may write."""
-    made.mkdir(parents=True)
+    made.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):  # of a file system without modes
         if there.is_dir():
             held = there.stat()
@@ -86,7 +88,11 @@ def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path)
                 _carry(folder, fresh)
             flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
             _replace(folder, fresh, old)
-        except OSError as error:  # as that of a mount which looks like a plain folder, or of a file that only another user reads
+        except OSError as error:
+            if not there and is_there(folder):  # another export has taken the name since
+                place(owner, model, fresh, written, folder)
+                return
+            # as that of a mount which looks like a plain folder, or of a file that only another user reads
             for name in {*files_in(fresh)} - {*written, LINEAGE_FILE}:  # they are its owner's, who has them there
                 (fresh / name).unlink()
             if not there:

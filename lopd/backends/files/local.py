@@ -8,7 +8,6 @@ import os
 import re
 import resource
 import shutil
-import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,8 @@ from weakref import finalize
 from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, local_folder, read_spans
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
-from lopd.records.paths import is_there, open_regular, walked
+from lopd.records.paths import is_there, open_regular
+from lopd.records.unfinished import DAY, idle
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -36,8 +36,6 @@ _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 _GAP, _FEW, _SMALL = 4096, 64, 1024
 # One call of Linux reads so many bytes at most; one of macOS refuses to read 2 GiB.
 _MOST = (1 << 31) - 4096
-# No put takes so many seconds.
-_DAY = 24 * 3600.0
 # What an attempt to link ends in where there are no links; the file is new, so it belongs to this process, and has one name.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -202,12 +200,7 @@ class LocalFiles:
 
     def age(self, folder: str, /) -> float:
         """Return seconds since the newest file in a folder was written; of a folder without any, since the folder was changed."""
-        now, times = time.time(), list[tuple[bool, float]]()
-        for path in (self.root / folder, *walked(self.root / folder)):
-            with suppress(FileNotFoundError):  # another process has removed it since
-                found = os.lstat(path)
-                times.append((not stat.S_ISDIR(found.st_mode), found.st_mtime))
-        return now - max(times, default=(True, now))[1]
+        return idle(self.root / folder)
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them; neither links nor what they lead to."""
@@ -228,7 +221,7 @@ def remove_unfinished(url: str, older_than: float) -> None:
     for folder, _, names in () if root is None else os.walk(root):
         for path in (Path(folder, name) for name in names if _TEMPORARY.fullmatch(name)):
             with suppress(OSError):  # another process has removed it since, or it is somebody else's
-                if time.time() - path.lstat().st_mtime > max(older_than, _DAY):
+                if time.time() - path.lstat().st_mtime > max(older_than, DAY):
                     path.unlink()
 
 
