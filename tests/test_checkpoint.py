@@ -17,7 +17,7 @@ from small_runs import Interrupted, adamw, assert_same_state, plain_sgd, scored,
 import lopd.verbs.checkpoint
 from lopd import batches, load_checkpoint, opd_steps, save_checkpoint
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import CheckpointError, InvalidRecordError
+from lopd.errors import CheckpointError, InvalidRecordError, StoreWriteError
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.records import Lineage, Ranks
 
@@ -326,6 +326,42 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, score
     monkeypatch.undo()
     save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.0"]
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_of_two_processes_that_save_into_one_folder_each_checkpoint_is_of_one_of_them(step, small, scored, monkeypatch, tmp_path):
+    """One saves while the other is between its parameters and its optimizer."""
+    other = CausalLMStudent(copy.deepcopy(small[0].model), TOKENIZER_ID)
+    others = (other, adamw(other))
+    advance(*others, scored, 0, 2)
+    whole = lopd.verbs.checkpoint.save_file
+
+    def save_file(tensors, path):
+        whole(tensors, path)
+        monkeypatch.undo()
+        if path.name == "parameters.safetensors":
+            save_checkpoint(tmp_path, *others, next_step=3, lineage=Lineage())
+
+    mine, theirs = state_of(*small), state_of(*others)
+    monkeypatch.setattr(lopd.verbs.checkpoint, "save_file", save_file)
+    if step == 3:
+        with pytest.raises(
+            StoreWriteError, match=r"another process writes or removes files in this folder .*; give each run a folder of its own\.$"
+        ):
+            save_checkpoint(tmp_path, *small, next_step=step, lineage=Lineage())
+    else:
+        save_checkpoint(tmp_path, *small, next_step=step, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *small) == step
+    assert_same_state(state_of(*small), theirs if step == 3 else mine)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_in_the_place_of_the_folder_is_not_taken_for_another_process(small, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(
+        StoreWriteError, match=r"the disk refused .*File exists.*run'\); free space or mend permissions, or save elsewhere\.$"
+    ):
+        save_checkpoint(tmp_path / "run", *small, next_step=3, lineage=Lineage())
 
 
 def test_a_run_that_went_back_goes_on_where_it_was_saved_though_what_it_left_is_half_removed(small, monkeypatch, tmp_path):

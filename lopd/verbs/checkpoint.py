@@ -6,6 +6,7 @@ Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, 
 Later ones, of a run that went back, lose theirs before that and earlier ones after it: the newest name is always a whole checkpoint of this run.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -28,12 +29,14 @@ from lopd.records.lineage import Lineage
 from lopd.records.paths import listed, local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
+from lopd.records.unfinished import unfinished
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_types, untrained_values
 from lopd.verbs.random_state import RNG, random_states, restore_random
 
 _STATE = "state.json"
+_OTHERS = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY}
 _NAME = re.compile(r"step-(\d{8,})\.(\d+)")
 
 _Optimizer = TypedDict("_Optimizer", {"class": str, "groups": list[Mapping[str, Any]], "others": Mapping[str, Any]})
@@ -99,7 +102,7 @@ def save_checkpoint(
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
         InvalidRecordError: `next_step` is less than 0, `keep` less than 1, or the optimizer holds more than numbers, text and plain tensors.
         CheckpointError: the optimizer holds a parameter that the student does not have, or there is neither lineage nor steps; nothing was written.
-        StoreWriteError: the disk refused; the checkpoints before this one are as they were.
+        StoreWriteError: the disk refused, or another process saves into this folder; the checkpoints before this one are as this call found them.
     """
     ranks, own = Ranks.current(), inner(student)
     folder, others = ranks.each(lambda: _look(folder, student, optimizer, steps, StoreWriteError))[ranks.rank]
@@ -162,28 +165,27 @@ def _write(
     final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage, superseded: list[Path]
 ) -> None:
     """Write all of a checkpoint, take their names from later ones, give it its own; then remove those before it."""
-    folder, partial, gone = final.parent, final.with_name(".partial"), final.with_name(".gone")
+    folder = final.parent
     try:
-        for left in (partial, gone):
-            shutil.rmtree(left, ignore_errors=True)
-            left.mkdir(parents=True, exist_ok=True)
-        for name, values in tensors.items():
-            save_file(_apart(values), partial / f"{name}.safetensors")
-        (partial / _STATE).write_text(json.dumps(state, indent=1))
-        lineage.write(partial)
-        share_mode(partial / _STATE)
-        flush(*partial.iterdir(), partial)
-        for path in superseded:
-            if _order(path) > _order(final):
-                path.rename(gone / path.name)
-        partial.rename(final)
-        flush(folder)
-        for path in (gone, *superseded):  # those that somebody reads over NFS stay, and are older
-            shutil.rmtree(path, ignore_errors=True)
+        with unfinished(folder / ".partial") as partial, unfinished(folder / ".gone") as gone:
+            for name, values in tensors.items():
+                save_file(_apart(values), partial / f"{name}.safetensors")
+            (partial / _STATE).write_text(json.dumps(state, indent=1))
+            lineage.write(partial)
+            share_mode(partial / _STATE)
+            flush(*partial.iterdir(), partial)
+            for path in superseded:
+                if _order(path) > _order(final):
+                    path.rename(gone / path.name)
+            partial.rename(final)
+            flush(folder)
+            for path in superseded:  # those that somebody reads over NFS stay, and are older
+                shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        raise StoreWriteError(
-            f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."
-        ) from error
+        reason = f"the disk refused ({error}); free space or mend permissions, or save elsewhere"
+        if isinstance(error, OSError) and error.errno in _OTHERS and folder.is_dir():
+            reason = f"another process writes or removes files in this folder ({error}); give each run a folder of its own"
+        raise StoreWriteError(f"Checkpoint {final}: {reason}.") from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
