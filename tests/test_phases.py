@@ -1,5 +1,6 @@
 """The phases of a run: what they ask of a GPU, what is kept of them, and how often a training is saved."""
 
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +78,22 @@ def test_what_a_run_keeps_is_on_the_disk_before_it_has_its_name(tmp_path, monkey
     flushed = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name))
     write_json(tmp_path / "phases/sft.json", {})
-    assert flushed == ["sft.partial", "phases"]
+    assert flushed == ["sft.json", "phases"]
+
+
+def test_of_two_processes_that_write_one_file_at_once_the_later_one_is_there_whole(tmp_path, monkeypatch):
+    path, flush = tmp_path / "phases/sft.json", phases.flush
+
+    def between(*paths):
+        monkeypatch.undo()
+        write_json(path, ["the other"] * 9)
+        assert json.loads(path.read_text()) == ["the other"] * 9
+        flush(*paths)
+
+    monkeypatch.setattr(phases, "flush", between)
+    write_json(path, ["mine"])
+    assert json.loads(path.read_text()) == ["mine"]
+    assert [path.name for path in path.parent.iterdir()] == ["sft.json"]
 
 
 @pytest.mark.parametrize("file", ["sft.json", "sft.attempts"])

@@ -29,6 +29,7 @@ from lopd.records.optional import need
 from lopd.records.paths import is_there, walked, without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
+from lopd.records.unfinished import unfinished
 from lopd.records.warn import noting, warn_user
 from lopd.tools.claims import check_claim, read_kept
 from lopd.tools.console import PlainConsole, table
@@ -166,17 +167,16 @@ def _digest_file(path: str) -> str:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write all of it or nothing, wherever a process or a machine ends.
+    """Write all of it or nothing, wherever a process or a machine ends, and whoever else writes it.
 
     Raises:
         StoreWriteError: the operating system refuses.
     """
-    partial = path.with_suffix(".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        flush(partial)
-        partial.replace(path)
+        with unfinished(path.with_name(f".{path.name}.partial")) as partial:
+            (partial / path.name).write_text(json.dumps(data, indent=1) + "\n")
+            flush(partial / path.name)
+            (partial / path.name).replace(path)
         flush(path.parent)
     except OSError as error:
         raise StoreWriteError(
