@@ -1,12 +1,15 @@
 """The doctor: what it reports of a store, what it finds wrong, and the exit codes of its command line."""
 
+import errno
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -261,8 +264,6 @@ def tampered(store: Kept, row: int, **fields: Any) -> list[str]:
     ],
 )
 def test_a_row_that_breaks_its_contract_is_a_problem_that_names_it(fields: dict[str, Any], message: str) -> None:
-    import re
-
     store = Kept()
     fill(store)
     problems = tampered(store, 7, **fields)
@@ -288,13 +289,17 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
     original = store.store.read
 
     def read(rows: Sequence[int], **asked: Any) -> Any:
-        for row in rows:
-            if row in (3, 8):
-                raise CorruptStoreError(f"Store: row {row} is damaged.")
+        if 3 in rows:
+            raise CorruptStoreError("Store: row 3 is damaged.")
+        if 8 in rows:
+            raise StoreReadError("Store: row 8 is in a bad sector.") from OSError(errno.EIO, "bad")
         return original(rows, **asked)
 
     store.read = read
-    assert list(check_store(store, progress=Progress())) == ["Store: row 3 is damaged.", "Store: row 8 is damaged."]
+    *unread, broken = tampered(store, 9, content_hash=b"\0" * 16)
+    assert unread == ["Store: row 3 is damaged.", "Store: row 8 is in a bad sector."]
+    assert "has content hash 00000000" in broken
+    assert list(check_store(store, progress=Progress())) == [*unread, broken]
     assert progress[0] == (40, 0, sum(map(len, items)), "read tokens")
     assert progress[-1] == "end"
     assert [sum(column) for column in zip(*progress[1:-1], strict=True)] == [40, sum(map(len, items))]
@@ -303,13 +308,11 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
 def test_a_storage_that_refuses_says_nothing_about_the_store() -> None:
     store = Kept()
     fill(store)
-
-    def read(rows: Sequence[int], **asked: Any) -> Any:
-        raise StoreReadError("Store: the network is down.")
-
-    store.read = read
-    with pytest.raises(StoreReadError):
-        list(check_store(store))
+    store.read, store.problems = Mock(side_effect=StoreReadError("Store: the network is down.")), ["a"]
+    checking = check_store(store)
+    assert next(checking) == "a"
+    with pytest.raises(StoreReadError, match="network"):
+        next(checking)
 
 
 # diff

@@ -9,6 +9,7 @@ from lopd.backends.files.contract import Run as Run
 from lopd.backends.files.contract import StorageOptions as StorageOptions
 from lopd.backends.files.contract import StorePath as StorePath
 from lopd.backends.files.contract import bucket_url as bucket_url
+from lopd.backends.files.contract import is_damage as is_damage
 from lopd.backends.files.contract import local_folder as local_folder
 from lopd.backends.files.contract import names_in as names_in
 from lopd.backends.files.contract import problem as problem

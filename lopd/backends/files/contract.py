@@ -143,17 +143,27 @@ def reading(owner: str, what: str, hint: str = "check the storage and try again"
         raise StoreReadError(f"{owner}: {what} failed with {error}; {hint}.") from error
 
 
+def is_damage(place: str, error: OSError | LopdError) -> bool:
+    """Return whether an error of reading shows that a store is damaged: a bad sector of a local disk does, a storage that refuses does not.
+
+    Args:
+        place: the store's URL, or a name with it.
+        error: what reading raised.
+    """
+    if isinstance(error, LopdError) and not isinstance(error, StoreReadError | ForkedStoreError):
+        return True
+    cause = error.__cause__ if isinstance(error, StoreReadError) else error
+    return "://" not in place and (getattr(cause, "errno", None) in _BAD or _BAD_WORDS.search(str(cause)) is not None)
+
+
 def problem(files: Files, error: OSError | LopdError) -> str:
     """Return an error of reading as a problem of the store, for `verify`.
 
     Raises:
-        StoreReadError: the storage refused, or did not answer, which shows nothing about the store; a bad sector of a local disk does.
+        StoreReadError: the storage refused, or did not answer.
         ForkedStoreError: this process may not read it.
     """
-    known = isinstance(error, LopdError) and not isinstance(error, StoreReadError | ForkedStoreError)
-    cause = error.__cause__ if isinstance(error, StoreReadError) else error
-    bad = "://" not in files.url and (getattr(cause, "errno", None) in _BAD or _BAD_WORDS.search(str(cause)))
-    if known or bad:
+    if is_damage(files.url, error):
         return str(error)
     if isinstance(error, LopdError):
         raise error

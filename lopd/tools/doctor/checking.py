@@ -1,11 +1,12 @@
 """Checking a store to the last bit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 from attrs import evolve
 
 from lopd.backends import admission
+from lopd.backends.files import is_damage
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
 from lopd.protocols import DurableStore, LogprobReader, Progress
 from lopd.protocols.doors import check_noun
@@ -26,8 +27,7 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
 
     Raises:
         ArgumentError: the progress is something else.
-        StoreReadError: the storage refused a read, which does not mean that the store is damaged; where the store has found problems by itself,
-            they are all that there are instead, for one may be a bad sector.
+        StoreReadError: the storage refused a read, which does not mean that the store is damaged; a bad sector of a local disk does.
     """
     if progress is not None:
         check_noun(progress, Progress)
@@ -40,45 +40,38 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
 
 
 def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None) -> Iterator[str]:
-    found = False
-    for problem in store.verify():
-        found = True
-        yield problem
-    try:
-        yield from _problems_of_rows(store, rows_per_read, progress)
-    except StoreReadError:
-        # a bad sector, which is a problem that the store has found in its own bytes
-        if not found:
-            raise
-
-
-def _problems_of_rows(store: DurableStore, rows_per_read: int, progress: Progress | None) -> Iterator[str]:
+    yield from store.verify()
     try:
         tokens, whole = store.lengths().sum(axis=1), parts(store, rows_per_read)
-    except CorruptStoreError as error:
-        yield str(error)
+    except (CorruptStoreError, StoreReadError) as error:
+        yield _problem(store, error)
         return
     silent = nullcontext(lambda *_: None)
     with silent if progress is None else shown(progress, "verifying", len(store), 0, int(tokens.sum())) as advance:
         for part in whole:
-            yield from _check_part(store, part)
+            yield from _check_part(store, part, part.rows)
             advance(len(part.rows), int(tokens[[*part.rows]].sum()), 0)
 
 
-def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
+def _problem(store: LogprobReader, error: LopdError) -> str:
+    if not is_damage(named(store), error):
+        raise error
+    return str(error)
+
+
+def _check_part(store: LogprobReader, part: Part, rows: Sequence[int]) -> Iterator[str]:
     try:
-        read = part.read(store)
+        read = store.read(rows, columns=part.columns, top_k=part.top_k)
         found = store.find([row.rollout.rollout_id for row in read]).tolist()
-    except StoreReadError:
-        raise
     except LopdError as error:
-        if len(part.rows) == 1:
-            yield str(error)
+        problem = _problem(store, error)
+        if len(rows) == 1:
+            yield problem
         else:
-            for number in part.rows:
-                yield from _check_part(store, evolve(part, rows=[number]))
+            for number in rows:
+                yield from _check_part(store, part, [number])
         return
-    for number, place, row in zip(part.rows, found, read, strict=True):
+    for number, place, row in zip(rows, found, read, strict=True):
         yield from _check_row(store, row)
         if place != number:
             yield (
