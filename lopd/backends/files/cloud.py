@@ -166,21 +166,22 @@ class ObstoreFiles:
             self._open()
 
     def read(self, path: str, /) -> bytes:
-        """Return a whole object; a large one by several requests, which fail where another takes its place and the server heeds If-Match."""
+        """Return a whole object; a large one by several requests, which fail where another takes its place."""
         if not self._answered:
             # without its body, which may take longer than a first contact is given
             self._call(path, lambda: self._obstore.get(self._store, path))
         found = self._call(path, partial(self._read_small, path))
         if isinstance(found, bytes):
             return found
-        tag = found["e_tag"]
-        # servers that keep to the standard answer 412 to every If-Match of a weak tag
-        match = {"if_match": tag} if tag and not tag.startswith("W/") else {}
-        wanted = [{"range": span, **match} for span in _cut(0, found["size"])]
-        return b"".join(self.run([partial(self._call, path, partial(self._get, path, options)) for options in wanted]))
+        parts = _cut(0, found["size"])
+        return b"".join(self.run([partial(self._call, path, partial(self._get, path, found["e_tag"], part)) for part in parts]))
 
-    def _get(self, path: str, options: dict[str, Any]) -> bytes:
-        return bytes(self._obstore.get(self._store, path, options=options).bytes())
+    def _get(self, path: str, tag: str | None, part: tuple[int, int]) -> bytes:
+        found = self._obstore.get(self._store, path, options={"range": part})
+        # not by If-Match, which some servers ignore; those that keep to the standard refuse it with a weak tag
+        if found.meta["e_tag"] != tag:
+            raise OSError(f"{self.url}/{path}: another object took its place while it was read")
+        return bytes(found.bytes())
 
     def _read_small(self, path: str) -> Any:
         """Return an object, or what is known of one that is large."""
