@@ -24,7 +24,7 @@ from served_table import MODEL, TOKENIZER, make_rollouts, scorer_of
 from vllm_stub import answer
 
 from lopd.backends import retry
-from lopd.backends.files import cloud, failures
+from lopd.backends.files import buckets, cloud
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
@@ -194,7 +194,7 @@ def test_a_storage_that_has_answered_is_given_time(s3: S3Server) -> None:
     ],
 )
 def test_what_a_bucket_says_is_said_without_xml_and_secrets(said: str, words: str) -> None:
-    shown = failures.said(ValueError(said))
+    shown = buckets.said(ValueError(said))
     assert shown.startswith(words)
     assert not any(word in shown for word in ("SECRET", "xml", "html", "Debug"))
 

@@ -18,7 +18,7 @@ from fault_places import fill, place  # noqa: F401
 from fault_proxy import FaultProxy
 from s3_server import S3Server
 
-from lopd.backends.files import Files, cloud, failures, open_files
+from lopd.backends.files import Files, buckets, cloud, open_files
 
 PART, SIZE = 8 << 20, 20_000_000
 DATA = np.random.default_rng(0).bytes(SIZE)
@@ -230,4 +230,4 @@ def test_a_request_whose_time_is_over_names_the_option(bucket: str) -> None:
     files = opened(bucket, timeout="300ms", client_max_retries=0)
     with pytest.raises(OSError, match=r"127.0.0.1:\d+ does not answer in time, so pass a longer `timeout` if the link is slow$"):
         files.read("slow")
-    assert failures.said(ValueError("GET http://h/b Connect kind: Timeout"), late=True) == "h does not answer"
+    assert buckets.said(ValueError("GET http://h/b Connect kind: Timeout"), late=True) == "h does not answer"

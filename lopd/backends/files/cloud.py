@@ -22,10 +22,8 @@ from typing import Any, final
 
 import numpy as np
 
+from lopd.backends.files.buckets import CUT_OFF, Uplink, check_http, is_yes, not_opened, number_of, said
 from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
-from lopd.backends.files.endpoint import check_http, is_yes, number_of
-from lopd.backends.files.failures import CUT_OFF, not_opened, said
-from lopd.backends.files.uplink import Uplink
 from lopd.backends.fork import check_fork
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
