@@ -229,7 +229,7 @@ class LanceTable:
     def insert(self, data: Any, version: int) -> bool:
         """Add rows of one commit, unless this version is not the latest or that number is taken: all or none of them.
 
-        Moves to the latest version either way.  Columns that the table does not have yet are added first, empty.
+        Moves to the latest version, unless the write fails.  Columns that the table does not have yet are added first, empty.
 
         Raises:
             StoreWriteError: another tool has added a column that may not be empty.
