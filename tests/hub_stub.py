@@ -99,6 +99,8 @@ ROUTES = [
     ("verify", "POST", r"/lfs/verify"),
     ("put", "PUT", r"/lfs/(\w+)"),
     ("tree", "GET", r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?"),
+    ("whoami", "GET", r"/api/whoami-v2"),
+    ("auth", "GET", r"/api/(models|datasets)/([^/]+/[^/]+)/auth-check/write"),
     ("info", "GET", r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?"),
     ("resolve", "HEAD|GET", r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)"),
 ]
@@ -224,6 +226,17 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.faults.get("lost"):  # the commit is made, and the answer is lost
             raise Refused(self.hub.faults["lost"].pop(0))
         return {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
+
+    def _whoami(self, _body: bytes) -> Any:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token not in (WRITER, READER):
+            raise Refused(401)
+        return {"name": "me", "auth": {"type": "access_token", "accessToken": {"role": "read" if token == READER else "write"}}}
+
+    def _auth(self, _body: bytes, kind: str, name: str) -> Any:
+        self._repository(kind, name)
+        self._writes()
+        return {}
 
     def _info(self, _body: bytes, kind: str, name: str, revision: str | None) -> Any:
         repository = self._repository(kind, name)

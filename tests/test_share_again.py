@@ -25,7 +25,17 @@ def store() -> MemoryStore:
     return fill(MemoryStore(tiny_manifest()))
 
 
-@pytest.mark.parametrize("why", ["no token", "a token that is not known", "a repository that has files", "a public repository"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        "no token",
+        "a token that is not known",
+        "a token that may only read",
+        "a token that may not write there",
+        "a repository that has files",
+        "a public repository",
+    ],
+)
 def test_a_push_that_may_not_be_is_refused_before_the_store_is_read(
     hub: Hub, store: MemoryStore, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,8 +47,12 @@ def test_a_push_that_may_not_be_is_refused_before_the_store_is_read(
         error = StoreExistsError
     elif why == "a public repository":
         hub.add("datasets/me/rollouts", private=False)
-    else:
+    elif why == "a token that is not known":
         monkeypatch.setenv("HF_TOKEN", "hf_" + "other")
+    else:
+        monkeypatch.setenv("HF_TOKEN", READER)
+        if why == "a token that may not write there":
+            hub.add("datasets/me/rollouts")
     monkeypatch.setattr(sharing, "export_parquet", lambda *_: pytest.fail("the store was read"))
     with pytest.raises(error):
         push_store(store, "me/rollouts")
@@ -57,13 +71,31 @@ def test_a_push_that_fails_before_its_commit_makes_no_repository(
     elif why == "its token may only read":
         monkeypatch.setenv("HF_TOKEN", READER)
     elif why == "its repository cannot be seen":
-        hub.fail("info", 404)
+        hub.fail("info", 403)
     else:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         error = MissingDependencyError
     with pytest.raises(error):
         push_store(store, "me/rollouts")
     assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("status", [404, 501, 403])
+def test_a_hub_that_does_not_answer_whether_a_token_may_write_is_pushed_to(hub: Hub, store: MemoryStore, status: int) -> None:
+    hub.fail("whoami", status, 99)
+    push_store(store, "me/rollouts")
+    hub.fail("auth", 404, 99)
+    assert push_store(store, "me/rollouts", exist_ok=True) == hub.repositories["datasets/me/rollouts"].head
+
+
+def test_a_hub_whose_404_has_no_code_is_pushed_to_and_what_was_made_must_be_seen(hub: Hub, store: MemoryStore) -> None:
+    hub.fail("info", 404, 2)
+    assert push_store(store, "me/rollouts") == hub.repositories["datasets/me/rollouts"].head
+    hub.fail("info", 404, 3)
+    hub.add("datasets/me/public", private=False)
+    with pytest.raises(HubError, match="the hub answers 404"):
+        push_store(store, "me/public")
+    assert len(hub.repositories["datasets/me/public"].commits) == 1
 
 
 def test_a_full_disk_and_a_broken_connection_are_named_with_what_to_do(

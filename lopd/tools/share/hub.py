@@ -69,7 +69,7 @@ class Repository:
         parent = self.look(files, private=private, exist_ok=exist_ok)
         if parent is None:
             self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
-            parent = self.look(files, private=private, exist_ok=exist_ok)
+            parent = self.look(files, private=private, exist_ok=exist_ok, made=True)
 
         def commit() -> Any:
             # an addition cannot be sent twice
@@ -78,32 +78,43 @@ class Repository:
 
         return str(self._ask(commit).oid)
 
-    def look(self, names: Iterable[str], *, private: bool, exist_ok: bool) -> str | None:
+    def look(self, names: Iterable[str], *, private: bool, exist_ok: bool, made: bool = False) -> str | None:
         """Return the last commit, None where there is no repository, if files of these names may be committed; nothing is made.
 
-        Whether the token may write shows later.
+        Where the hub does not answer whether the token may write, that shows later.  A repository that was `made` must be there.
 
         Raises:
             StoreExistsError, HubError: as `commit`.
         """
         if not self._token():
             raise HubError(f"{self.owner}: there is no token that may write; run `hf auth login`, or set HF_TOKEN.")
-        there = self._ask(self._info)
-        if there is None:
-            return None
-        self._check(there, {*names}, private=private, exist_ok=exist_ok)
-        sha: str | None = there.sha
+        there = self._ask(lambda: self._info(made))
+        if there is not None:
+            self._check(there, {*names}, private=private, exist_ok=exist_ok)
+        if not made and self._only_reads(new=there is None):
+            raise HubError(f"{self.owner}: the token may not write there; use one that may (`hf auth login`, or HF_TOKEN).")
+        sha: str | None = None if there is None else there.sha
         return sha
 
-    def _info(self) -> Any:
-        """Return what the hub knows of the repository; None if it is not there, or the token may not see it."""
-        hub = need("huggingface_hub", "Hub", "hub")
+    def _info(self, made: bool) -> Any:
+        """Return what the hub knows of the repository; None if it is not `made`, and not there, or the token may not see it."""
         try:
             return self._api.repo_info(self.name, repo_type=self.kind)
-        except hub.utils.RepositoryNotFoundError as error:
-            if _status(error) != 404:
+        except need("huggingface_hub", "Hub", "hub").utils.HfHubHTTPError as error:
+            # not every hub adds to its 404 what is not there
+            if made or _status(error) != 404:
                 raise
             return None
+
+    def _only_reads(self, *, new: bool) -> bool:
+        """Return whether the hub answers that the token may not write there; False where it does not answer that."""
+        try:
+            if new:
+                return bool(self._api.whoami()["auth"]["accessToken"]["role"] == "read")
+            self._api.auth_check(self.name, repo_type=self.kind, write=True)
+        except Exception as error:  # not every hub knows these two
+            return not new and _status(error) in (401, 403)
+        return False
 
     def fetch(self, name: str, revision: str | None) -> Path:
         """Download a file into the cache of `huggingface_hub`, unless it is there, and return where it is.

@@ -84,8 +84,8 @@ def push_store(
     """Push a store as a dataset of one parquet file with its card, in one commit, and return the hash of the commit.
 
     Everything that a reader gives is in the file, with manifest, provenance, checksums, and why rollouts are in quarantine.  It is written to a
-    temporary folder first.  Before that it is seen that there is a token, and what is in the repository; a new repository is made after it, and
-    whether the token may write is seen then.
+    temporary folder first.  Before that it is seen that there is a token, that it may write, and what is in the repository; a new repository is made
+    after it, and what the hub does not answer before, such as whether a fine-grained token may make one, is seen then.
 
     Args:
         store: any.
