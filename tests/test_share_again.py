@@ -136,7 +136,7 @@ def test_a_pull_that_broke_off_goes_on_and_warns_where_another_revision_was_begu
     whole.append([tiny_rollout("own")])
     assert len(pull(first)) == 5
     with pytest.warns(
-        UncheckedDataWarning, match="it has 2 rollouts that this revision lacks, and gets what it lacks itself; if a pull of"
+        UncheckedDataWarning, match="it has 2 rollouts that this revision lacks, and got what it lacked itself; if a pull of"
     ):
         assert len(pull()) == 6
 
@@ -158,6 +158,19 @@ def test_a_pull_warns_of_columns_that_its_revision_lacks(hub: Hub) -> None:
     again = MemoryStore(manifest)
     again.append(rollouts[:2])
     assert_equal_stores(pull_store("me/rollouts", revision=commit, store=lambda _: again), first)
+
+
+def test_a_pull_warns_where_it_adds_scores_alone(hub: Hub) -> None:
+    rollouts = [tiny_rollout(f"r{i}") for i in range(5)]
+    pushed, broken = MemoryStore(tiny_manifest()), MemoryStore(tiny_manifest())
+    for made, rows, scored in ((pushed, 4, 4), (broken, 5, 2)):
+        made.append(rollouts[:rows])
+        made.append_scores("teacher", tiny_provenance("teacher"), [tiny_scores(rollout) for rollout in rollouts[:scored]])
+    push_store(pushed, "me/rollouts")
+    with pytest.warns(UncheckedDataWarning, match="it has 1 rollouts that this revision lacks"):
+        pull_store("me/rollouts", store=lambda _: broken)
+    assert int(broken.scored("teacher").sum()) == 4
+    pull_store("me/rollouts", store=lambda _: broken)  # which adds nothing, and so does not warn
 
 
 def test_two_repositories_are_pulled_into_one_store(hub: Hub) -> None:

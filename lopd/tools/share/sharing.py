@@ -18,7 +18,6 @@ from lopd.records.optional import need
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.records.warn import warn_user
-from lopd.tools.interop.arrow_table import reading
 from lopd.tools.interop.filling import StoreMaker, check_maker
 from lopd.tools.interop.parquet import export_parquet, import_parquet, open_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
@@ -121,7 +120,8 @@ def pull_store(
 ) -> LogprobStore:
     """Download what `push_store` pushed, verify it, and return it as a store; run it again to resume.
 
-    A store that is there is filled up.  A warning states what else it has, which may be of a pull of another revision that broke off.
+    A store that is there is filled up.  If that adds rollouts or scores beside rollouts or columns that this revision lacks, a warning counts these:
+    they may be of a pull of another revision that broke off.
 
     Args:
         repository: `owner/name`.
@@ -141,24 +141,28 @@ def pull_store(
     check_maker(source.owner, store)
     file = source.fetch(ROLLOUTS, revision)
     made = store(parquet_manifest(file))
-    _warn_of_others(file, made)
+    before = _amounts(made)
     import_parquet(file, made)
+    if _amounts(made) != before:
+        _warn_of_others(file, made)
     return made
 
 
+def _amounts(store: LogprobReader) -> list[int]:
+    """Return how many rollouts there are, and scores in each column."""
+    return [len(store), *(int(store.scored(column).sum()) for column in store.columns)]
+
+
 def _warn_of_others(file: Path, made: LogprobReader) -> None:
-    """Warn before a store is filled up that has more than this revision: whether a pull of another one broke off there is not recorded."""
-    if not len(made):
-        return
-    with open_parquet(file, None) as (opened, owner), reading(owner):
-        there = made.find(opened.read(columns=["rollout_id"])["rollout_id"].to_pylist()) >= 0
-        columns = {name.removeprefix(_SCORES) for name in opened.schema_arrow.names if name.startswith(_SCORES)}
-    others, more = len(made) - int(there.sum()), sorted({*made.columns} - columns)
-    if (others > 0 or more) and not (there.all() and columns <= {*made.columns}):
+    """Warn of a store that was filled up and has more than this revision: whether a pull of another one broke off there is not recorded."""
+    with open_parquet(file, None) as (opened, _):
+        others, names = len(made) - opened.metadata.num_rows, opened.schema_arrow.names
+    more = [column for column in sorted(made.columns) if _SCORES + column not in names]
+    if others > 0 or more:
         has = {f"{others} rollouts": others > 0, f"{len(more)} columns ({', '.join(more)})": len(more) > 0}
         warn_user(
-            f"{named(made)}: it has {' and '.join(filter(has.get, has))} that this revision lacks, and gets what it lacks itself; "
-            "if a pull of another revision broke off there, pull into a new store, or pass that `revision=`.",
+            f"{named(made)}: it has {' and '.join(filter(has.get, has))} that this revision lacks, and got what it lacked itself; "
+            "if a pull of another revision broke off there, it is neither of the two, so pull into a new store.",
             UncheckedDataWarning,
         )
 
