@@ -186,6 +186,15 @@ def test_answers_and_ids_of_a_file_of_json_are_those_of_its_records(tmp_path):
     assert make_prompts(found, byte_tokenizer(None))[0].answer == "4"
 
 
+@pytest.mark.parametrize("record", ['{"prompt": "a", "answer": 1e400}', '{prompt: a, "answer": 1.50}', 'prompt: a\n  "answer": 1.50'])
+def test_what_no_float_holds_and_what_is_not_json_keep_their_digits(record, tmp_path):
+    rest = {key: value for key, value in example(out="a").items() if key != "prompts"}
+    text = "\n".join([*(f"{key}: {json.dumps(rest[key])}" for key in rest), "prompts:", f"- {record}"])
+    (prompt,) = read_settings(written(tmp_path, text)).prompts
+    assert prompt["answer"] == record.rpartition(": ")[2].rstrip("}")
+    assert read_settings(written(tmp_path, text.replace(prompt["answer"], "[1e400, 1.5]"))).prompts[0]["answer"] == ["1e400", 1.5]
+
+
 def test_prompts_that_are_merged_into_the_file_are_as_they_are_written(tmp_path):
     rest = json.dumps({key: value for key, value in example(out="a").items() if key != "prompts"})
     for merged in ("{prompts: [{prompt: a, answer: no}]}", "[{out: b}, {prompts: [{prompt: a, answer: no}]}]"):

@@ -1,6 +1,7 @@
 """What the file of `lopd run` may hold: each key is a field here, and `example.yaml` explains each."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -222,16 +223,17 @@ def read_settings(path: str | Path) -> RunSettings:
 def _loader(yaml: Any) -> Any:
     """Return YAML's safe loader, which also refuses a key that is there twice, and anchors that grow, and takes 1e-3 for a number.
 
-    Answers and ids of prompts are as they are written; in them, and where their keys are quoted, as JSON's are, numbers of JSON stay numbers.
+    Answers and ids of prompts are as they are written; in them, and where the record is JSON, numbers of JSON that a float holds stay numbers.
     """
 
     def as_written(self: Any, node: Any, path: Sequence[Sequence[str]], as_json: bool = False) -> Any:
         if isinstance(node, yaml.MappingNode):
             pairs = list[tuple[Any, Any]]()
+            is_json = not path or (node.flow_style and all(getattr(key, "style", "") == '"' for key, _ in node.value))
             for key, part in node.value:
                 merged, found = key.tag == "tag:yaml.org,2002:merge", not path or key.value in path[0]
                 below = path if merged else path[1:]
-                rewritten = as_written(self, part, below, not path or key.style == '"') if merged or found else part
+                rewritten = as_written(self, part, below, is_json) if merged or found else part
                 pairs.append((key if path else as_written(self, key, ()), rewritten))
             return yaml.MappingNode(node.tag, pairs, node.start_mark)
         if isinstance(node, yaml.SequenceNode):
@@ -240,7 +242,7 @@ def _loader(yaml: Any) -> Any:
             return node
         with suppress(ValueError, OverflowError):  # a number too long to read, a month 13, or what is not JSON
             value = self.construct_object(node)
-            if as_text(plain(value, "")) == node.value or (as_json and json.loads(node.value) == value):
+            if as_text(plain(value, "")) == node.value or (as_json and json.loads(node.value) == value and math.isfinite(value)):
                 return node
         return yaml.ScalarNode("tag:yaml.org,2002:str", node.value)
 
