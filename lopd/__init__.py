@@ -61,8 +61,8 @@ if _typing.TYPE_CHECKING:
     from lopd.records.rollouts import Scores as Scores
     from lopd.records.rollouts import floor_logprobs as floor_logprobs
     from lopd.records.steps import StepMetrics as StepMetrics
-    from lopd.tools.interop.text import import_text as import_text
-    from lopd.tools.interop.trajectories import import_trajectories as import_trajectories
+    from lopd.tools.interop.imports import import_text as import_text
+    from lopd.tools.interop.imports import import_trajectories as import_trajectories
     from lopd.verbs.checkpoint import load_checkpoint as load_checkpoint
     from lopd.verbs.checkpoint import save_checkpoint as save_checkpoint
     from lopd.verbs.collect import collect_rollouts as collect_rollouts

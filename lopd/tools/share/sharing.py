@@ -18,7 +18,7 @@ from lopd.records.optional import need
 from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.records.warn import warn_user
-from lopd.tools.interop.filling import StoreMaker, check_maker
+from lopd.tools.interop.imports import StoreMaker, check_maker
 from lopd.tools.interop.parquet import export_parquet, import_parquet, open_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
 from lopd.tools.share.hub import Repository
