@@ -1,12 +1,21 @@
-"""Small charts as points for a template that draws them: a histogram, means with a band, and values by step."""
+"""Small charts as points for a template that draws them (a histogram, means with a band, values by step), and the page that a template makes.
+
+Every text that goes into a page is escaped.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import field, frozen
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from numpy.typing import NDArray
+
+from lopd.errors import StoreWriteError, printable
+from lopd.records.paths import local_path
 
 WIDTH, HEIGHT = 340, 150
 #: Most points of a curve over steps; of a longer run each point is the mean of several steps.
@@ -160,3 +169,30 @@ def _by_bin(place_M: NDArray[Any], values_M: NDArray[Any], bins: int) -> NDArray
         inside = values_M[bin_M == i]
         table[:, i] = inside.mean(), *np.quantile(inside, (0.1, 0.9))
     return table
+
+
+def _shown(value: Any) -> Any:
+    """Return text without marks of direction, which would rearrange the page; a string that is markup already is ours."""
+    return printable(value) if type(value) is str else value
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("lopd.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+)
+#: A line may break before a space, which is shown as a dot.
+_ENVIRONMENT.globals["breaks"] = lambda text: Markup("<wbr>") if text.startswith("·") else ""
+
+
+def write_page(path: str | Path, template: str, parts: Mapping[str, Any]) -> None:
+    """Fill a template with these parts, and write it.
+
+    Raises:
+        StoreWriteError: the operating system refuses.
+    """
+    page = _ENVIRONMENT.get_template(template).render(parts)
+    try:
+        local_path("Report", path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StoreWriteError(
+            f"Report {path}: it cannot be written ({error}); check the folder, its permissions and the free space."
+        ) from error

@@ -21,9 +21,8 @@ from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
 from lopd.tools.facts import describe_model, find_start, judged_columns, origins, start_rows, trained_on
-from lopd.tools.report.charts import Chart, over_steps
+from lopd.tools.report.charts import Chart, over_steps, write_page
 from lopd.tools.report.history import Phase, read_steps
-from lopd.tools.report.page import write_page
 from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
 
 _GAP = (

@@ -15,8 +15,7 @@ from lopd.records.checks import check_number, own_numbers
 from lopd.records.drift import LEVELS, TAIL
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
-from lopd.tools.report.charts import Chart, curves, histogram
-from lopd.tools.report.page import write_page
+from lopd.tools.report.charts import Chart, curves, histogram, write_page
 
 Decode = Callable[[int], str]
 
