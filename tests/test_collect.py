@@ -1,6 +1,7 @@
 """`collect_rollouts`: runs that are resumed, stores of other runs, and what a source may not do."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from attrs import evolve
 from conftest import CONTEXT
 from small_runs import PARAMS, Bar, Interrupted, Stopping, behavior, make_store, reopened, scored, source, teacher_model  # noqa: F401
 
-from lopd import ZarrStore, collect_rollouts, score_rollouts
+from lopd import LanceStore, ZarrStore, collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
@@ -244,6 +245,53 @@ def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(sourc
     assert collect_rollouts(source, prompts, ours).skipped == 2 * len(prompts)
     with pytest.raises(ConflictError, match="tokens other than"):
         collect_rollouts(source, [Prompt(prompts[0].prompt_id, [7])], stale)
+
+
+class Meanwhile:
+    """A source and a scorer that count what they are asked, and do something else once, while they are asked a second time."""
+
+    def __init__(self, source, scorer, act):
+        self.manifest, self.provenance, self.asked = source.manifest, scorer.provenance, []
+        self.sample, self.score = (partial(self.ask, call, act) for call in (source.sample, scorer.score))
+
+    def ask(self, call, act, items):
+        self.asked.append(len(items))
+        if len(self.asked) == 2:
+            act()
+        return call(items)
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_what_another_process_does_while_this_one_is_at_work_is_not_done_again(kind, source, prompts, teacher_model, tokenizer, tmp_path):
+    ours, scorer = kind.create(tmp_path / "run", source.manifest), HFScorer(teacher_model, tokenizer)
+    sampled = {rollout.rollout_id: rollout for rollout in source.sample(prompts)}
+
+    def commit_others() -> None:  # an engine of another machine draws other tokens
+        there = kind.open(tmp_path / "run")
+        left = [evolve(r, response_ids=r.response_ids[::-1], behavior_logprobs=None) for r in sampled.values()]
+        there.append([r for r in left if there.find([r.rollout_id])[0] < 0])
+
+    ours_at_work = Meanwhile(source, scorer, commit_others)
+    report = collect_rollouts(ours_at_work, prompts, ours, prompts_per_batch=2)
+    assert (ours_at_work.asked, report.rollouts, report.skipped) == ([2, 2], 4, 2 * len(prompts) - 4)
+    assert [r.rollout.content_hash == sampled[r.rollout.rollout_id].content_hash for r in ours.read(range(6))] == [True] * 4 + [False] * 2
+
+    def score_others() -> None:
+        score_rollouts(kind.open(tmp_path / "run"), scorer, preflight=None)
+
+    ours_at_work = Meanwhile(source, scorer, score_others)
+    score_rollouts(ours, ours_at_work, rollouts_per_batch=4, preflight=None)
+    assert ours_at_work.asked == [4, 4]
+    assert ours.scored("teacher").all()
+
+
+def test_another_prompt_that_another_process_samples_meanwhile_under_one_id_is_refused(source, prompts, teacher_model, tokenizer, tmp_path):
+    store = ZarrStore.create(tmp_path / "run", source.manifest)
+    other = Prompt(prompts[2].prompt_id, [7])
+    at_work = Meanwhile(source, HFScorer(teacher_model, tokenizer), lambda: ZarrStore.open(tmp_path / "run").append(source.sample([other])))
+    with pytest.raises(ConflictError, match=f"rollout '{other.prompt_id}/s0/g0' has content hash"):
+        collect_rollouts(at_work, prompts, store, prompts_per_batch=2)
+    assert len(store) == 6
 
 
 def test_a_round_that_another_process_has_begun_meanwhile_is_not_sampled_by_another_policy(source, prompts, tmp_path):

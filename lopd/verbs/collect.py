@@ -1,6 +1,6 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -58,6 +58,7 @@ def collect_rollouts(
 
     Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
     A prompt that the source refuses (for example because it is too long) is left out with a warning, and the rest goes on.
+    What another process commits meanwhile is not sampled again, and of two rollouts under one id the first that was committed stays.
 
     Where the source keeps candidates (`SamplingParams.candidates`, `drawn`), they become a score column of the policy (`lopd.records.policy_column`),
     which serves as `ref` as well.  A call that is killed between the two appends leaves the last batch without them; the next one samples it
@@ -101,9 +102,9 @@ def collect_rollouts(
     samples = range(manifest.sampling.samples_per_prompt)
     missing, compared = np.ones(len(prompts), np.bool_), np.full(len(prompts), -1)
 
-    def look_again() -> None:
+    def look_again(among: NDArray[np.int64]) -> None:
         _check_same_run(store, manifest)
-        asked = np.flatnonzero(missing)
+        asked = among[missing[among]]
         names = [rollout_id(prompts[i].prompt_id, s, manifest.generation) for i in asked.tolist() for s in samples]
         rows = store.find(names).reshape(len(asked), len(samples))
         missing[asked] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
@@ -112,44 +113,72 @@ def collect_rollouts(
         _check_same_prompts(store, [prompts[i] for i in asked.tolist()], there, missing[asked])
         compared[asked] = last
 
-    look_again()
+    every = np.arange(len(prompts))
+    look_again(every)
     if missing.any():
         # one that cannot be written to is refused before anything is sampled; and it sees by that what others have committed
         store.append(())
-        look_again()
+        look_again(every)
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
-    # cut before what is there is left out, so that a repeated run has the same batches
-    batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
+
+    def batches() -> Iterator[list[Prompt]]:
+        # cut before what is there is left out, so that a repeated run has the same batches
+        for part in in_batches(every, prompts_per_batch):
+            if missing[part].any() and report.rollouts:
+                look_again(np.asarray(part))  # each commit sees what others have committed
+            yield [prompts[i] for i in part if missing[i]]
+
     owner = f"Source {manifest.policy}"
     sample = partial(isolate, owner, Rollout, source.sample, most=max_refused)
-    asked = bounded(owner, sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
+    asked = bounded(owner, sample, filter(None, batches()), at_once=batches_at_once, most=max_refused)
     whole = len(prompts) * len(samples)
     with closing(asked), shown(progress, "sampling", whole, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
-            candidates = _candidates(manifest, rollouts)
-            if rollouts and not report.rollouts:
-                # not before: a call that is killed while it samples would keep the round from every other policy
-                store.begin_generation(manifest.generation, manifest.policy)
-            store.append(rollouts)
-            if candidates:
-                commit_scores(store, policy_column(manifest.generation), _provenance(manifest), candidates)
-            tokens = sum(r.response_ids.size for r in rollouts)
-            cut = [r for r in rollouts if r.finish_reason == "length" and r.response_ids.size < manifest.sampling.max_new_tokens]
+            kept = _commit(store, manifest, rollouts, begin=not report.rollouts)
+            tokens = sum(r.response_ids.size for r in kept)
+            cut = [r for r in kept if r.finish_reason == "length" and r.response_ids.size < manifest.sampling.max_new_tokens]
             if cut and not report.cut:
-                _warn_of_cut(manifest, cut, len(rollouts))
+                _warn_of_cut(manifest, cut, len(kept))
             report = evolve(
                 report,
-                rollouts=report.rollouts + len(rollouts),
-                read_tokens=report.read_tokens + sum(len(rollout) for rollout in rollouts),
+                rollouts=report.rollouts + len(kept),
+                read_tokens=report.read_tokens + sum(len(rollout) for rollout in kept),
                 response_tokens=report.response_tokens + tokens,
                 cut=report.cut + len(cut),
                 refused={**report.refused, **reasons},
             )
-            advance(len(rollouts), tokens, len(refused) * len(samples))
+            advance(len(kept), tokens, len(refused) * len(samples))
+    # with those that others have sampled meanwhile
+    report = evolve(report, skipped=whole - report.rollouts - len(report.refused) * len(samples))
     _warn_of(report)
     return report
+
+
+def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], *, begin: bool) -> list[Rollout]:
+    """Append rollouts and candidates, and return those that stay: what another process committed under an id meanwhile goes before."""
+    candidates = _candidates(manifest, rollouts)
+    if rollouts and begin:
+        # not before: a call that is killed while it samples would keep the round from every other policy
+        store.begin_generation(manifest.generation, manifest.policy)
+    while True:
+        try:
+            store.append(rollouts)
+            break
+        except ConflictError:
+            rows = store.find([rollout.rollout_id for rollout in rollouts])
+            there = {record.rollout.rollout_id: record.rollout for record in walk(store, rows[rows >= 0])}
+            found = [(rollout, there.get(rollout.rollout_id, rollout)) for rollout in rollouts]
+            others = [(ours, other) for ours, other in found if ours.content_hash != other.content_hash]
+            if not others or any(not np.array_equal(ours.prompt_ids, other.prompt_ids) for ours, other in others):
+                raise
+            rollouts = [ours for ours, other in found if ours.content_hash == other.content_hash]
+    if candidates:
+        names = {rollout.rollout_id for rollout in rollouts}
+        candidates = [scores for scores in candidates if scores.rollout_id in names]
+        commit_scores(store, policy_column(manifest.generation), _provenance(manifest), candidates)
+    return rollouts
 
 
 def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -99,8 +99,13 @@ class Filling:
         return Work(rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows), len(wanted))
 
     def batches(self, work: Work, width: int) -> Iterator[Sequence[int]]:
-        """Yield rows to score together: `rollouts_per_batch`, or fewer where their log-probs, `width` a response token, are too many."""
-        yield from in_batches(work.rows, self.rollouts_per_batch, self.store.lengths()[work.rows, 1] * width, _VALUES)
+        """Yield rows to score together: `rollouts_per_batch`, or fewer where their log-probs, `width` a response token, are too many.
+
+        Those that another process has scored meanwhile are left out: each commit sees what is there.
+        """
+        for part in in_batches(work.rows, self.rollouts_per_batch, self.store.lengths()[work.rows, 1] * width, _VALUES):
+            if (left := np.asarray(part)[~self.store.scored(self.column)[part]]).size:
+                yield left.tolist()
 
     def fill(
         self,
