@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lopd.engines.asked import FIRST, IDS
-from lopd.engines.supports import entries, look_up
+from lopd.engines.vllm.reading import entries, look_up
 from lopd.engines.vllm.worker import WorkerExtension
 from lopd.errors import EngineError, LopdError
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.inputs import asked_ids
-from lopd.engines.supports import arrange, likely, make_scores
+from lopd.engines.supports import arrange, make_scores
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Rollout, Scores
@@ -34,12 +34,6 @@ def check_drawn(owner: str, sampling: SamplingParams) -> None:
             f"{owner}: drawn is {sampling.drawn}, expected 0, since vLLM gives no draws beside the sampled token; sample with HFSource, or keep "
             "`candidates` most likely ones."
         )
-
-
-def widest(top_k: int, candidates: int, drawn: int) -> int:
-    """Return the most log-probs a token that vLLM must give (`max_logprobs`), those of the ids asked for and of the sampled token included."""
-    asked = candidates + drawn
-    return likely(top_k, candidates) + (asked and asked + 1)
 
 
 def asking(rollout: Rollout, candidates: int, drawn: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class VLLMEngine:
         vocab_size: ids of its tokenizer, without added tokens that the head has no row for; the rows of the head beyond them are cut off.
         settings: how to start it.
         scoring: without prefix caching, whose log-probs of a prompt would depend on what was asked before; for sampling it is on.
-        top_k: the most log-probs a token that are ever asked for beside that of the token itself (`lopd.engines.asked.widest`).
+        top_k: the most log-probs a token that are ever asked for beside that of the token itself (`lopd.engines.vllm.reading.widest`).
         tokens_per_batch: at the moment; less than in `settings` after memory ran out.
         starts: how often it was started.
 

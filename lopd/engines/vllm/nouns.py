@@ -13,7 +13,7 @@ from typing import Any, final
 import numpy as np
 from attrs import evolve, field, frozen
 
-from lopd.engines.asked import check_drawn, widest
+from lopd.engines.asked import check_drawn
 from lopd.engines.causal_lm import cut_to_rows
 from lopd.engines.finding import configured_eos
 from lopd.engines.identity import Identified
@@ -28,10 +28,10 @@ from lopd.engines.inputs import (
     stop_ids,
     stream_seed,
 )
-from lopd.engines.supports import entries, look_up, make_support, provenance_of
+from lopd.engines.supports import make_support, provenance_of
 from lopd.engines.vllm.engine import ROWS, VLLMEngine, import_vllm
 from lopd.engines.vllm.folders import as_identified, check_engine, identify, open_folder
-from lopd.engines.vllm.reading import read_scores
+from lopd.engines.vllm.reading import entries, look_up, read_scores, widest
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError
 from lopd.records.checks import check_kind, check_number, own_numbers

@@ -1,6 +1,6 @@
-"""vLLM's log-probs of prompt tokens, as scores of rollouts that are read as prompts.
+"""vLLM's log-probs: found by id wherever it gives some, and those of prompt tokens as scores of rollouts that are read as prompts.
 
-Shape suffixes: T response tokens, A ids asked for a token.
+Shape suffixes: T response tokens, K candidates a token, A ids asked for a token, W entries that vLLM gives at a token.
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.engines.asked import IDS, asked_scores, asking, widest
+from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import all_ids, budgeted, in_order
-from lopd.engines.supports import entries, likely, look_up, make_scores
+from lopd.engines.supports import likely, make_scores
 from lopd.engines.vllm.engine import VLLMEngine
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores
 
 # log-probs of one call: vLLM gives them as Python objects, some 88 bytes each
 _ENTRIES = 1 << 25
+
+
+def widest(top_k: int, candidates: int, drawn: int) -> int:
+    """Return the most log-probs a token that vLLM must give (`max_logprobs`), those of the ids asked for and of the sampled token included."""
+    asked = candidates + drawn
+    return likely(top_k, candidates) + (asked and asked + 1)
 
 
 def read_scores(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int, candidates: int = 0, drawn: int = 0) -> list[Scores]:
@@ -56,3 +62,50 @@ def _scores(rollout: Rollout, output: Any, ids_TA: NDArray[np.integer] | None, c
         given = given[0][:, :-width], given[1][:, :-width]
     found = look_up(owner, rollout.response_ids, *given, top_k=likely(top_k, candidates))
     return asked_scores(rollout, ids_TA, logprobs_TA, found, candidates=candidates, top_k=top_k)
+
+
+def entries(flat: Any, first: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return (T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1.
+
+    `flat` is vLLM's `FlatLogprobs`: all positions end to end, those of position i at `start_indices[i]` to `end_indices[i]`.
+    """
+    starts_T, ends_T = (np.array(indices[first:], np.int64) for indices in (flat.start_indices, flat.end_indices))
+    places_TW = starts_T[:, None] + np.arange(max((ends_T - starts_T).max(initial=0), 1))
+    missing_TW = places_TW >= ends_T[:, None]
+    places_TW[missing_TW] = 0
+    ids_TW = np.array(flat.token_ids or [0], np.int64)[places_TW]
+    logprobs_TW = np.array(flat.logprobs or [0.0], np.float32)[places_TW]
+    ids_TW[missing_TW] = -1
+    return ids_TW, logprobs_TW
+
+
+def look_up(
+    owner: str, tokens_T: NDArray[np.integer], ids_TW: NDArray[np.int64], logprobs_TW: NDArray[np.float32], top_k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """Return (T,) log-probs of the tokens, and (T, K) ids and log-probs of the K most likely, all found by id.
+
+    A sampled token that is not among the K most likely comes on top of them, and one that is may come twice: rank and place have no meaning.
+
+    Raises:
+        EngineError: a token is not among its entries, or there are fewer than K others.
+    """
+    hits_TW = ids_TW == tokens_T[:, None]
+    lost = np.flatnonzero(~hits_TW.any(1))
+    if lost.size:
+        raise EngineError(
+            f"{owner}: response token {lost[0]} is id {tokens_T[lost[0]]}, which is not among the engine's log-probs; report it."
+        )
+    places_T1 = hits_TW.argmax(1)[:, None]
+    twice_TW = hits_TW & (np.arange(ids_TW.shape[1]) > places_T1)
+    unusable_TW = twice_TW | (ids_TW < 0)
+    # where the engine put the sampled token beside its K, it must not come among them for being as likely as the last: they are chosen without it
+    beside_T = (~unusable_TW).sum(1) == top_k + 1
+    unusable_TW |= hits_TW & (beside_T & ~twice_TW.any(1))[:, None]
+    few = np.flatnonzero((~unusable_TW).sum(1) < top_k)
+    if few.size:
+        raise EngineError(
+            f"{owner}: response token {few[0]} has {(~unusable_TW[few[0]]).sum()} candidates, expected at least {top_k}; report it."
+        )
+    best_TK = np.lexsort((-logprobs_TW, unusable_TW), axis=-1)[:, :top_k]
+    logprobs_T = np.take_along_axis(logprobs_TW, places_T1, 1)[:, 0]
+    return logprobs_T, np.take_along_axis(ids_TW, best_TK, 1), np.take_along_axis(logprobs_TW, best_TK, 1)
