@@ -1,6 +1,7 @@
 """What stands on any objective, or beside it: an entropy bonus, with its gradient through every logit, and the ratio of the tokens before."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -24,31 +25,44 @@ def check_objective(owner: object, _: Any, objective: Any) -> None:
     check_kind(f"{type(owner).__name__}: objective", objective, Objective, remedy)
 
 
-class OfObjective:
-    """What a loss on an objective, or an objective beside another one, states of itself: what that one does."""
+class OfParts:
+    """What a loss or an objective that is made of others states of itself: what those do."""
+
+    __slots__ = ()
+
+    def _parts(self) -> Sequence[object]:
+        """Return what it is made of, at least one."""
+        raise NotImplementedError
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether any of its parts is (`lopd.protocols.StatesCorrection`)."""
+        return any(isinstance(part, StatesCorrection) and part.uncorrected for part in self._parts())
+
+    @property
+    def ratioless(self) -> bool:
+        """Whether any of its parts is (`lopd.protocols.StatesRatio`)."""
+        return any(isinstance(part, StatesRatio) and part.ratioless for part in self._parts())
+
+    @property
+    def baselined(self) -> bool:
+        """Whether any of its parts is (`lopd.protocols.StatesBaseline`)."""
+        return any(isinstance(part, StatesBaseline) and part.baselined for part in self._parts())
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether all of its parts do (`lopd.protocols.StatesLabels`)."""
+        return all(isinstance(part, StatesLabels) and part.ignores_labels for part in self._parts())
+
+
+class OfObjective(OfParts):
+    """A loss on an objective, or an objective beside another one, which is its only part."""
 
     __slots__ = ()
     objective: Objective
 
-    @property
-    def uncorrected(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
-        return isinstance(self.objective, StatesCorrection) and self.objective.uncorrected
-
-    @property
-    def ratioless(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesRatio`)."""
-        return isinstance(self.objective, StatesRatio) and self.objective.ratioless
-
-    @property
-    def baselined(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
-        return isinstance(self.objective, StatesBaseline) and self.objective.baselined
-
-    @property
-    def ignores_labels(self) -> bool:
-        """Whether its objective does (`lopd.protocols.StatesLabels`)."""
-        return isinstance(self.objective, StatesLabels) and self.objective.ignores_labels
+    def _parts(self) -> Sequence[object]:
+        return (self.objective,)
 
     def _losses(self, logprobs_MK: Tensor, tokens: Tokens) -> TokenLosses:
         """Return what its objective gives, checked: one value a token of each."""

@@ -11,10 +11,10 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import ArgumentError, InvalidRecordError
-from lopd.losses.beside import OfObjective, check_objective
+from lopd.losses.beside import OfObjective, OfParts, check_objective
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings
 from lopd.losses.tokens import Tokens, check_ids, counted_rows, naming_ids
-from lopd.protocols import OPDLoss, StatesBaseline, StatesCorrection, StatesLabels, StatesRatio
+from lopd.protocols import OPDLoss
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import to_finite
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -97,7 +97,7 @@ def _to_terms(terms: Sequence[tuple[float, OPDLoss]]) -> tuple[tuple[float, OPDL
 
 @final
 @frozen
-class WeightedLoss:
+class WeightedLoss(OfParts):
     """A sum of losses, each with its coefficient; what is reported beside the loss comes from the first term.
 
     Args:
@@ -110,25 +110,8 @@ class WeightedLoss:
 
     terms: tuple[tuple[float, OPDLoss], ...] = field(converter=_to_terms)
 
-    @property
-    def uncorrected(self) -> bool:
-        """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
-        return any(isinstance(loss, StatesCorrection) and loss.uncorrected for _, loss in self.terms)
-
-    @property
-    def ratioless(self) -> bool:
-        """Whether any of its terms is (`lopd.protocols.StatesRatio`)."""
-        return any(isinstance(loss, StatesRatio) and loss.ratioless for _, loss in self.terms)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether any of its terms is (`lopd.protocols.StatesBaseline`)."""
-        return any(isinstance(loss, StatesBaseline) and loss.baselined for _, loss in self.terms)
-
-    @property
-    def ignores_labels(self) -> bool:
-        """Whether all of its terms do (`lopd.protocols.StatesLabels`)."""
-        return all(isinstance(loss, StatesLabels) and loss.ignores_labels for _, loss in self.terms)
+    def _parts(self) -> Sequence[object]:
+        return [loss for _, loss in self.terms]
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens."""
