@@ -1,6 +1,7 @@
 """Checkpoints: resumed bit for bit, refused when of another run, and whole when a save is interrupted."""
 
 import copy
+import errno
 import gc
 import json
 import os
@@ -354,6 +355,23 @@ def test_of_two_processes_that_save_into_one_folder_each_checkpoint_is_of_one_of
     assert load_checkpoint(tmp_path, *small) == step
     assert_same_state(state_of(*small), theirs if step == 3 else mine)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["disk", "interrupt"])
+def test_a_save_of_an_earlier_step_that_fails_leaves_later_checkpoints_where_they_were(error, small, monkeypatch, tmp_path):
+    for step in (60, 90):
+        save_checkpoint(tmp_path, *small, next_step=step, lineage=Lineage(), keep=2)
+    rename = Path.rename
+
+    def failing(path, target):
+        if "partial" in path.name:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else StoreWriteError):
+        save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage(), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000060.0", "step-00000090.0"]
 
 
 def test_a_file_in_the_place_of_the_folder_is_not_taken_for_another_process(small, tmp_path):

@@ -59,8 +59,9 @@ def of_functional(module, hidden):
     ids=["gpt2", "lora that begins at 0", "not a module", "jitter"],
 )
 def test_dropout_beside_a_ref_column_draws_one_warning(make, said, make_model, llama, batch):
-    with pytest.warns(ModelWarning, match=said):
+    with pytest.warns(ModelWarning, match=said) as caught:
         CausalLMStudent(make(make_model, llama), TOKENIZER_ID)(batch, ReferenceOPDLoss(ratio_to_ref=True))
+    assert __file__ in [one.filename for one in caught], "torch calls modules, and is not the user"
     (message,) = warned(CausalLMStudent(make(make_model, llama), TOKENIZER_ID), batch, ReferenceOPDLoss(ratio_to_ref=True))
     assert "set dropout to 0" in message
     assert "eval()" not in message, "in eval mode layers recompute nothing"

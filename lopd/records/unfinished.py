@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -19,8 +19,8 @@ from zlib import crc32
 
 from lopd.records.paths import is_there, listed, walked
 
-#: No writer pauses for so many seconds.
-DAY = 24 * 3600.0
+# No writer of a folder pauses for so many seconds; those that are killed again and again, each under another host name, must not fill the disk.
+_PAUSE = 3600.0
 
 
 @contextmanager
@@ -36,6 +36,25 @@ def unfinished(place: Path) -> Iterator[Path]:
         made = _make_locked(place, machine, opened)
         opened.callback(shutil.rmtree, made, ignore_errors=True)
         yield made
+
+
+@contextmanager
+def set_aside(paths: Iterable[Path], place: Path) -> Iterator[None]:
+    """Move these, which stand beside `place`, away for the block and remove them after it; where it fails, they are put back.
+
+    Raises:
+        OSError: one cannot be moved.
+    """
+    with unfinished(place) as aside:
+        try:
+            for path in paths:
+                path.rename(aside / path.name)
+            yield
+        except BaseException:
+            for entry in listed(aside):
+                with suppress(OSError):  # another process has taken its name
+                    Path(entry).rename(place.with_name(entry.name))
+            raise
 
 
 def idle(folder: Path) -> float:
@@ -72,7 +91,7 @@ def _sweep(place: Path, machine: str) -> None:
             if found:
                 opened.callback(os.close, folder := os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW))
                 # locked until it is removed: a writer that has only just made it waits, and makes another
-                if (found[2] == machine and _locks(folder)) or idle(path) > DAY:
+                if (found[2] == machine and _locks(folder)) or idle(path) > _PAUSE:
                     shutil.rmtree(path, ignore_errors=True)
 
 

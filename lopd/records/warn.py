@@ -10,9 +10,11 @@ from lopd.errors import LopdWarning
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn at the innermost frame that is not lopd's own; verbs call one another, and a generator runs where it is asked for its next value."""
+    """Warn at the innermost frame that is not lopd's own; verbs call one another, a generator runs where it is asked for its next value, and torch
+    calls modules.
+    """
     frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("lopd."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("lopd.", "torch.")):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
 

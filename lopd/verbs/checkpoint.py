@@ -29,7 +29,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.paths import listed, local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
-from lopd.records.unfinished import unfinished
+from lopd.records.unfinished import set_aside, unfinished
 from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_types, untrained_values
@@ -167,18 +167,16 @@ def _write(
     """Write all of a checkpoint, take their names from later ones, give it its own; then remove those before it."""
     folder = final.parent
     try:
-        with unfinished(folder / ".partial") as partial, unfinished(folder / ".gone") as gone:
+        with unfinished(folder / ".partial") as partial:
             for name, values in tensors.items():
                 save_file(_apart(values), partial / f"{name}.safetensors")
             (partial / _STATE).write_text(json.dumps(state, indent=1))
             lineage.write(partial)
             share_mode(partial / _STATE)
             flush(*partial.iterdir(), partial)
-            for path in superseded:
-                if _order(path) > _order(final):
-                    path.rename(gone / path.name)
-            partial.rename(final)
-            flush(folder)
+            with set_aside([path for path in superseded if _order(path) > _order(final)], folder / ".gone"):
+                partial.rename(final)
+                flush(folder)
             for path in superseded:  # those that somebody reads over NFS stay, and are older
                 shutil.rmtree(path, ignore_errors=True)
     except (OSError, SafetensorError) as error:

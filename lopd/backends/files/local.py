@@ -24,7 +24,7 @@ from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_dou
 from lopd.errors import StorePathError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.paths import is_there, open_regular
-from lopd.records.unfinished import DAY, idle
+from lopd.records.unfinished import idle
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -36,6 +36,8 @@ _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 _GAP, _FEW, _SMALL = 4096, 64, 1024
 # One call of Linux reads so many bytes at most; one of macOS refuses to read 2 GiB.
 _MOST = (1 << 31) - 4096
+# No put takes so many seconds.
+_DAY = 24 * 3600.0
 # What an attempt to link ends in where there are no links; the file is new, so it belongs to this process, and has one name.
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -221,7 +223,7 @@ def remove_unfinished(url: str, older_than: float) -> None:
     for folder, _, names in () if root is None else os.walk(root):
         for path in (Path(folder, name) for name in names if _TEMPORARY.fullmatch(name)):
             with suppress(OSError):  # another process has removed it since, or it is somebody else's
-                if time.time() - path.lstat().st_mtime > max(older_than, DAY):
+                if time.time() - path.lstat().st_mtime > max(older_than, _DAY):
                     path.unlink()
 
 
