@@ -3,7 +3,7 @@
 import math
 import runpy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import date, datetime
 from pathlib import Path
@@ -209,11 +209,6 @@ def _digest(key: str, path: str) -> str:
         return asked(path, lambda: digest(path_or_url(f"Run: {key}", path)))
     except OSError as error:
         raise InvalidRecordError(f"Run: {key} is {without_secrets(path)}, which cannot be read ({error}); correct it.") from None
-
-
-def ids_of(prompts: Sequence[Prompt]) -> list[str]:
-    """Return their ids, in order."""
-    return [prompt.prompt_id for prompt in prompts]
 
 
 def check_held_out(phases: Path, ids: list[str], usual: list[str]) -> None:

@@ -18,11 +18,12 @@ from lopd.errors import ContextOverflowError, ContextWarning, printable
 from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
+from lopd.protocols.doors import ids_of
 from lopd.protocols.reading import walk
 from lopd.records import Prompt, Rollout, RolloutSums
 from lopd.records.estimates import mean
 from lopd.records.warn import noting, warn_user
-from lopd.tools.command.before import check_held_out, day_of, ids_of, prepare, read_verifier
+from lopd.tools.command.before import check_held_out, day_of, prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, Prompts, RunSettings, Training
 from lopd.tools.console import RichProgress, table
