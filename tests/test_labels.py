@@ -314,7 +314,7 @@ def test_a_partial_has_the_name_of_its_function_and_nothing_of_what_it_passes(st
 
 
 def test_prompts_and_rows_that_do_not_fit_are_refused(store):
-    with pytest.raises(EngineError, match="prompt 'p0' has other tokens than the rollout was sampled from"):
+    with pytest.raises(ConflictError, match="has a prompt of 2 tokens other than those of prompt 'p0'"):
         label_rollouts(store, even, [Prompt("p0", [4, 99])])
     with pytest.raises(InvalidRecordError, match="0 rows were chosen"):
         label_rollouts(store, even, [Prompt("unseen", [4])])
@@ -485,8 +485,8 @@ def test_all_imported_rollouts_of_a_prompt_are_found_whatever_the_manifest_says(
     store = MemoryStore(tiny_manifest())
     store.append([tiny_rollout(f"{name}/s{i}/g0") for name in "ab" for i in range(4)])
     assert store.manifest.sampling.samples_per_prompt == 1
-    assert rows_of(store, [Prompt("b", [1])]).tolist() == [4, 5, 6, 7]
-    assert rows_of(store, [Prompt("c", [1])]).tolist() == []
+    assert rows_of(store, [Prompt("b", [4])]).tolist() == [4, 5, 6, 7]
+    assert rows_of(store, [Prompt("c", [4])]).tolist() == []
 
 
 def test_what_a_checkpoint_knows_of_rows_and_labels_is_what_an_older_lopd_wrote():

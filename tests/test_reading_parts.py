@@ -5,7 +5,9 @@ import pytest
 from attrs import evolve
 from test_doctor import rollout
 
+from lopd import batches, label_rollouts
 from lopd.backends.memory_store import MemoryStore
+from lopd.errors import ConflictError
 from lopd.guards.audit import audit
 from lopd.protocols import reading
 from lopd.protocols.reading import evenly, parts, rows_of, walk
@@ -96,8 +98,8 @@ def numbered(*rounds: list[str], samples: int = 1) -> MemoryStore:
 )
 def test_samples_that_are_numbered_with_gaps_are_rows_of_their_prompts_where_all_rows_are_looked_at(asked, rounds, expected) -> None:
     store = numbered(ROUND_0, ROUND_1)
-    assert rows_of(store, [Prompt(name, [1]) for name in asked], rounds).tolist() == expected
-    assert rows_of(store, [Prompt("mine", [1])]).tolist() == [6], "an id of another form is its own prompt"
+    assert rows_of(store, [Prompt(name, [4]) for name in asked], rounds).tolist() == expected
+    assert rows_of(store, [Prompt("mine", [4])]).tolist() == [6], "an id of another form is its own prompt"
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -106,39 +108,81 @@ def test_of_a_collected_store_a_few_rows_are_read_to_find_some(samples: int, mon
     store, read, looked = numbered(names, samples=samples), MemoryStore.read, list[int]()
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
     monkeypatch.setattr(MemoryStore, "lengths", lambda _: pytest.fail("a store on a disk looks at all rows for these"))
-    assert rows_of(store, [Prompt("p7", [1])]).tolist() == [7 * samples + s for s in range(samples)]
-    assert sum(looked) <= 1024
+    assert rows_of(store, [Prompt("p7", [4])]).tolist() == [7 * samples + s for s in range(samples)]
+    assert sum(looked) <= 1024 + samples
     assert max(looked) <= 64
     looked.clear()
-    assert rows_of(store, [Prompt(f"p{i}", [1]) for i in range(3000)]).tolist() == [*range(3000 * samples)]
+    assert rows_of(store, [Prompt(f"p{i}", [4]) for i in range(3000)]).tolist() == [*range(3000 * samples)]
     more = numbered(["p0/s0/g0", "p1/s0/g0", "p1/s1/g0"])
-    assert rows_of(more, [Prompt(name, [1]) for name in ("p0", "p1")]).tolist() == [0, 1, 2]
-    assert not looked, "all were found"
+    assert rows_of(more, [Prompt(name, [4]) for name in ("p0", "p1")]).tolist() == [0, 1, 2]
+    assert sum(looked) == 256 + 3, "all were found, and a few have their prompts compared"
 
 
 def test_a_rare_gap_in_a_store_of_many_rows_is_seen_or_not_with_what_else_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     store = numbered([*(f"p{i}/s0/g0" for i in range(8)), "q/s0/g0", "q/s2/g0", *(f"r{i}/s0/g0" for i in range(8))])
     monkeypatch.setattr(reading, "_LOOKED_AT", 4)
     rows = {
-        others: rows_of(store, [Prompt(name, [1]) for name in ("q", *(f"{others}{i}" for i in range(8 * bool(others))))])
+        others: rows_of(store, [Prompt(name, [4]) for name in ("q", *(f"{others}{i}" for i in range(8 * bool(others))))])
         for others in ("", "p")
     }
     assert rows[""].tolist() == [8], "the first, the last and two between are looked at"
     assert rows["p"].tolist() == [*range(10)], "the gap is the first of the rest"
     frequent = numbered([f"p{i}/s{s}/g0" for i in range(8) for s in (0, 2)])
-    assert rows_of(frequent, [Prompt("p3", [1])]).tolist() == [6, 7], "one of four has a number beyond"
+    assert rows_of(frequent, [Prompt("p3", [4])]).tolist() == [6, 7], "one of four has a number beyond"
 
 
 def test_rows_that_are_looked_at_are_read_in_parts_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     store, read, looked = numbered([f"p{i}/s{s}/g0" for i in range(9) for s in (0, 2)]), MemoryStore.read, list[int]()
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **options: looked.append(len(rows)) or read(self, rows, **options))
     monkeypatch.setattr(reading.in_batches, "__defaults__", (64, None, 4 * int(reading.values_of(store)[0])))
-    assert rows_of(store, [Prompt("p3", [1])]).tolist() == [6, 7]
-    assert looked == [17, 4, 4, 4, 4, 1], "a look, and then all"
+    assert rows_of(store, [Prompt("p3", [4])]).tolist() == [6, 7]
+    assert looked == [17, 4, 4, 4, 4, 1, 2], "a look, then all, and the prompts of what was found"
 
 
 def test_rows_that_are_appended_while_samples_are_looked_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     store, find = numbered(["a/s0/g0"]), MemoryStore.find
     monkeypatch.setattr(MemoryStore, "find", lambda self, ids: (self.append([tiny_rollout("b/s0/g0")]), find(self, ids))[1])
-    assert rows_of(store, [Prompt(name, [1]) for name in "ab"]).tolist() == [0]
+    assert rows_of(store, [Prompt(name, [4]) for name in "ab"]).tolist() == [0]
     assert len(store) == 2
+
+
+def of_two_files() -> tuple[MemoryStore, list[Prompt], list[Prompt]]:
+    """Return a store of two prompt files that both count from 1, the second in a round of its own, and both files."""
+    store, names = numbered([], []), [str(i) for i in range(1, 101)]
+    math, code = ([Prompt(name, [4, kind, i]) for i, name in enumerate(names)] for kind in (5, 6))
+    for generation, prompts in enumerate((math, code)):
+        store.append([tiny_rollout(f"{p.prompt_id}/s0/g{generation}", generation=generation, prompt_ids=p.token_ids) for p in prompts])
+    return store, math, code
+
+
+def test_prompts_that_share_ids_do_not_claim_rows_of_each_other() -> None:
+    store, math, code = of_two_files()
+    for prompts in (math, code, math[7:8]):
+        with pytest.raises(ConflictError, match=r"a prompt of 3 tokens other than those of prompt '\d+'; .*only rows of their rounds"):
+            rows_of(store, prompts)
+    with pytest.raises(ConflictError, match="other than those of prompt '1'"):
+        rows_of(store, math, [1])
+    with pytest.raises(ConflictError, match="other than those of prompt '1'"):
+        batches(store, teacher={"math": math, "code": code})
+    with pytest.raises(ConflictError, match="give another prompt another id, such as `math/1`"):
+        store.append([tiny_rollout("1/s0/g0", prompt_ids=code[0].token_ids)])
+    assert rows_of(store, math, [0]).tolist() == [*range(100)]
+    assert rows_of(store, code, [1]).tolist() == [*range(100, 200)]
+    assert rows_of(store, [*math, *code]).tolist() == [*range(200)]
+
+
+def test_labels_are_not_given_to_other_prompts_of_the_same_ids() -> None:
+    store, math, code = of_two_files()
+    with pytest.raises(ConflictError, match="only rows of their rounds"):
+        label_rollouts(store, lambda prompt, rollout: 1.0, math)
+    assert not store.quarantined("label")
+    for prompts, generation in ((math, 0), (code, 1)):
+        label_rollouts(store, lambda prompt, rollout: 1.0, prompts, rows=rows_of(store, prompts, [generation]))
+    assert store.scored("label").all()
+
+
+def test_turns_of_a_conversation_that_share_its_id_are_rows_of_any_of_its_prompts() -> None:
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout(f"task/s{i}/g0", prompt_ids=[4] * (i + 1)) for i in range(3)])
+    for length in (1, 2, 3):
+        assert rows_of(store, [Prompt("task", [4] * length)]).tolist() == [0, 1, 2]

@@ -51,7 +51,8 @@ def new_rollouts(
             where = "is committed" if seen is None else "appears earlier in the same call"
             raise ConflictError(
                 f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected {hash_there.hex()[:8]}, "
-                f"which {where} under this id; give other content another id (a new generation, for instance)."
+                f"which {where} under this id; give another prompt another id, such as `math/1`, and another response another sample number "
+                "(a round is for another policy)."
             )
     new = list(fresh.values())
     _check_ids(new, vocab_size)

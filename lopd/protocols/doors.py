@@ -7,14 +7,16 @@ from inspect import getmembers, isfunction, signature
 from itertools import zip_longest
 from typing import Any, TypeVar
 
+import numpy as np
 from torch.nn.parallel import DataParallel
 from torch.optim import Optimizer
 
-from lopd.errors import ArgumentError, InvalidRecordError, LopdError, ScorerError, SourceError
+from lopd.errors import ArgumentError, ConflictError, InvalidRecordError, LopdError, ScorerError, SourceError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, RolloutSource, Student, TeacherScorer
+from lopd.records.arrays import Int32Array
 from lopd.records.checks import a_kind, check_call, check_kind, check_list
 from lopd.records.ranks import inner
-from lopd.records.rollouts import Prompt, Rollout, Scores
+from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of
 
 Answer = TypeVar("Answer", Rollout, Scores)
 
@@ -101,6 +103,32 @@ def ids_of(prompts: Sequence[Prompt]) -> list[str]:
     for wrong in (prompt for prompt in prompts if not isinstance(prompt, Prompt)):
         raise ArgumentError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")
     return [prompt.prompt_id for prompt in prompts]
+
+
+def check_prompts_of(owner: str, prompts: Iterable[Prompt], rollouts: Iterable[Rollout]) -> None:
+    """Refuse rollouts that have the ids of these prompts, and were sampled from others.
+
+    Where one prompt begins with the other, they may be turns of one conversation.
+
+    Raises:
+        ConflictError: it names the first.
+    """
+    known = dict[str, list[Int32Array]]()
+    for prompt in prompts:
+        known.setdefault(prompt.prompt_id, []).append(prompt.token_ids)
+    for rollout in rollouts:
+        stored, name = rollout.prompt_ids, prompt_id_of(rollout.rollout_id)
+        if not any(np.array_equal(ids[: stored.size], stored[: ids.size]) for ids in known[name]):
+            remedy = "pass the prompts that were sampled from, or, where others have their ids, only rows of their rounds"
+            raise other_prompt(owner, rollout, name, f"{remedy} (`rows_of(store, prompts, [ROUND])`)")
+
+
+def other_prompt(owner: str, rollout: Rollout, name: str, remedy: str) -> ConflictError:
+    """Return the error for a rollout that was sampled from another prompt than the one of this name."""
+    size = rollout.prompt_ids.size
+    return ConflictError(
+        f"{owner}: rollout {rollout.rollout_id!r} has a prompt of {size} tokens other than those of prompt {name!r}; {remedy}."
+    )
 
 
 def answers_of(kind: type[Answer], given: object) -> list[Answer]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols import LogprobReader, StatesName
-from lopd.protocols.doors import check_noun, ids_of
+from lopd.protocols.doors import check_noun, check_prompts_of, ids_of
 from lopd.records.checks import a_kind
 from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
@@ -186,13 +186,26 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
     Raises:
         ArgumentError: the store, the prompts or the rounds are something else.
+        ConflictError: rows have other prompts under these ids; of all that are found 256, evenly spaced, are looked at.  Where one prompt begins with
+            the other, they may be turns of one conversation.
     """
     check_noun(reader, LogprobReader)
     if generations is not None and not isinstance(generations, Iterable):
         raise ArgumentError(
             f"Rounds: it was given {a_kind(generations)} ({generations}), expected a list of numbers; pass `[{generations}]`."
         )
-    return samples_of(reader, [ids_of(prompts)], reader.generations if generations is None else generations)[0]
+    rows = samples_of(reader, [ids_of(prompts)], reader.generations if generations is None else generations)[0]
+    check_same_prompts(reader, prompts, rows)
+    return rows
+
+
+def check_same_prompts(reader: LogprobReader, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
+    """Refuse rows that have other prompts under the ids of these; at most 256 of them, evenly spaced, are read.
+
+    Raises:
+        ConflictError: two prompts have one id, or the prompt was edited.
+    """
+    check_prompts_of(named(reader), prompts, (record.rollout for record in walk(reader, evenly(rows, 256))))
 
 
 def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generations: Iterable[int]) -> list[NDArray[np.int64]]:

@@ -8,9 +8,9 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
+from lopd.errors import ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
-from lopd.protocols.doors import check_noun, check_prompt_list
+from lopd.protocols.doors import check_noun, check_prompt_list, other_prompt
 from lopd.protocols.reading import evenly, in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
@@ -226,10 +226,8 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
     looked = np.concatenate([unlike, there[missing[there]], evenly(there, _COMPARED)])
     for place, record in zip(looked.tolist(), walk(store, rows[looked], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
-            raise ConflictError(
-                f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} tokens other than "
-                f"those of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
-            )
+            remedy = "give the prompt another id, or use another store, if it or its template was edited"
+            raise other_prompt(named(store), record.rollout, prompts[place].prompt_id, remedy)
 
 
 def _check_same_run(store: LogprobStore, manifest: Manifest) -> None:

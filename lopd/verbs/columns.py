@@ -10,7 +10,7 @@ from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, Q
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import ids_of
 from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
-from lopd.protocols.reading import chosen, elsewhere, named, samples_of, way_to
+from lopd.protocols.reading import check_same_prompts, chosen, elsewhere, named, samples_of, way_to
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
@@ -86,6 +86,7 @@ def choose(
         ArgumentError: `teacher` is neither a name nor a mapping of names, `ref` or `label` is not a name, or `top_k` not a bool.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
+        ConflictError: rollouts have other prompts under the ids of a teacher's prompts.
         InvalidRecordError: there are no rows, a rollout has two teachers, teachers keep supports that are unlike, or labels are given for log-probs
             or the other way round.
     """
@@ -140,6 +141,7 @@ def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) ->
             raise InvalidRecordError(
                 f"{named(store)}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out."
             )
+        check_same_prompts(store, teacher[column], mine)
         parts[column] = mine
     every = np.concatenate([np.zeros(0, np.int64), *parts.values()])
     twice = np.flatnonzero(np.bincount(every, minlength=1) > 1)

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, ScorerError
 from lopd.protocols import Labeller, LogprobStore, Progress
-from lopd.protocols.doors import check_noun, check_prompt_list
-from lopd.protocols.reading import chosen, evenly, in_batches, rows_of, walk
+from lopd.protocols.doors import check_noun, check_prompt_list, ids_of
+from lopd.protocols.reading import check_same_prompts, chosen, evenly, in_batches, samples_of, walk
 from lopd.records.checks import call_of, check_at_least, check_call, unwrapped
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
@@ -68,7 +68,7 @@ def label_rollouts(
 
     Raises:
         ArgumentError: store, prompts or progress are something else, or the verifier does not take a prompt and a rollout.
-        ConflictError: the column belongs to another verifier, or to a model; nothing is labelled.
+        ConflictError: the column belongs to another verifier, or to a model, or rollouts have other prompts under these ids; nothing is labelled.
         ScorerError: the verifier gives another label than the column has; nothing is labelled.
         EngineError: it failed on more than `max_refused` rollouts, or on more than have labels; none of them is put in quarantine.
         NoSuchRowError: a row is not in the store.
@@ -84,7 +84,10 @@ def label_rollouts(
     name = name or call_of(unwrapped(verifier)[-1])  # what it passes may be a key
     provenance = Provenance(ModelId(name, "verifier", "float32"), store.manifest.tokenizer.vocab_hash, f"lopd labels {_VERSION}", LABEL)
     store.append_scores(column, provenance, ())
-    wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
+    wanted = chosen(store, rows)
+    if prompts is not None:
+        wanted = chosen(store, np.intersect1d(samples_of(store, [ids_of(prompts)], store.generations)[0], wanted))
+        check_same_prompts(store, prompts, wanted)
     work = filling.left(wanted, retry_quarantined)
     by_id = None if prompts is None else {prompt.prompt_id: prompt for prompt in prompts}
     labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]

@@ -196,8 +196,7 @@ def batches(
             once, here, to know whose they are.
         ref: score column of the reference policy, for losses with an importance ratio, and to have drift measured.  `"behavior"` is
             what each rollout's own policy reported, so also right where rollouts are of several rounds.  It is the policy at temperature 1,
-            and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and an importance
-            ratio is to those.
+            and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and ratios are to those.
         label: column of labels (`lopd.label_rollouts`), for `add_labels` and `weigh_labels` of `lopd.losses.variants`.  They come with the mean over
             all labelled rollouts of the same prompt and policy, those outside of `rows` too; it is read once, here.
         weighting: what a token counts (`by_rollout` or `by_token`).
@@ -219,6 +218,7 @@ def batches(
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
+        ConflictError: rollouts have other prompts under the ids of a teacher's prompts.
         InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a column of labels is given for one of
             log-probs or the other way round, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
