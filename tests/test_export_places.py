@@ -8,6 +8,7 @@ import pytest
 from conftest import TOKENIZER_ID, build_tokenizer
 
 import lopd.engines.placing
+import lopd.records.flush
 from lopd import CausalLMStudent, ModelId
 from lopd.engines.identity import folder_model_id, model_id
 from lopd.errors import StoreExistsError, StoreWriteError
@@ -182,6 +183,26 @@ def test_a_student_is_not_lost_where_its_place_cannot_be_prepared(refused, stude
     assert (folder_of_old / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "out-export/notes.txt").exists()
     assert folder_model_id(tmp_path / "out-export").revision == model_id(student.model).revision
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_whose_own_files_the_disk_refuses_is_not_kept(there, student, make_model, tmp_path, monkeypatch):
+    if there:
+        student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
+    sync = lopd.records.flush._sync
+
+    def refuse(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):  # noqa: PTH115 (no file of a path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(lopd.records.flush, "_sync", refuse)
+    other = CausalLMStudent(make_model("llama_tied", seed=9), TOKENIZER_ID)
+    with pytest.raises(StoreWriteError, match=r"it cannot be written \(.*No space left on device\); what was there is as it was"):
+        other.export(tmp_path / "out", build_tokenizer(), LINEAGE)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] * there
+    if there:
+        assert_is(tmp_path / "out", student)
 
 
 def test_a_student_is_not_lost_where_no_folder_can_be_moved(student, tmp_path, monkeypatch):

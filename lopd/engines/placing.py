@@ -72,7 +72,11 @@ def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path)
     """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it.
 
     It has another name too where the system refuses: a whole export is not lost.
+
+    Raises:
+        OSError: the disk refuses what the export wrote, which is not whole then.
     """
+    flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
     old = folder.parent / f".{folder.name}.old"
     there = is_there(folder)
     try:
@@ -86,7 +90,6 @@ def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path)
         try:
             if fresh.parent != folder:
                 _carry(folder, fresh)
-            flush(*(entry for entry in walked(fresh) if not entry.is_symlink()), fresh)
             _replace(folder, fresh, old)
         except OSError as error:
             if not there and is_there(folder):  # another export has taken the name since
@@ -156,17 +159,19 @@ def _holds_this_process(folder: Path) -> bool:
 
 
 def _carry(folder: Path, fresh: Path) -> None:
-    """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
+    """Link the files that are not of the earlier export into the new one, and flush them; copy them where links are not possible."""
     ours = {*exported_files(folder), LINEAGE_FILE}
-    for name in files_in(folder):
-        if name not in ours:
-            for inner in [*Path(name).parents][-2::-1]:
-                if not (fresh / inner).exists():
-                    _make_like(fresh / inner, folder / inner)
-            try:
-                os.link(folder / name, fresh / name, follow_symlinks=False)
-            except OSError:
-                shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
+    others = [name for name in files_in(folder) if name not in ours]
+    for name in others:
+        for inner in [*Path(name).parents][-2::-1]:
+            if not (fresh / inner).exists():
+                _make_like(fresh / inner, folder / inner)
+        try:
+            os.link(folder / name, fresh / name, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
+    made = {fresh / part for name in others for part in (Path(name), *Path(name).parents)}
+    flush(*(path for path in made if not path.is_symlink()))
 
 
 def _fill(folder: Path, fresh: Path) -> None:
