@@ -121,6 +121,7 @@ def test_the_text_part_of_an_export_is_loaded_in_the_dtype_of_the_student(tokeni
     assert folder_model_id(tmp_path / "out").revision == model_id(loaded).revision
 
 
+@pytest.mark.filterwarnings("ignore:.*most of its weights are in bfloat16")
 @pytest.mark.parametrize("make", [qwen3_5, None])
 @pytest.mark.parametrize("values", ["of 32 bits", "that fit 16", "that stay in 32"])
 def test_an_export_of_several_dtypes_states_one_that_rounds_none(values, make, make_model, tokenizer, tmp_path, monkeypatch):

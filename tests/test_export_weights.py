@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lopd import CausalLMStudent, ModelId
+from lopd.engines.export import export_model
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, model_id
 from lopd.engines.stored import StoredModel
@@ -188,3 +189,25 @@ def test_weights_that_are_no_numbers_are_exported_all_the_same_with_a_warning(va
         student.export(tmp_path / "out", tokenizer, LINEAGE)
     finite = load_file(tmp_path / "out/model.safetensors")["lm_head.weight"].isfinite()
     assert torch.equal(finite, student.model.lm_head.weight.isfinite())
+
+
+@pytest.mark.parametrize("names", [["model.norm.weight"], ["model.embed_tokens.weight", "model.norm.weight"]])
+def test_a_few_weights_in_float32_that_make_an_export_of_32_bits_are_named(names, make_model, tokenizer, tmp_path):
+    model = make_model("llama_tied").to(torch.bfloat16)
+    for name in names:
+        weight = model.get_parameter(name)
+        weight.data = torch.full_like(weight, 1.0001, dtype=torch.float32)
+    with pytest.warns(
+        ModelWarning, match=rf"most .* in bfloat16, and '{names[0]}' is in float32, so its export states float32, .*; cast such"
+    ):
+        export_model(model, tokenizer, LINEAGE, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float32"
+    export_model(model.to(torch.bfloat16), tokenizer, LINEAGE, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_weight_of_nan_does_not_make_an_export_one_of_32_bits(make_model, tokenizer, tmp_path):
+    model = make_model("llama_tied").to(torch.bfloat16)
+    model.model.norm.float().weight.data.fill_(float("nan"))
+    export_model(model, tokenizer, LINEAGE, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"

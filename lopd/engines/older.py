@@ -4,6 +4,7 @@ And for readers of a part of the model, in any version, which take the dtype tha
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
+from lopd.errors import ModelWarning
 from lopd.records.values import is_plain
+from lopd.records.warn import warn_user
 
 #: What stands outside the scaling, and what some classes call that.
 _APART = ("rope_theta", "partial_rotary_factor")
@@ -58,15 +61,36 @@ def widest(model: Any, state: Mapping[str, Tensor] | None) -> torch.dtype:
     Args:
         model: a transformers model.
         state: the weights, where the model's own are sharded.
+
+    Warns:
+        ModelWarning: most of the weights have a narrower dtype than that.
     """
     base = unwrap(model)
     dtype: torch.dtype = base.dtype
     alone = getattr(base, "_keep_in_fp32_modules_strict", None) or ()  # these are float32 to transformers whatever is stated
+    sizes, wide = Counter[torch.dtype](), list[tuple[str, torch.dtype]]()
     for name, parameter in base.named_parameters():
         weight = parameter.detach() if state is None else state.get(name, parameter)
-        if is_plain(weight) and not any(part in name for part in alone) and not torch.equal(weight.to(dtype).to(weight.dtype), weight):
-            dtype = torch.promote_types(dtype, weight.dtype) if dtype.itemsize > 1 else weight.dtype
+        if is_plain(weight) and not any(part in name for part in alone):
+            sizes.update({weight.dtype: weight.numel()} if weight.dtype.itemsize > 1 else {})  # codes of FP8 are not a dtype to load in
+            if not _equal(weight.to(dtype).to(weight.dtype), weight):
+                dtype = torch.promote_types(dtype, weight.dtype) if dtype.itemsize > 1 else weight.dtype
+                wide.append((name, weight.dtype))
+    most = max(sizes, key=sizes.__getitem__, default=dtype)
+    if torch.promote_types(most, dtype) != most:
+        if most != base.dtype:
+            wide = [(name, base.dtype) for name, parameter in base.named_parameters() if parameter.dtype == base.dtype]
+        (name, own), stated, of_most = wide[0], *(str(one).removeprefix("torch.") for one in (dtype, most))
+        warn_user(
+            f"Model {type(base).__name__}: most of its weights are in {of_most}, and {name!r} is in {str(own).removeprefix('torch.')}, so its export "
+            f"states {stated}, in which programs load all of it; cast such weights to {of_most} before the export, unless this is meant.",
+            ModelWarning,
+        )
     return dtype
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other) or torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def is_untied(model: Any, state: Mapping[str, Tensor] | None) -> bool:

@@ -203,7 +203,8 @@ class CausalLMStudent(nn.Module):
         not replaced once it has some.
 
         Warns:
-            ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself; or some of its weights are not finite.
+            ModelWarning: its adapters are on a model without a name, on which nothing loads them by itself; or some of its weights are not finite, or
+                a few in a wider dtype than the rest, in which the export is loaded.
 
         Raises:
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
