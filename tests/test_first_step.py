@@ -77,6 +77,20 @@ def test_an_optimizer_whose_step_a_scheduler_wraps_needs_nothing(llama, scored):
     sft(student, optimizer, scored)
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_an_optimizer_whose_own_step_brings_the_closure_needs_nothing(scheduled, llama, scored):
+    student, calls = student_in(llama), []
+    optimizer = torch.optim.LBFGS(student.parameters(), lr=1e-3, max_iter=1)
+    if scheduled:
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    optimizer.step = partial(optimizer.step, lambda: calls.append(1) or torch.tensor(1.0))
+    sft(student, optimizer, scored)
+    assert calls
+    optimizer.step = lambda closure: None
+    with pytest.raises(ArgumentError, match="Optimizer LBFGS: its step needs `closure`"):
+        sft(student, optimizer, scored)
+
+
 class Offloading(torch.optim.AdamW):
     """Keeps its state on the host on purpose."""
 

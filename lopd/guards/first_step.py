@@ -37,8 +37,7 @@ MIN_MOVED = 0.5
 _LEAST_NORM = 1e-3
 _SAMPLED, _SHOWN = 4096, 3
 _ENDS_NEEDED = 4  # fewer responses do not show which token ends them
-#: Relative difference of two rollouts' weights that is rounding.
-_SAME = 1e-3
+_SAME = 1e-3  # relative difference of two rollouts' weights that is rounding
 
 _said: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
@@ -57,7 +56,9 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
     Raises:
         ArgumentError: its step needs an argument, as that of LBFGS needs a closure; or its state is on another device than a parameter.
     """
-    takes = [*signature(type(optimizer).step).parameters.values()][1:]
+    step = vars(optimizer).get("step", type(optimizer).step)
+    bound = "step" in vars(optimizer) and not hasattr(step, "_wrapped_by_lr_sched")  # that one shows the class's
+    takes = [*signature(step, follow_wrapped=not bound).parameters.values()][not bound :]
     needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needs:
         raise ArgumentError(f"Optimizer {type(optimizer).__name__}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
