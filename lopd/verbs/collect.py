@@ -8,7 +8,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
+from lopd.errors import ConflictError, ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list, other_prompt
 from lopd.protocols.reading import evenly, in_batches, named, walk
