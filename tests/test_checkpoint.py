@@ -88,7 +88,7 @@ def test_each_rank_draws_on_and_those_of_another_number_draw_apart(small, tmp_pa
 def test_what_a_gpu_draws_goes_on(small, tmp_path, monkeypatch):
     states = {torch.device("cuda", 1): torch.arange(16, dtype=torch.uint8), torch.device("cuda", 0): torch.ones(16, dtype=torch.uint8)}
     now = dict(states)
-    monkeypatch.setattr("lopd.verbs.random_state._cards", lambda _: [*states])
+    monkeypatch.setattr("lopd.verbs.training_state._cards", lambda _: [*states])
     monkeypatch.setattr(torch.cuda, "get_rng_state", now.__getitem__)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, card: now.update({card: state}))
     save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())

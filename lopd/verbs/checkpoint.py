@@ -31,9 +31,8 @@ from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
 from lopd.records.unfinished import set_aside, unfinished
 from lopd.records.warn import warn_user
-from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 from lopd.verbs.parameters import check_parameters, check_untrained, trained_parameters, untrained_types, untrained_values
-from lopd.verbs.random_state import RNG, random_states, restore_random
+from lopd.verbs.training_state import RNG, check_optimizer, flatten, parameter_labels, random_states, restore, restore_random
 
 _STATE = "state.json"
 _OTHERS = {errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY}

@@ -1,9 +1,11 @@
-"""The state of an optimizer as tensors and JSON, and back into an optimizer over the same parameters."""
+"""The state of an optimizer and of random numbers as tensors and JSON, and back: each value comes back as what it was."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -11,8 +13,11 @@ from torch.optim import Optimizer
 from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.protocols import Student
 from lopd.records.checks import a_kind
-from lopd.records.nested import moved, pack, unpack_all
-from lopd.records.ranks import alike
+from lopd.records.ranks import Ranks, alike
+
+#: The state of rank 0, which is all that older checkpoints have; that of rank 3 has ".3" behind it.
+RNG, _CUDA = "rng.cpu", "rng.cuda"
+_PLAIN = (type(None), bool, int, float, str)
 
 
 def parameter_labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
@@ -61,8 +66,8 @@ def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[s
     entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     kind = type(optimizer).__name__
-    others = {key: pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
-    groups = [{k: pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
+    others = {key: _pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
+    groups = [{k: _pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
     for key, tensor in tensors.items():
         if tensor.layout is not torch.strided:
             raise InvalidRecordError(f"{owner}, {kind} {key}: it is a sparse tensor, expected a dense one; make it so.")
@@ -84,8 +89,8 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole = {key: value for key, value in tensors.items() if key.split(".", 1)[0].isdigit()}
     try:
-        saved = {**whole, **unpack_all(plain["others"], tensors)}
-        groups = [unpack_all(group, tensors) for group in plain["groups"]]
+        saved = {**whole, **_unpack_all(plain["others"], tensors)}
+        groups = [_unpack_all(group, tensors) for group in plain["groups"]]
     except KeyError as error:
         raise CheckpointError(
             f"Checkpoint {path}: tensor {error} of its optimizer is missing; restore it, or remove its folder."
@@ -114,7 +119,7 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
         for label, value in entry.items():
             there = state.get(label)
             if label not in taken[place] or isinstance(there, dict):  # bitsandbytes wraps its states in one, and takes them out again
-                state[label] = moved(value, parameter.device)
+                state[label] = _moved(value, parameter.device)
             elif isinstance(there, Tensor) and there.dtype != value.dtype:
                 state[label] = value.to(there.device)
 
@@ -127,5 +132,114 @@ def _carried(value: Any) -> bool:
 def _like(value: Any, live: Any) -> Any:
     """Return a setting of a group on the device of the one that it replaces, and as a tuple if that is one."""
     if isinstance(live, Tensor):
-        return moved(value, live.device)
+        return _moved(value, live.device)
     return tuple(value) if isinstance(live, tuple) else value
+
+
+def _pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return JSON of a value; its tensors are added to `tensors`, and named in the JSON.
+
+    >>> _pack("Optimizer", {"betas": (0.9, np.float32(0.5))}, {})
+    {'dict': [['betas', {'tuple': [0.9, {'numpy': 'float32', 'value': 0.5}]}]]}
+
+    Raises:
+        InvalidRecordError: it holds something that is neither a number, text, tensor, array, dtype, None, nor a list, tuple or dict of such.
+    """
+    if isinstance(value, _PLAIN) and not isinstance(value, np.number):
+        return value
+    if (leaf := _pack_leaf(owner, value, tensors)) is not None:
+        return leaf
+    if isinstance(value, list | tuple):
+        packed = [_pack(owner, item, tensors) for item in value]
+        return packed if isinstance(value, list) else {"tuple": packed}
+    if isinstance(value, Mapping):
+        return {"dict": [[_pack(owner, part, tensors) for part in pair] for pair in value.items()]}
+    raise InvalidRecordError(
+        f"{owner}: it holds {a_kind(value)}, expected numbers, text, tensors, and lists or dicts of them; take it out."
+    )
+
+
+def _pack_leaf(owner: str, value: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """Return what JSON has no word for; None for anything else."""
+    if isinstance(value, Tensor):
+        name = f"nested.{len(tensors)}"
+        tensors[name] = value.detach().clone()
+        return {"tensor": name}
+    # JSON has no more digits than 64 bits
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufc" and value.dtype.char not in "gG":
+        shape = {"shape": value.shape} if isinstance(value, np.ndarray) else {}
+        return {"numpy": value.dtype.name, "value": _pack(owner, value.tolist(), tensors), **shape}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return {"complex": [value.real, value.imag]} if isinstance(value, complex) else None
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Return the inverse of `_pack`; JSON that it did not write stays as it is.
+
+    Raises:
+        KeyError: a tensor is missing.
+        ValueError, TypeError: JSON that `_pack` did not write, which looks like what it writes.
+    """
+    match packed:
+        case [*items]:
+            made: Any = [_unpack(item, tensors) for item in items]
+        case {"tensor": name}:
+            made = tensors[name]
+        case {"numpy": dtype, "value": value, "shape": shape}:
+            made = np.array(_unpack(value, tensors), dtype).reshape(shape)
+        case {"numpy": dtype, "value": value}:  # a scalar; older checkpoints have arrays so, too
+            made = np.array(_unpack(value, tensors), dtype)[()]
+        case {"dtype": name}:
+            made = getattr(torch, str(name), None)
+            if not isinstance(made, torch.dtype):
+                raise TypeError(f"dtype {name!r:.80} is not one of torch")
+        case {"complex": [real, imaginary]}:
+            made = complex(real, imaginary)
+        case {"tuple": [*items]}:
+            made = tuple(_unpack(items, tensors))
+        case {"dict": [*pairs]}:
+            made = dict(_unpack(pairs, tensors))
+        case _:
+            made = packed
+    return made
+
+
+def _unpack_all(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return each of these unpacked, by its name."""
+    return {name: _unpack(value, tensors) for name, value in packed.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Return the same with its tensors on this device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(item, device) for item in value)
+    return {key: _moved(item, device) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def random_states(student: Student) -> dict[str, Tensor]:
+    """Return the states of all ranks by name, of the CPU and of the GPUs that hold parameters; every rank must call."""
+    cards = _cards(student)
+    mine = {RNG: torch.get_rng_state()} | ({_CUDA: torch.stack([torch.cuda.get_rng_state(card) for card in cards])} if cards else {})
+    return {_of(name, rank): state for rank, states in enumerate(Ranks.current().gather([mine])) for name, state in states.items()}
+
+
+def restore_random(student: Student, saved: Mapping[str, Tensor]) -> None:
+    """Draw on from this rank's state; what has none there, as of another number of ranks, is seeded by that of rank 0."""
+    ranks, cards = Ranks.current(), _cards(student)
+    torch.manual_seed(int(sha256(saved[RNG].numpy().tobytes() + str(ranks.rank).encode()).hexdigest()[:15], 16))
+    if ranks.rank > 0 and sum(name.startswith(RNG) for name in saved) != ranks.size:
+        return
+    torch.set_rng_state(saved[_of(RNG, ranks.rank)])
+    for card, state in zip(cards, saved.get(_of(_CUDA, ranks.rank), ()), strict=False):
+        torch.cuda.set_rng_state(state, card)
+
+
+def _of(name: str, rank: int) -> str:
+    return f"{name}.{rank}" if rank else name
+
+
+def _cards(student: Student) -> list[torch.device]:
+    return [*dict.fromkeys(p.device for _, p in student.named_parameters() if p.is_cuda)]
