@@ -5,14 +5,16 @@ import json
 import shutil
 from functools import partial
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from conftest import TOKENIZER_ID
 from small_runs import adamw, scored, small, teacher_model  # noqa: F401
 
-from lopd import CausalLMStudent, batches, by_token, load_checkpoint, save_checkpoint
+from lopd import CausalLMStudent, batches, by_token, load_checkpoint, opd_steps, save_checkpoint
 from lopd.errors import ArgumentError, CheckpointError, InvalidRecordError, StoreWriteError, TrainingWarning
+from lopd.losses.reference import ReferenceOPDLoss
 from lopd.records import Lineage
 
 
@@ -114,6 +116,38 @@ def test_an_optimizer_that_wraps_its_state_in_a_dict_is_resumed_bit_for_bit(llam
         step(*pair)
     assert all(torch.equal(a, b) for a, b in zip(*(student.parameters() for student, _ in pairs), strict=True))
     assert_same(pairs[1][1].state_dict()["state"][0], pairs[0][1].state_dict()["state"][0])
+
+
+@pytest.fixture
+def prepare(monkeypatch):
+    """Wrap an optimizer as accelerate does; it keeps one state for the process, which another test may have made."""
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(accelerate.state.PartialState, "_shared_state", {})
+    return accelerate.Accelerator(cpu=True).prepare
+
+
+def test_an_optimizer_that_accelerate_prepared_is_known_by_what_it_wraps(small, llama, prepare, tmp_path):
+    student, optimizer = small
+    step(student, optimizer)
+    path = save_checkpoint(tmp_path, student, prepare(optimizer), next_step=1, lineage=Lineage()) / "state.json"
+
+    def check():
+        other, plain = fresh(llama)
+        for own in (plain, prepare(plain)):
+            assert load_checkpoint(tmp_path, other, own) == 1
+        with pytest.raises(CheckpointError, match=r"its optimizer is A\w+ over .*, expected SGD over .*; make the optimizer as it was"):
+            load_checkpoint(tmp_path, other, prepare(torch.optim.SGD(other.parameters())))
+        return other
+
+    other = check()
+    with pytest.raises(CheckpointError, match=r"its optimizer is AdamW over .*, expected Adam over"):
+        load_checkpoint(tmp_path, other, prepare(torch.optim.Adam(other.parameters())))
+    state = json.loads(path.read_text())
+    state["optimizer"]["class"] = "AcceleratedOptimizer"  # as an older lopd wrote it
+    path.write_text(json.dumps(state))
+    check()
+    with pytest.raises(ArgumentError, match="Optimizer LBFGS: its step needs `closure`"):
+        opd_steps(other, [], ReferenceOPDLoss(), prepare(torch.optim.LBFGS(other.parameters())))
 
 
 class Packed(torch.Tensor):

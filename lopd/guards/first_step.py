@@ -18,7 +18,7 @@ from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.devices import check_beside
 from lopd.records.drift import Drift
-from lopd.records.ranks import Ranks, inner
+from lopd.records.ranks import Ranks, bare, inner
 from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
 
@@ -56,12 +56,13 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
     Raises:
         ArgumentError: its step needs an argument, as that of LBFGS needs a closure; or its state is on another device than a parameter.
     """
-    step = vars(optimizer).get("step", type(optimizer).step)
-    bound = "step" in vars(optimizer) and not hasattr(step, "_wrapped_by_lr_sched")  # that one shows the class's
+    own, kind = bare(optimizer), type(bare(optimizer)).__name__
+    step = vars(own).get("step", type(own).step)
+    bound = "step" in vars(own) and not hasattr(step, "_wrapped_by_lr_sched")  # that one shows the class's
     takes = [*signature(step, follow_wrapped=not bound).parameters.values()][not bound :]
     needs = [p.name for p in takes if p.default is Parameter.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if needs:
-        raise ArgumentError(f"Optimizer {type(optimizer).__name__}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
+        raise ArgumentError(f"Optimizer {kind}: its step needs `{needs[0]}`, and lopd passes nothing; use another.")
     check_beside(optimizer, trained)
     theirs = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     others = {key for key, parameter in theirs.items() if parameter.requires_grad} - {id(parameter) for parameter in trained.values()}
@@ -69,7 +70,7 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         _warn_once(
             optimizer,
             "others",
-            f"Optimizer {type(optimizer).__name__}: it has {len(others)} parameters that are not the student's, whose gradients are not summed over "
+            f"Optimizer {kind}: it has {len(others)} parameters that are not the student's, whose gradients are not summed over "
             f"the {ranks} ranks here, which may go apart; make them parameters of the student before it is wrapped, or sum them yourself.",
         )
     lacking = [name for name, parameter in trained.items() if id(parameter) not in theirs]
@@ -77,7 +78,7 @@ def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         _warn_once(
             optimizer,
             "optimizer",
-            f"Optimizer {type(optimizer).__name__}: it has {len(trained) - len(lacking)} of the student's {len(trained)} trained parameters, "
+            f"Optimizer {kind}: it has {len(trained) - len(lacking)} of the student's {len(trained)} trained parameters, "
             f"expected all; {_some(lacking)} stay as they are: make it over all that require a gradient, or freeze the others.",
         )
 

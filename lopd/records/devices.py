@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, ModelError
+from lopd.records.ranks import bare
 
 
 def check_device(owner: str, device: torch.device) -> None:
@@ -32,14 +33,15 @@ def check_beside(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None
     Raises:
         ArgumentError: it names the first of these parameters.
     """
-    if not type(optimizer).__module__.startswith("torch.optim"):
+    kind = type(bare(optimizer))
+    if not kind.__module__.startswith("torch.optim"):
         return
     for name, parameter in parameters.items():
         for value in optimizer.state.get(parameter, {}).values():
             # the count of steps may be on the host; what is sharded, or wraps another, is left alone
             if type(value) is Tensor and value.ndim and value.shape == parameter.shape and value.device != parameter.device:
                 raise ArgumentError(
-                    f"Optimizer {type(optimizer).__name__}: its state of {name!r} is on {value.device} and the parameter on {parameter.device}; move "
+                    f"Optimizer {kind.__name__}: its state of {name!r} is on {value.device} and the parameter on {parameter.device}; move "
                     "the student back, or move it before `load_checkpoint`."
                 )
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from attrs import frozen
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lopd.errors import InvalidRecordError, LopdError, ModelError
 from lopd.records.checks import own_numbers
@@ -90,6 +91,12 @@ class Ranks:
 def inner(student: Any) -> Any:
     """Return the student inside a DistributedDataParallel, or the student itself."""
     return student.module if isinstance(student, DistributedDataParallel) else student
+
+
+def bare(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer inside what accelerate prepared, or the optimizer itself; other wrappers may compute something of their own."""
+    inside = getattr(optimizer, "optimizer", None) if type(optimizer).__module__.startswith("accelerate.") else None
+    return inside if isinstance(inside, Optimizer) else optimizer
 
 
 def check_summed(student: Any, ranks: Ranks) -> None:

@@ -20,7 +20,7 @@ from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_kind, check_number, to_real
 from lopd.records.drift import TokenLogprobs, measure_step
 from lopd.records.identity import TokenizerId
-from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
+from lopd.records.ranks import Ranks, bare, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 from lopd.verbs.parameters import trained_parameters
 
@@ -91,7 +91,7 @@ def opd_steps(
     trained = trained_parameters(student)
     if not _updated(optimizer, trained.values()):
         raise InvalidRecordError(
-            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
+            f"Optimizer {type(bare(optimizer)).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
             "`student.parameters()` of this student, after wrapping or loading it."
         )
     judge_optimizer(optimizer, trained)

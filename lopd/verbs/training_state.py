@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.protocols import Student
 from lopd.records.checks import a_kind
-from lopd.records.ranks import Ranks, alike
+from lopd.records.ranks import Ranks, alike, bare
 
 #: The state of rank 0, which is all that older checkpoints have; that of rank 3 has ".3" behind it.
 RNG, _CUDA = "rng.cpu", "rng.cuda"
+_PREPARED = "AcceleratedOptimizer"
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -39,13 +40,15 @@ def check_optimizer(path: Path, student: Student, optimizer: Optimizer, state: M
     Raises:
         CheckpointError: it is.
     """
-    owner, kind = f"Checkpoint {path}", state["optimizer"]["class"]
+    owner, kind, own = f"Checkpoint {path}", state["optimizer"]["class"], type(bare(optimizer)).__name__
+    # older checkpoints have the name of accelerate's wrapper: what it wrapped is known by its settings alone
+    if kind == _PREPARED and all(optimizer.defaults.keys() <= group.keys() for group in state["optimizer"]["groups"]):
+        kind = own
     labels, saved = parameter_labels(owner, student, optimizer), state["trained"]
     sizes, saved_sizes = [len(group) for group in labels], [len(group) for group in saved]
-    if kind != type(optimizer).__name__ or sizes != saved_sizes:
+    if kind != own or sizes != saved_sizes:
         raise CheckpointError(
-            f"{owner}: its optimizer is {kind} over {saved_sizes} parameters, expected {type(optimizer).__name__} over {sizes}; "
-            "make the optimizer as it was."
+            f"{owner}: its optimizer is {kind} over {saved_sizes} parameters, expected {own} over {sizes}; make the optimizer as it was."
         )
     for number, (theirs, ours) in enumerate(zip(saved, labels, strict=True)):
         place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
@@ -65,7 +68,7 @@ def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[s
     state = optimizer.state_dict()
     entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    kind = type(optimizer).__name__
+    kind = type(bare(optimizer)).__name__
     others = {key: _pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
     groups = [{k: _pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
     for key, tensor in tensors.items():
