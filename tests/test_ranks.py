@@ -1,9 +1,11 @@
 """Training on several ranks: weights, gradients and metrics of one process, whatever wraps the student and however a step is shared out."""
 
+import json
 import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import accelerate_worker
 import forked
@@ -15,15 +17,16 @@ import torch
 import torch.distributed as dist
 from attrs import evolve
 from ranks_worker import CASES, STEPS, Case, make_optimizer, make_store, make_student, train
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lopd import CausalLMStudent, batches, load_checkpoint, opd_steps
+from lopd import CausalLMStudent, batches, load_checkpoint, opd_steps, save_checkpoint
 from lopd.engines.hf import load_model
 from lopd.errors import InvalidRecordError, ModelError, ModelWarning, TrainingWarning
 from lopd.losses.fused import FusedOPDLoss
 from lopd.records import Lineage, Ranks
-from lopd.records.ranks import check_summed
+from lopd.records.ranks import check_summed, gathering, summing
 from lopd.records.steps import Step
 from lopd.verbs.train import _check_shares
 
@@ -253,6 +256,44 @@ def test_a_wrapper_that_looks_for_tensors_in_the_output_is_refused(option, group
     student = DistributedDataParallel(make_student(Case(), Ranks()), **{option: True})
     with pytest.raises(ModelError, match=rf"Student CausalLMStudent: its DistributedDataParallel has {option}=True.*leave the option out"):
         opd_steps(student, [], FusedOPDLoss(), make_optimizer(student))
+
+
+def compile_layer(student):
+    student.model.model.layers[0] = torch.compile(student.model.model.layers[0], backend="eager")
+    return student
+
+
+COMPILED = {
+    "alone": partial(torch.compile, backend="eager"),
+    "around": lambda student: torch.compile(DistributedDataParallel(student), backend="eager"),
+    "within": lambda student: DistributedDataParallel(torch.compile(student, backend="eager")),
+    "a layer": compile_layer,
+}
+
+
+@pytest.mark.parametrize("wrap", COMPILED)
+def test_a_student_in_torch_compile_is_trained_and_resumed_as_the_student_itself(wrap, group, tmp_path):
+    own = make_student(Case(), Ranks())
+    compiled = COMPILED[wrap](own)
+    optimizer = make_optimizer(compiled)
+    steps = batches(make_store(5), rollouts_per_step=5, tokens_per_batch=50, ref="behavior")[:2]
+    with torch.compiler.set_stance("force_eager"):
+        assert len(list(opd_steps(compiled, steps, FusedOPDLoss(), optimizer))) == 2
+    if wrap in ("around", "within"):
+        with gathering(compiled, last=False):
+            assert not summing(compiled).require_backward_grad_sync
+    path = save_checkpoint(tmp_path, compiled, optimizer, next_step=1, steps=steps)
+    plain = make_student(Case(), Ranks())
+    assert load_checkpoint(tmp_path, plain, make_optimizer(plain), steps=steps) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), own.parameters(), strict=True))
+    # as older versions wrote them, with names of torch.compile
+    state = json.loads((path / "state.json").read_text())
+    state["trained"] = [[f"_orig_mod.{label}" for label in group] for group in state["trained"]]
+    (path / "state.json").write_text(json.dumps(state))
+    weights = {f"_orig_mod.{name}": weight for name, weight in load_file(path / "parameters.safetensors").items()}
+    save_file(weights, path / "parameters.safetensors")
+    for student in (plain, compiled):
+        assert load_checkpoint(tmp_path, student, make_optimizer(student), steps=steps) == 1
 
 
 def test_a_wrapped_student_that_trains_what_gets_no_gradient_is_refused_before_its_weights_change(group):

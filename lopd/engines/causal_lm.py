@@ -19,6 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from lopd.engines.masks import known_rows
 from lopd.errors import ModelError
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
+from lopd.records.ranks import peeled
 from lopd.records.steps import LMHead
 
 #: Fields of a configuration that multiply the logits (1) or divide them (-1), and that cap them; the probes find a model that does otherwise.
@@ -44,9 +45,8 @@ def unwrap(model: Any) -> Any:
 
 def without_runners(model: Any) -> Any:
     """Return what is inside torch.compile and data parallelism: a transformers model, or a model of peft around one."""
-    if "_orig_mod" in getattr(model, "_modules", ()):  # its attribute shows through a model of peft
-        return without_runners(model._orig_mod)
-    return without_runners(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
+    *_, own = peeled(model, (DataParallel, DistributedDataParallel))
+    return own
 
 
 def recompute_layers(model: Any) -> None:

@@ -10,7 +10,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, EndTokenWarning, ModelError, TrainingWarning
@@ -18,7 +17,7 @@ from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.devices import check_beside
 from lopd.records.drift import Drift
-from lopd.records.ranks import Ranks, bare, inner
+from lopd.records.ranks import Ranks, bare, inner, summing
 from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
 
@@ -95,7 +94,7 @@ def judge_gradients(optimizer: Optimizer, student: object, trained: Mapping[str,
     found = f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in a whole step; {_some(lacking)}"
     remedy = "or leave them out of the adapters' `target_modules`."
     # no rank asks the others: one that lacks none waits within torch for a rank that does
-    if isinstance(student, DistributedDataParallel):
+    if summing(student) is not None:
         raise ModelError(
             f"{found} keep DistributedDataParallel from summing those of others: freeze them (`requires_grad_(False)`) before it wraps the student, "
             f"{remedy}"

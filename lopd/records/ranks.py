@@ -1,6 +1,6 @@
 """The processes that train one student together, as torch.distributed has them; a process on its own is rank 0 of 1."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from itertools import chain
@@ -88,9 +88,24 @@ class Ranks:
         self.each(act if self.rank == 0 else lambda: None)
 
 
+def peeled(wrapped: Any, parallel: type[Any] | tuple[type[Any], ...] = DistributedDataParallel) -> Iterator[Any]:
+    """Yield a student or a model in wrappers of torch, from the outermost in: of torch.compile, and of these kinds of data parallelism."""
+    yield wrapped
+    if "_orig_mod" in getattr(wrapped, "_modules", ()):  # its attribute shows through a model of peft
+        yield from peeled(wrapped._orig_mod, parallel)
+    elif isinstance(wrapped, parallel):
+        yield from peeled(wrapped.module, parallel)
+
+
 def inner(student: Any) -> Any:
-    """Return the student inside a DistributedDataParallel, or the student itself."""
-    return student.module if isinstance(student, DistributedDataParallel) else student
+    """Return the student inside DistributedDataParallel and torch.compile, in any order, or the student itself."""
+    *_, own = peeled(student)
+    return own
+
+
+def summing(student: Any) -> DistributedDataParallel | None:
+    """Return the DistributedDataParallel that sums the gradients of a student over ranks, be it compiled, or None."""
+    return next((layer for layer in peeled(student) if isinstance(layer, DistributedDataParallel)), None)
 
 
 def bare(optimizer: Optimizer) -> Optimizer:
@@ -105,24 +120,25 @@ def check_summed(student: Any, ranks: Ranks) -> None:
     Raises:
         ModelError: it is neither in DistributedDataParallel nor sharded; or in a way in which torch looks for tensors in its output and finds none.
     """
-    name = type(inner(student)).__name__
-    if isinstance(student, DistributedDataParallel):
-        if option := next((option for option in ("static_graph", "find_unused_parameters") if getattr(student, option)), None):
+    own, parallel = inner(student), summing(student)
+    name = type(own).__name__
+    if parallel is not None:
+        if option := next((option for option in ("static_graph", "find_unused_parameters") if getattr(parallel, option)), None):
             raise ModelError(
                 f"Student {name}: its DistributedDataParallel has {option}=True, which finds no tensor in a `LossOutput`; freeze what gets no "
                 "gradient, and leave the option out."
             )
         return
-    if ranks.size == 1 and not (isinstance(student, torch.nn.Module) and sharded(student)):
+    if ranks.size == 1 and not (isinstance(own, torch.nn.Module) and sharded(own)):
         return
     from torch.distributed.fsdp import FSDPModule  # a second of imports that one process has no use for
 
-    if ranks.size > 1 and not isinstance(student, FSDPModule):
+    if ranks.size > 1 and not isinstance(own, FSDPModule):
         raise ModelError(
             f"Student {name}: it is trained by {ranks.size} ranks and nothing sums its gradients; wrap it in DistributedDataParallel, or call "
             "`fully_shard` on each layer and then on it, before `opd_steps`."
         )
-    prepare_sharded(student)
+    prepare_sharded(own)
 
 
 def prepare_sharded(student: torch.nn.Module) -> None:
@@ -148,7 +164,7 @@ def prepare_sharded(student: torch.nn.Module) -> None:
 
 def gathering(student: Any, *, last: bool) -> AbstractContextManager[None]:
     """Return where gradients of a micro-batch are made; DistributedDataParallel sums them over ranks once, with the last."""
-    return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+    return nullcontext() if last or (parallel := summing(student)) is None else parallel.no_sync()
 
 
 def sharded(module: torch.nn.Module) -> bool:

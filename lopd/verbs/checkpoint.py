@@ -234,10 +234,11 @@ def load_checkpoint(
     if not found:
         return 0
     path = found[-1]
-    state = _read(path / _STATE, lambda path: read_as(_State, json.loads(path.read_bytes()), "its content"))
+    # older ones have names of torch.compile among those of parameters
+    state = _read(path / _STATE, lambda path: read_as(_State, json.loads(path.read_bytes().replace(b"_orig_mod.", b"")), "its content"))
     if optimizer is not None:
         _check_settings(path, state.get("steps"), steps, changed)
-    saved = _read(path / "parameters.safetensors", load_file)
+    saved = {name.replace("_orig_mod.", ""): value for name, value in _read(path / "parameters.safetensors", load_file).items()}
     current = {name: p.detach() for name, p in trained_parameters(own).items()}
     check_parameters(path, saved, current)
     if "untrained" not in changed:

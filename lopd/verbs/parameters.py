@@ -1,6 +1,6 @@
 """The parameters of a checkpoint: those that are trained are in it, and of the others a few values, since a run is resumed on the same ones."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,20 +19,25 @@ _HALVES = (torch.bfloat16, torch.float16)
 _TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*_HALVES, torch.float32, torch.float64)}
 
 
+def named(student: Student | DistributedDataParallel) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter after its name, which is the same where torch.compile is around a part of the student, or around all of it."""
+    return ((name.replace("_orig_mod.", ""), parameter) for name, parameter in student.named_parameters())
+
+
 def trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
     """Return those that are trained, by name."""
-    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+    return {name: p for name, p in named(student) if p.requires_grad}
 
 
 def untrained_values(student: Student) -> dict[str, list[float]]:
     """Return up to 8 values of each parameter that is not trained, evenly spaced; sharded, quantised, absent and infinite ones are left out."""
-    chosen = few_values(((name, parameter) for name, parameter in student.named_parameters() if not parameter.requires_grad), _VALUES)
+    chosen = few_values(((name, parameter) for name, parameter in named(student) if not parameter.requires_grad), _VALUES)
     return {name: values.tolist() for name, values in chosen.items() if values.isfinite().all()}
 
 
 def untrained_types(student: Student) -> dict[str, str]:
     """Return the type of each parameter that is not trained, as "bfloat16"."""
-    return {name: str(p.dtype).removeprefix("torch.") for name, p in student.named_parameters() if not p.requires_grad}
+    return {name: str(p.dtype).removeprefix("torch.") for name, p in named(student) if not p.requires_grad}
 
 
 def check_untrained(path: Path, saved: Mapping[str, Sequence[float]], types: Mapping[str, str], student: Student) -> None:

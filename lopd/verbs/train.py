@@ -20,7 +20,7 @@ from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, check_kind, check_number, to_real
 from lopd.records.drift import TokenLogprobs, measure_step
 from lopd.records.identity import TokenizerId
-from lopd.records.ranks import Ranks, bare, check_summed, gathering, inner, whole
+from lopd.records.ranks import Ranks, bare, check_summed, gathering, inner, summing, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 from lopd.verbs.parameters import trained_parameters
 
@@ -178,7 +178,7 @@ def _summed(student: Student | DistributedDataParallel, ranks: Ranks, step: Step
     found = ranks.gather([(step and evolve(step, batches=()), len(step.batches) if step else 0, mine)])
     if ranks.size > 1:
         _check_shares([one for one, _, _ in found])
-        _check_counts(found[0][0], [count for _, count, _ in found], isinstance(student, DistributedDataParallel))
+        _check_counts(found[0][0], [count for _, count, _ in found], summing(student) is not None)
     return reduce(torch.add, [own for _, _, own in found]).tolist()
 
 

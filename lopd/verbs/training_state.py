@@ -14,6 +14,7 @@ from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.protocols import Student
 from lopd.records.checks import a_kind
 from lopd.records.ranks import Ranks, alike, bare
+from lopd.verbs.parameters import named
 
 #: The state of rank 0, which is all that older checkpoints have; that of rank 3 has ".3" behind it.
 RNG, _CUDA = "rng.cpu", "rng.cuda"
@@ -23,7 +24,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 def parameter_labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
     """Return the student's name and the shape of each group's parameters: torch keeps their state by place, and a place is not an identity."""
-    labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in student.named_parameters()}
+    labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in named(student)}
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             if id(parameter) not in labels:
