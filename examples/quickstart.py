@@ -260,6 +260,7 @@ def online(run: Run, teacher_dir: str | Path, prompts: list[Prompt], settings: S
     asked = list(islice(cycle(prompts), settings.opd_steps * settings.opd_rollouts_per_step))
     student, tokenizer = make_student(run.folder / "sft", settings)
     optimizer = make_optimizer(student)
+    set_rate(optimizer, settings.opd_lr)
     sft_lineage = Lineage.read(run.folder / "sft")
     source = HFSource(student.model, tokenizer, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed), sft_lineage)
     scorer = make_teacher(teacher_dir, settings)

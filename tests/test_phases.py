@@ -16,7 +16,7 @@ from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels
 from lopd.records import Lineage, Ranks, StepMetrics
 from lopd.tools import phases
-from lopd.tools.phases import Run, digest, resumably, train_phase, write_json
+from lopd.tools.phases import Run, digest, resumably, set_rate, train_phase, write_json
 
 
 def test_a_phase_does_not_ask_whether_there_is_a_gpu(tmp_path, monkeypatch):
@@ -114,10 +114,13 @@ def test_a_checkpoint_without_the_metrics_of_its_steps_is_not_gone_on_with(tmp_p
 
 def test_a_rate_that_a_decay_made_low_is_not_told_to_be_raised(tmp_path, small, scored):
     steps = batches(scored, teacher=None, rollouts_per_step=7)[:10_000]
+    set_rate(small[1], 1e-11, 1e-8)
     save_checkpoint(tmp_path, *small, next_step=9_999, steps=steps)
     write_json(tmp_path / "history.json", [])
     found = train_phase(tmp_path, *small, steps, SFTLoss(), rate=lambda step: 1e-8 * (1 - step / 10_000))
     assert [metrics["step"] for metrics in found["history"]] == [9_999]
+    # a run may be killed between its last step and its export
+    assert train_phase(tmp_path, *small, steps, SFTLoss(), rate=lambda _: 1e-8)["history"] == found["history"]
 
 
 def test_rewards_alone_are_trained_on_without_a_watch_of_drift(tmp_path, small, scored):

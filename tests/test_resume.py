@@ -78,6 +78,7 @@ def test_a_rate_of_numpy_or_torch_goes_on_bit_for_bit(rate, small, llama, tmp_pa
     step(whole, optimizer)
     save_checkpoint(tmp_path, whole, optimizer, next_step=1, lineage=Lineage())
     other, other_optimizer = fresh(llama)
+    other_optimizer.param_groups[0]["lr"] = 1e-3
     load_checkpoint(tmp_path, other, other_optimizer)
     for pair in ((whole, optimizer), (other, other_optimizer)):
         step(*pair)
@@ -203,9 +204,80 @@ def test_a_checkpoint_of_before_is_read(small, llama, tmp_path):
     del state["steps"]
     path.write_text(json.dumps(state))
     other, optimizer = fresh(llama)
-    assert load_checkpoint(tmp_path, other, optimizer) == 1
+    with pytest.warns(TrainingWarning, match=r"its optimizer goes on with betas \(0\.7, 0\.9\) and not \(0\.8, 0\.95\); take another"):
+        assert load_checkpoint(tmp_path, other, optimizer) == 1
     assert optimizer.param_groups[0]["betas"] == (0.7, 0.9)
     step(other, optimizer)
+
+
+def test_settings_of_an_optimizer_that_a_checkpoint_replaces_are_warned_of_once(small, llama, tmp_path):
+    student, optimizer = small
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    other, _ = fresh(llama)
+    first, *rest = other.parameters()
+    with pytest.raises(CheckpointError, match="over"):  # before any is compared
+        load_checkpoint(tmp_path, other, torch.optim.AdamW([{"params": [first]}, {"params": rest}], lr=1.0))
+    changed = torch.optim.AdamW(other.parameters(), lr=0.5, betas=(0.8, 0.95), weight_decay=0, foreach=False)
+    said = r"its optimizer goes on with lr 0\.003 and not 0\.5, weight_decay 0\.01 and not 0; take another folder for another run, or set these in"
+    with pytest.warns(TrainingWarning, match=said) as caught:
+        assert load_checkpoint(tmp_path, other, changed) == 1
+    assert [warning.filename for warning in caught] == [__file__]
+    assert changed.param_groups[0]["lr"] == 3e-3
+    changed.param_groups[0]["foreach"] = None
+    assert load_checkpoint(tmp_path, other, changed) == 1
+
+
+SCHEDULES = {
+    "by torch": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+    "with its momentum": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, 9),
+    "by hand": lambda optimizer: optimizer.param_groups[0].update(initial_lr=3e-3) or None,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_rate_of_a_schedule_is_compared_by_its_first_one(schedule, small, llama, tmp_path):
+    student, optimizer = small
+    scheduler = SCHEDULES[schedule](optimizer)
+    step(student, optimizer)
+    if scheduler:
+        scheduler.step()
+    else:
+        optimizer.param_groups[0]["lr"] = 1e-3
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    other, own = fresh(llama)
+    SCHEDULES[schedule](own)
+    assert load_checkpoint(tmp_path, other, own) == 1
+    assert_same(own.param_groups[0]["lr"], optimizer.param_groups[0]["lr"])
+
+
+class Counting(torch.optim.SGD):
+    """Keeps its own numbers with its settings, as optimizers without a schedule do."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        self.param_groups[0].update(k=0, lr_max=-1.0)
+
+
+def test_numbers_that_an_optimizer_keeps_among_its_settings_are_its_own(small, llama, tmp_path):
+    student, other = small[0], fresh(llama)[0]
+    optimizer, own = Counting(student.parameters()), Counting(other.parameters())
+    optimizer.param_groups[0].update(k=7, lr_max=0.1)
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    assert load_checkpoint(tmp_path, other, own) == 1
+    assert own.param_groups[0]["k"] == 7
+
+
+@pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")
+def test_a_run_that_is_over_is_warned_of_where_it_is_trained_on(small, scored, tmp_path):
+    steps = batches(scored, **ASKED)
+    save_checkpoint(tmp_path, *small, next_step=4, steps=steps[:4])
+    with pytest.warns(
+        TrainingWarning, match=r"its run is over, as the steps to go on with end before step 4, so nothing is left .*, or more steps"
+    ):
+        assert load_checkpoint(tmp_path, *small, steps=steps[:4]) == 4
+    for more in (steps, steps[:5]):
+        assert load_checkpoint(tmp_path, *small, steps=more) == 4
+    assert load_checkpoint(tmp_path, small[0], steps=steps[:4]) == 4
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,7 @@ _BETWEEN_CHECKPOINTS = 5
 _APART = 10
 #: Lines that a training prints, where a step takes less than a minute.
 _LINES = 20
-#: A norm of a step's gradient that is rounding.
-_STILL = 1e-5
+_STILL = 1e-5  # a norm of a step's gradient that is rounding
 
 
 def counted(history: Sequence[StepMetrics]) -> dict[str, int]:
@@ -204,6 +203,7 @@ def train_phase(
         student.stop_at(end)
         console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
     peak = max(map(rate, range(steps.stop or 0)), default=0.0)
+    set_rate(optimizer, peak)  # as it was saved
 
     def paced(done: int) -> Iterator[Step]:
         for step in evolve(steps, start=done):
@@ -220,8 +220,7 @@ def train_phase(
     if still := [metrics.step for metrics in history if metrics.grad_norm < _STILL]:
         warn_user(
             f"Training: the gradient was 0 in {len(still)} of {len(history)} steps, the first of them step {still[0]}, so these taught the student "
-            "nothing; look at the metrics before: a rate that is too high makes probabilities 0 and 1, and a student that is its teacher has nothing "
-            "to learn.",
+            "nothing; look at the metrics before: too high a rate makes probabilities 0 and 1, and a student that is its teacher learns nothing.",
             TrainingWarning,
         )
     return {**counted(history), "history": [asdict(m) for m in history]}
@@ -281,7 +280,8 @@ def resumably(
         total: number of steps.
         seed: decides what all devices draw; of the CPU and the student's device, the caller's random state is as it was afterwards.
     """
-    steps, lineage = (trained_on, trained_on.lineage) if isinstance(trained_on, StepStream) else (None, trained_on)
+    # a run that was killed after its last step and is still to be exported is no other run
+    steps, lineage = (evolve(trained_on, stop=None), trained_on.lineage) if isinstance(trained_on, StepStream) else (None, trained_on)
     with randomly(student):
         torch.manual_seed(seed)
         done = load_checkpoint(checkpoints, student, optimizer, steps=steps)

@@ -213,7 +213,8 @@ def load_checkpoint(
         changed: names of settings that are meant to be others from here on, such as `["seed"]`; "untrained" for values of what is not trained.
 
     Warns:
-        TrainingWarning: an optimizer is restored, and the settings that were saved are compared with nothing, for `steps` is None.
+        TrainingWarning: an optimizer is restored, and the settings that were saved are compared with nothing, for `steps` is None; or it was made
+            with others, such as another rate, and goes on with those that were saved; or no step is left.
 
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
@@ -250,7 +251,14 @@ def load_checkpoint(
         restore_random(own, tensors)
     for name, tensor in saved.items():
         current[name].copy_(alike(tensor, current[name]))
-    return int(state["next_step"])
+    stop, next_step = getattr(steps, "stop", None), int(state["next_step"])
+    if optimizer is not None and isinstance(stop, int) and next_step >= stop:
+        warn_user(
+            f"Checkpoint {path}: its run is over, as the steps to go on with end before step {stop}, so nothing is left to train; take another "
+            "folder for another run, or more steps.",
+            TrainingWarning,
+        )
+    return next_step
 
 
 def _order(path: Path) -> tuple[int, int]:

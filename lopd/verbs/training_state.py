@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopd.errors import CheckpointError, InvalidRecordError
+from lopd.errors import CheckpointError, InvalidRecordError, TrainingWarning
 from lopd.protocols import Student
 from lopd.records.checks import a_kind
 from lopd.records.ranks import Ranks, alike, bare
+from lopd.records.warn import warn_user
 from lopd.verbs.parameters import named
 
 #: The state of rank 0, which is all that older checkpoints have; that of rank 3 has ".3" behind it.
 RNG, _CUDA = "rng.cpu", "rng.cuda"
+#: Settings of an optimizer by which its result is the same up to rounding.
+_EQUAL = ("params", "foreach", "fused", "capturable", "differentiable")
 _PREPARED = "AcceleratedOptimizer"
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -85,7 +89,7 @@ def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[s
 
 
 def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    """Put what `flatten` gave, or an older version of it, into the optimizer, each value as it was.
+    """Put what `flatten` gave, or an older version of it, into the optimizer, each value as it was; warn of settings that this changes.
 
     Raises:
         CheckpointError: a tensor is missing; nothing was changed.
@@ -115,6 +119,12 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
     # older checkpoints wrote tuples as lists: the live groups (betas) show which were tuples
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(v, g.get(k)) for k, v in s.items()} for s, g in zip(groups, live, strict=True)]
+    if replaced := _replaced(bare(optimizer), groups, live):
+        warn_user(
+            f"Checkpoint {path}: its optimizer goes on with {', '.join(replaced)}; take another folder for another run, or set these in "
+            "`optimizer.param_groups` after loading.",
+            TrainingWarning,
+        )
     taken = {i: {k: v for k, v in entry.items() if _carried(v)} for i, entry in entries.items()}
     optimizer.load_state_dict({"state": taken, "param_groups": groups})
     # torch casts what it is given to the dtype of the weights, and calls the type of what it can iterate over: put those as they were
@@ -126,6 +136,31 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
                 state[label] = _moved(value, parameter.device)
             elif isinstance(there, Tensor) and there.dtype != value.dtype:
                 state[label] = value.to(there.device)
+
+
+def _replaced(optimizer: Optimizer, groups: list[dict[str, Any]], live: list[dict[str, Any]]) -> list[str]:
+    """Return which arguments of an optimizer a checkpoint replaces by others, and by which; a rate that a scheduler changes by its first one."""
+    found = list[str]()
+    for saved, group in zip(groups, live, strict=True):
+        # what is not an argument, such as a count, is the optimizer's own; schedulers of torch that move momentum write down how far
+        moved = ("betas", "momentum") if "max_momentum" in saved else ()
+        for name in signature(type(optimizer)).parameters:
+            if name in saved and name in group and name not in (*_EQUAL, *moved):
+                key = "initial_lr" if name == "lr" else name
+                before, now = (_shown(one.get(key, one[name])) for one in (saved, group))
+                found += [f"{name} {before} and not {now}"] if before != now else []
+    return [*dict.fromkeys(found)]
+
+
+def _shown(value: Any) -> str:
+    """Return a setting as text, to six digits, the same for a number of Python, numpy and torch; of anything else its type."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(_shown, value))})"
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.6g}"
+    return str(value) if isinstance(value, _PLAIN) else type(value).__name__
 
 
 def _carried(value: Any) -> bool:
