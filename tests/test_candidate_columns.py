@@ -156,6 +156,27 @@ def test_a_call_after_one_that_was_killed_keeps_the_candidates_that_are_missing(
     assert collect_rollouts(source, prompts, store).skipped == len(store)
 
 
+def test_candidates_of_other_tokens_than_a_killed_call_left_are_refused(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    store.append(
+        [evolve(r, response_ids=r.response_ids[::-1], behavior_logprobs=None, candidates=None) for r in source.sample(prompts[:2])]
+    )
+    lost = r"is without candidates, as a call .* left it, .* into column 'policy' with a scorer whose top_k is 3, or sample this round anew"
+    for _ in range(2):
+        with pytest.raises(ConflictError, match=lost):
+            collect_rollouts(source, prompts, store, prompts_per_batch=3)
+    assert store.scored("policy").tolist() == [False] * 4 + [True] * 2
+
+
+def test_of_candidates_that_another_process_commits_meanwhile_the_first_stay(source, prompts, tmp_path):
+    store, other = ZarrStore.create(tmp_path / "run", source.manifest), ZarrStore.open(tmp_path / "run")
+    at_work = Stopping(source, 99)
+    at_work.sample = lambda batch: (collect_rollouts(source, prompts[:3], other), source.sample(batch))[1]
+    report = collect_rollouts(at_work, prompts, store, prompts_per_batch=2)
+    assert (report.rollouts, report.skipped) == (2 * len(prompts) - 6, 6)
+    assert store.scored("policy").all()
+
+
 def test_a_policy_column_of_another_model_is_refused_before_anything_is_sampled_or_scored(
     source, prompts, teacher, near_teacher, tokenizer
 ):

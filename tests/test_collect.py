@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_a_prompt_that_was_found_is_not_looked_for_again(source, prompts, make_s
     asked, real = [], store.find
     monkeypatch.setattr(store, "find", lambda names: asked.append(len(names)) or real(names))
     collect_rollouts(source, prompts, store)
-    assert asked == [2 * len(prompts), 2 * (len(prompts) - 3)]
+    assert asked[0] == 2 * len(prompts)
+    assert {*asked[1:]} == {2 * (len(prompts) - 3)}
     assert len(store) == 2 * len(prompts)
 
 
@@ -283,6 +285,27 @@ def test_what_another_process_does_while_this_one_is_at_work_is_not_done_again(k
     score_rollouts(ours, ours_at_work, rollouts_per_batch=4, preflight=None)
     assert ours_at_work.asked == [4, 4]
     assert ours.scored("teacher").all()
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_a_first_batch_that_another_process_commits_too_is_not_counted_and_the_next_is_looked_for(others, source, prompts, tmp_path):
+    store = ZarrStore.create(tmp_path / "run", source.manifest)
+    made = [evolve(r, response_ids=r.response_ids[::-1], behavior_logprobs=None) if others else r for r in source.sample(prompts[:5])]
+    asked = []
+
+    def sample(batch):
+        asked.append(len(batch))
+        if len(asked) == 1:
+            ZarrStore.open(tmp_path / "run").append(made)
+        return source.sample(batch)
+
+    at_work = SimpleNamespace(manifest=source.manifest, sample=sample)
+    bar = Bar()
+    report = collect_rollouts(at_work, prompts, store, prompts_per_batch=2, progress=bar)
+    assert sum(bar.advanced) == 2 * len(prompts)
+    new = len(prompts) - 5
+    assert (asked, report.rollouts, report.skipped) == ([2, 1, 1], 2 * new, 10)
+    assert report.read_tokens == sum(len(row.rollout) for row in store.read(range(10, len(store))))
 
 
 def test_another_prompt_that_another_process_samples_meanwhile_under_one_id_is_refused(source, prompts, teacher_model, tokenizer, tmp_path):

@@ -28,9 +28,9 @@ class CollectionReport:
     """What one call of `collect_rollouts` did.
 
     Args:
-        rollouts: number that were sampled.
+        rollouts: number that were sampled and kept.
         read_tokens: tokens of their prompts and responses.
-        skipped: rollouts that were in the store before.
+        skipped: rollouts that were in the store before, or that another process committed meanwhile.
         refused: prompts that could not be sampled, and why; the next call tries them again.
         response_tokens: those of the read tokens that were sampled.
         cut: responses that did not end, and have fewer tokens than `max_new_tokens`: the policy's context was full.
@@ -80,9 +80,9 @@ def collect_rollouts(
 
     Raises:
         ArgumentError: source, prompts, store or progress are something else.
-        ConflictError: the store has other tokens under the id of a prompt, and nothing is sampled; or another policy began the round meanwhile.
-            Of prompts that are there, the number of tokens is compared; each token of those that lack samples or candidates, and of 4,096,
-            evenly spaced.
+        ConflictError: the store has other tokens under the id of a prompt, and nothing is sampled; or another policy began the round meanwhile; or
+            the source samples other tokens than a call that was killed left without candidates.  Of prompts that are there, the number of tokens is
+            compared; each token of those that lack samples or candidates, and of 4,096, evenly spaced.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
@@ -124,14 +124,19 @@ def collect_rollouts(
     def batches() -> Iterator[list[Prompt]]:
         # cut before what is there is left out, so that a repeated run has the same batches
         for part in in_batches(every, prompts_per_batch):
-            if missing[part].any() and report.rollouts:
+            if missing[part].any():
                 look_again(np.asarray(part))  # each commit sees what others have committed
             yield [prompts[i] for i in part if missing[i]]
 
     owner = f"Source {manifest.policy}"
-    sample = partial(isolate, owner, Rollout, source.sample, most=max_refused)
-    asked = bounded(owner, sample, filter(None, batches()), at_once=batches_at_once, most=max_refused)
-    whole = len(prompts) * len(samples)
+    asked = bounded(
+        owner,
+        partial(isolate, owner, Rollout, source.sample, most=max_refused),
+        filter(None, batches()),
+        at_once=batches_at_once,
+        most=max_refused,
+    )
+    whole, left = len(prompts) * len(samples), int(missing.sum()) * len(samples)
     with closing(asked), shown(progress, "sampling", whole, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
@@ -149,36 +154,54 @@ def collect_rollouts(
                 cut=report.cut + len(cut),
                 refused={**report.refused, **reasons},
             )
-            advance(len(kept), tokens, len(refused) * len(samples))
-    # with those that others have sampled meanwhile
+            advance(len(rollouts), tokens, len(refused) * len(samples))
+            left -= len(batch) * len(samples)
+        if left:  # others have sampled them meanwhile
+            advance(left, 0, 0)
     report = evolve(report, skipped=whole - report.rollouts - len(report.refused) * len(samples))
     _warn_of(report)
     return report
 
 
 def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], *, begin: bool) -> list[Rollout]:
-    """Append rollouts and candidates, and return those that stay: what another process committed under an id meanwhile goes before."""
-    candidates = _candidates(manifest, rollouts)
-    if rollouts and begin:
+    """Append rollouts and candidates, and return those that added something: what another process committed under an id meanwhile goes before.
+
+    Raises:
+        ConflictError: an id has another prompt by now; or other tokens than the source gives again, for want of their candidates.
+    """
+    candidates, names = _candidates(manifest, rollouts), [rollout.rollout_id for rollout in rollouts]
+    if not rollouts:
+        return []
+    if begin:
         # not before: a call that is killed while it samples would keep the round from every other policy
         store.begin_generation(manifest.generation, manifest.policy)
-    while True:
+    known = store.find(names) >= 0  # when this call last looked: their candidates are not just on the way
+    for again in (True, False):
+        store.append(())  # it sees by that what others have committed
+        rows = store.find(names)
+        lacking = (rows < 0) | _without_candidates(store, manifest, rows)
+        there = {record.rollout.rollout_id: record.rollout for record in walk(store, rows[rows >= 0])}
+        stored = [there.get(rollout.rollout_id, rollout) for rollout in rollouts]
+        same = np.array([ours.content_hash == other.content_hash for ours, other in zip(rollouts, stored, strict=True)], np.bool_)
+        kept = [rollouts[i] for i in np.flatnonzero(lacking & same)]
         try:
-            store.append(rollouts)
+            # the store refuses those of another prompt
+            edited = [r for r, other in zip(rollouts, stored, strict=True) if not np.array_equal(r.prompt_ids, other.prompt_ids)]
+            store.append(kept + edited)
             break
-        except ConflictError:
-            rows = store.find([rollout.rollout_id for rollout in rollouts])
-            there = {record.rollout.rollout_id: record.rollout for record in walk(store, rows[rows >= 0])}
-            found = [(rollout, there.get(rollout.rollout_id, rollout)) for rollout in rollouts]
-            others = [(ours, other) for ours, other in found if ours.content_hash != other.content_hash]
-            if not others or any(not np.array_equal(ours.prompt_ids, other.prompt_ids) for ours, other in others):
+        except ConflictError:  # another process was between the two
+            if not again:
                 raise
-            rollouts = [ours for ours, other in found if ours.content_hash == other.content_hash]
     if candidates:
-        names = {rollout.rollout_id for rollout in rollouts}
-        candidates = [scores for scores in candidates if scores.rollout_id in names]
-        commit_scores(store, policy_column(manifest.generation), _provenance(manifest), candidates)
-    return rollouts
+        column = policy_column(manifest.generation)
+        commit_scores(store, column, _provenance(manifest), [candidates[i] for i in np.flatnonzero(lacking & same)])
+        for place in np.flatnonzero(known & lacking & ~same)[:1]:
+            raise ConflictError(
+                f"{named(store)}: rollout {names[place]!r} is without candidates, as a call that was stopped left it, and the source now samples "
+                f"other tokens; score the policy into column {column!r} with a scorer whose top_k is {manifest.sampling.candidates}, or sample "
+                "this round anew in another store if it draws tokens."
+            )
+    return kept
 
 
 def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
