@@ -11,7 +11,7 @@ from attrs import evolve
 from conftest import CONTEXT
 from small_runs import PARAMS, Bar, Interrupted, Stopping, behavior, make_store, reopened, scored, source, teacher_model  # noqa: F401
 
-from lopd import LanceStore, ZarrStore, collect_rollouts, score_rollouts
+from lopd import LanceStore, ZarrStore, collect_rollouts, label_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
@@ -281,10 +281,21 @@ def test_what_another_process_does_while_this_one_is_at_work_is_not_done_again(k
     def score_others() -> None:
         score_rollouts(kind.open(tmp_path / "run"), scorer, preflight=None)
 
-    ours_at_work = Meanwhile(source, scorer, score_others)
-    score_rollouts(ours, ours_at_work, rollouts_per_batch=4, preflight=None)
-    assert ours_at_work.asked == [4, 4]
+    ours_at_work, bar = Meanwhile(source, scorer, score_others), Bar()
+    report = score_rollouts(ours, ours_at_work, rollouts_per_batch=4, preflight=None, progress=bar)
+    assert (ours_at_work.asked, report.rollouts, sum(bar.advanced)) == ([4, 4], 4, len(ours))
+    assert report.read_tokens == np.sort(ours.lengths().sum(axis=1))[:4].sum()
     assert ours.scored("teacher").all()
+
+    def judge(prompt, rollout) -> float:  # the others are a call of the same verifier
+        judged.append(rollout.rollout_id)
+        if len(judged) == 1:
+            label_rollouts(kind.open(tmp_path / "run"), judge, None, rollouts_per_batch=4)
+        return 1.0
+
+    judged = list[str]()
+    assert label_rollouts(ours, judge, None, rollouts_per_batch=4).rollouts == 0
+    assert len(judged) == len(ours) + 4
 
 
 @pytest.mark.parametrize("others", [True, False])

@@ -28,7 +28,7 @@ class ScoringReport:
     """What one call of `score_rollouts` did.
 
     Args:
-        rollouts: number that were scored.
+        rollouts: number that were scored, without those that another process has scored meanwhile.
         read_tokens: tokens of their prompts and responses.
         floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
             rules out what the policy sampled: look whether both are asked in the same way.
@@ -116,25 +116,34 @@ class Filling:
     ) -> ScoringReport:
         """Commit each batch as it comes (`commit_scores`), with its refused rollouts counted, and put those in quarantine at the end.
 
+        Scores that are there by then are neither stored nor counted.
+
         Raises:
             ScorerError: see `check_scores`.
             EngineError: more were refused than have scores.
         """
-        report = ScoringReport(skipped=work.skipped, parity=provenance.parity)
+        report, left = ScoringReport(skipped=work.skipped, parity=provenance.parity), len(work.rows)
         with closing(asked), shown(self.progress, what, work.wanted, work.wanted - len(work.rows), work.tokens) as advance:
             for rollouts, scores, refused in asked:
                 reasons = check_scores(rollouts, scores, refused)
-                commit_scores(self.store, self.column, provenance, scores)
-                tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
+                self.store.append_scores(self.column, provenance, ())  # it sees by that what others have committed
+                rows = self.store.find([score.rollout_id for score in scores])
+                new = [scores[i] for i in np.flatnonzero(~self.store.scored(self.column)[rows])]
+                commit_scores(self.store, self.column, provenance, new)
+                names = {score.rollout_id for score in new}
+                tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id in names)
                 report = evolve(
                     report,
-                    rollouts=report.rollouts + len(scores),
+                    rollouts=report.rollouts + len(new),
                     read_tokens=report.read_tokens + tokens,
-                    response_tokens=report.response_tokens + sum(score.logprobs.size for score in scores),
-                    floored=report.floored + sum(score.floored for score in scores),
+                    response_tokens=report.response_tokens + sum(score.logprobs.size for score in new),
+                    floored=report.floored + sum(score.floored for score in new),
                     refused={**report.refused, **reasons},
                 )
                 advance(len(scores), tokens, len(reasons))
+                left -= len(rollouts)
+            if left:  # others have scored them meanwhile
+                advance(left, 0, 0)
         self._put_in_quarantine(provenance, report)
         return report
 

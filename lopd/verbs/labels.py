@@ -5,12 +5,13 @@ from math import ceil
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, ScorerError
 from lopd.protocols import Labeller, LogprobStore, Progress
 from lopd.protocols.doors import check_noun, check_prompt_list, ids_of
-from lopd.protocols.reading import check_same_prompts, chosen, evenly, in_batches, samples_of, walk
+from lopd.protocols.reading import check_same_prompts, chosen, evenly, samples_of, walk
 from lopd.records.checks import call_of, check_at_least, check_call, unwrapped
 from lopd.records.identity import ModelId
 from lopd.records.manifest import LABEL, Provenance
@@ -109,7 +110,7 @@ def label_rollouts(
 
     # a batch is judged by one thread, and none shall be without
     size = max(1, min(filling.rollouts_per_batch, ceil(len(work.rows) / filling.batches_at_once)))
-    batches = ([record.rollout for record in store.read(part)] for part in in_batches(work.rows, size))
+    batches = ([record.rollout for record in store.read(part)] for part in evolve(filling, rollouts_per_batch=size).batches(work, 1))
     asked = bounded(f"Verifier {name}", judge, batches, at_once=filling.batches_at_once, most=filling.max_refused)
     return filling.fill(f"labelling {column}", provenance, work, asked)
 
