@@ -145,6 +145,7 @@ def test_a_base_of_other_shapes_is_refused_at_its_export(base, tokenizer, tmp_pa
     assert_refused_at_its_export(adapted(model), "model.embed_tokens.weight", tokenizer, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")  # of peft
 def test_adapters_on_a_model_without_a_name_are_exported_with_a_warning(base, tokenizer, tmp_path):
     model = base()
     model.name_or_path = ""

@@ -87,6 +87,7 @@ def test_tf32_by_the_newer_name_of_its_setting_is_seen(llama, tokenizer):
     CausalLMStudent(llama, tokenizer)
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # of torch 2.9
 def test_tf32_is_not_seen_where_nobody_asked_for_it():
     assert not uses_tf32()
     assert not torch.backends.cuda.matmul.allow_tf32

@@ -157,9 +157,8 @@ def prepare_sharded(student: torch.nn.Module) -> None:
             f"Student {type(student).__name__}: it is sharded as one, and would get no gradient; call `fully_shard` on each layer first, and then on "
             "the student."
         )
-    # the backward pass would read freed memory; torch 2.7 keeps these weights whatever it is told, and may lack the method
-    if hasattr(student, "set_reshard_after_forward"):
-        student.set_reshard_after_forward(False, recurse=False)
+    # the backward pass would read freed memory
+    student.set_reshard_after_forward(False, recurse=False)
 
 
 def gathering(student: Any, *, last: bool) -> AbstractContextManager[None]:
