@@ -161,7 +161,9 @@ def test_candidates_of_other_tokens_than_a_killed_call_left_are_refused(source, 
     store.append(
         [evolve(r, response_ids=r.response_ids[::-1], behavior_logprobs=None, candidates=None) for r in source.sample(prompts[:2])]
     )
-    lost = r"is without candidates, as a call .* left it, .* into column 'policy' with a scorer whose top_k is 3, or sample this round anew"
+    lost = (
+        r"is without candidates, as a call .* left it, .* into column 'policy' with a scorer whose top_k is 3, or sample this round again"
+    )
     for _ in range(2):
         with pytest.raises(ConflictError, match=lost):
             collect_rollouts(source, prompts, store, prompts_per_batch=3)

@@ -95,6 +95,10 @@ def test_what_nobody_reads_to_its_end_is_not_said_to_be_well(word, tmp_path):
         ("verify a --jsno", "lopd verify: error: unknown arguments: --jsno (is it --json?)"),
         # and not that --prompts is missing
         ("sample s --promts f --student a", "lopd sample: error: unknown arguments: --promts (is it --prompts?)"),
+        (
+            "score s --teacher a --share 3/3",
+            "lopd score: error: argument --share: it is '3/3', expected I/N with I from 0 to N - 1, as 0/16",
+        ),
         ("score s --teacher a --api-key=sesame", "lopd score: error: unknown arguments: --api-key"),
         ("verify a b", "lopd: error: unknown arguments: too many"),
     ],

@@ -440,8 +440,9 @@ def test_sample_and_score_fill_a_store_and_go_on(here, tmp_path, capsys):
     score = ["score", str(tmp_path / "run.lance"), "--teacher", "runs/tiny/teacher", "--top-k", "3", "--json"]
     assert main([*sample, "--samples-per-prompt", "2", "--seed", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rollouts"] == 8
-    assert main(score) == 0
-    assert json.loads(capsys.readouterr().out)["in_column"] == 8
+    for share, there in (("1/2", 4), ("0/2", 8)):
+        assert main([*score, "--share", share]) == 0
+        assert json.loads(capsys.readouterr().out)["in_column"] == there
     assert main([*sample, "--samples-per-prompt", "2", "--seed", "7"]) == 0
     assert "0 rollouts sampled, 8 were there, 0 prompts refused" in capsys.readouterr().out
     assert main(score) == 0
@@ -449,8 +450,7 @@ def test_sample_and_score_fill_a_store_and_go_on(here, tmp_path, capsys):
     store = open_store(tmp_path / "run.lance")
     assert type(store).__name__ == "LanceStore"
     assert (store.manifest.sampling.seed, store.columns["teacher"].top_k) == (7, 3)
-    # other settings are another store
-    assert main([*sample, "--seed", "8"]) == 2
+    assert main([*sample, "--seed", "8"]) == 2  # other settings are another store
 
 
 @pytest.mark.parametrize(("kind", "spoken"), [(Stub, []), (CompletionsStub, ["--speaks", "openai", "--context", "64"])])

@@ -193,7 +193,9 @@ def test_what_workers_cannot_import_is_named(folders):
 def test_errors_that_cannot_be_pickled_and_those_of_ray_come_in_words():
     with closing(RayScorer(Small, workers=1, attempts=1)) as scorer:
         for name in ("raise", "raise and hold"):
-            with pytest.raises(EngineError, match=r"^Engine: \w+ \(.*(UnpicklableError: this and that|to unpickle .*|RayTaskError .*)\); see Ray's logs"):
+            with pytest.raises(
+                EngineError, match=r"^Engine: \w+ \(.*(UnpicklableError: this and that|to unpickle|RayTaskError ).*\); see Ray's logs"
+            ):
                 scorer.score(ids(name))
 
     def full(*_):

@@ -196,7 +196,8 @@ def judge(kernel, aligned, pointers, **constants):
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", usage).groups()
     # in the order of the program, which that of PTX is not
-    places = [made.asm["ttgir"].rfind("tt.load"), max(map(made.asm["ttgir"].find, ("ttg.barrier", "gpu.barrier"))), made.asm["ttgir"].find("tt.store")]
+    text = made.asm["ttgir"]
+    places = [text.rfind("tt.load"), max(map(text.find, ("ttg.barrier", "gpu.barrier"))), text.find("tt.store")]
     places.append(made.asm["ptx"].count("bar.sync"))
     options = ",".join(map(str, (aligned, *pointers.values(), *constants.values())))
     print("RESULT", kernel.__name__, options, registers, stack, made.metadata.shared, *places)

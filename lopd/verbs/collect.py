@@ -199,7 +199,7 @@ def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], *,
             raise ConflictError(
                 f"{named(store)}: rollout {names[place]!r} is without candidates, as a call that was stopped left it, and the source now samples "
                 f"other tokens; score the policy into column {column!r} with a scorer whose top_k is {manifest.sampling.candidates}, or sample "
-                "this round anew in another store if it draws tokens."
+                "this round again in another store if it draws tokens."
             )
     return kept
 

@@ -128,7 +128,7 @@ class Filling:
                 reasons = check_scores(rollouts, scores, refused)
                 self.store.append_scores(self.column, provenance, ())  # it sees by that what others have committed
                 rows = self.store.find([score.rollout_id for score in scores])
-                new = [scores[i] for i in np.flatnonzero(~self.store.scored(self.column)[rows])]
+                new = [scores[i] for i in np.flatnonzero(~self.store.scored(self.column)[rows]).tolist()]
                 commit_scores(self.store, self.column, provenance, new)
                 names = {score.rollout_id for score in new}
                 tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id in names)

@@ -1,7 +1,7 @@
 """`lopd run`, `lopd sample` and `lopd score`: a whole run, and the two phases that cost money, each a process on a machine of its own."""
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from datetime import date
 from importlib.resources import files
 
@@ -88,12 +88,20 @@ def add_score(parser: ArgumentParser) -> None:
     parser.add_argument("--drawn", type=int, default=0, metavar="N", help="score so many of its drawn tokens (0)")
     parser.add_argument("--rollouts-per-batch", type=int, default=256, metavar="N", help="scored and committed together (256)")
     parser.add_argument("--retry-quarantined", action="store_true", help="try those again that were refused before")
+    parser.add_argument(
+        "--share",
+        type=share,
+        default="0/1",
+        metavar="I/N",
+        help="every Nth rollout from the Ith on, from 0: N commands share a store (0/1)",
+    )
     add_model(parser, "teacher")
     declare(
         parser,
         _score,
         "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine vllm --top-k 20",
         "lopd score run.zarr --teacher teacher-folder --engine http://gpu1:8000 --engine http://gpu2:8000",
+        'lopd score run.zarr --teacher teacher-folder --share "$SLURM_ARRAY_TASK_ID/16"     with --array=0-15',
         "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine https://host --speaks openai --revision COMMIT --dtype bfloat16",
         "",
         "The same command again goes on, also with what came meanwhile.  Exit code 1 if rollouts of the column are in quarantine.",
@@ -103,6 +111,14 @@ def add_score(parser: ArgumentParser) -> None:
 def day(text: str) -> date:
     """Return the day that an option states; argparse names this function where it is not one."""
     return date.fromisoformat(text)
+
+
+def share(text: str) -> slice:
+    """Return which of all rollouts an option states."""
+    first, _, every = text.partition("/")
+    if not (first.isdecimal() and every.isdecimal() and int(first) < int(every)):
+        raise ArgumentTypeError(f"it is {text!r}, expected I/N with I from 0 to N - 1, as 0/16")
+    return slice(int(first), None, int(every))
 
 
 def _run(options: Namespace) -> int:
@@ -159,6 +175,7 @@ def _score(options: Namespace) -> int:
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
     rows = chosen(store, None)  # while a model is loaded others may sample longer ones, for which vLLM has no room then
+    before, rows = len(rows), rows[options.share]
     model = model_of(options).fitted(int(store.lengths().sum(axis=1).max()))
     with running(model.scorer(options.top_k, options.candidates, options.drawn)) as scorer:
         report = lopd.score_rollouts(
@@ -179,7 +196,7 @@ def _score(options: Namespace) -> int:
             f"{named(store)}: {report.rollouts:,} rollouts scored, {scored:,} of {len(store):,} are in {options.column!r}, {quarantined:,} in "
             f"quarantine; {report.floored:,} log-probs were -inf."
         )
-        if came := len(store) - len(rows):
+        if came := len(store) - before:
             say(f"{came:,} rollouts came meanwhile, and are for the next call.")
         if costs is not None:
             say(str(costs))
