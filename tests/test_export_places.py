@@ -238,6 +238,31 @@ def test_of_two_exports_under_one_name_at_once_the_one_that_ends_last_stands_the
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_another_precedes_by_a_moment_replaces_it_whole(there, student, make_model, monkeypatch, tmp_path):
+    out, other, ours = (
+        tmp_path / "out",
+        CausalLMStudent(make_model("llama_tied", seed=9), TOKENIZER_ID),
+        lopd.engines.placing.exported_files,
+    )
+    if there:
+        student.export(out, build_tokenizer(), LINEAGE)
+    asked = []
+
+    def late(folder):
+        asked.append(folder)
+        found = ours(folder)
+        if len(asked) == 1 + there:  # once what is there has been judged
+            other.export(out, build_tokenizer(), LINEAGE)
+            (out / "notes.txt").touch()
+        return found
+
+    monkeypatch.setattr(lopd.engines.placing, "exported_files", late)
+    student.export(out, build_tokenizer(), LINEAGE)
+    assert_is(out, student)
+    assert (out / "notes.txt").exists() is (len(asked) > there)
+
+
 def test_an_export_whose_files_somebody_removed_does_not_take_the_place_of_a_whole_one(student, make_model, tmp_path):
     student.export(tmp_path / "out", build_tokenizer(), LINEAGE)
     gone = _Watching(lambda folder: [path.unlink() for path in folder.iterdir()])

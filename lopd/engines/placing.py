@@ -88,9 +88,12 @@ def place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path)
         objection = f"it cannot be looked through ({error})"
     if objection is None:
         try:
-            if fresh.parent != folder:
-                _carry(folder, fresh)
-            _replace(folder, fresh, old)
+            if not there:
+                fresh.rename(folder)  # which is refused where something has come since
+            else:
+                if fresh.parent != folder:
+                    _carry(folder, fresh)
+                _replace(folder, fresh, old)
         except OSError as error:
             if not there and is_there(folder):  # another export has taken the name since
                 place(owner, model, fresh, written, folder)
@@ -161,7 +164,8 @@ def _holds_this_process(folder: Path) -> bool:
 def _carry(folder: Path, fresh: Path) -> None:
     """Link the files that are not of the earlier export into the new one, and flush them; copy them where links are not possible."""
     ours = {*exported_files(folder), LINEAGE_FILE}
-    others = [name for name in files_in(folder) if name not in ours]
+    # what stands in the new one is its own, also where yet another export has just come
+    others = [name for name in files_in(folder) if name not in ours and not is_there(fresh / name)]
     for name in others:
         for inner in [*Path(name).parents][-2::-1]:
             if not (fresh / inner).exists():
@@ -191,8 +195,6 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
     """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange; one that is inside fills it."""
     if fresh.parent == folder:
         _fill(folder, fresh)
-    elif not folder.exists():
-        fresh.rename(folder)
     elif not _exchange(fresh, folder):
         _free(old)
         try:
