@@ -186,3 +186,8 @@ def test_turns_of_a_conversation_that_share_its_id_are_rows_of_any_of_its_prompt
     store.append([tiny_rollout(f"task/s{i}/g0", prompt_ids=[4] * (i + 1)) for i in range(3)])
     for length in (1, 2, 3):
         assert rows_of(store, [Prompt("task", [4] * length)]).tolist() == [0, 1, 2]
+    # a template that rewrites the history: only the first turn is as it was asked
+    store.append([tiny_rollout("rewritten/s0/g0", prompt_ids=[4, 5, 9]), tiny_rollout("rewritten/s1/g0", prompt_ids=[4, 5, 6, 7, 9])])
+    assert rows_of(store, [Prompt("rewritten", [4, 5, 9])]).tolist() == [3, 4]
+    with pytest.raises(ConflictError, match="'rewritten/s0/g0' has a prompt of 3 tokens other than"):
+        rows_of(store, [Prompt("rewritten", [4, 8, 9])])

@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from inspect import getmembers, isfunction, signature
-from itertools import zip_longest
+from itertools import filterfalse, zip_longest
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, Progress, Rollo
 from lopd.records.arrays import Int32Array
 from lopd.records.checks import a_kind, check_call, check_kind, check_list
 from lopd.records.ranks import inner
-from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of
+from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of, rollout_id
 
 Answer = TypeVar("Answer", Rollout, Scores)
 
@@ -105,10 +105,11 @@ def ids_of(prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.prompt_id for prompt in prompts]
 
 
-def check_prompts_of(owner: str, prompts: Iterable[Prompt], rollouts: Iterable[Rollout]) -> None:
-    """Refuse rollouts that have the ids of these prompts, and were sampled from others.
+def check_prompts_of(owner: str, reader: LogprobReader, prompts: Iterable[Prompt], rollouts: Iterable[Rollout]) -> None:
+    """Refuse rollouts of a store that have the ids of these prompts, and were sampled from others.
 
-    Where one prompt begins with the other, they may be turns of one conversation.
+    Where one prompt begins with the other, they may be turns of one conversation; so may they where the first rollout of the id and round fits, for
+    a template may rewrite what came before a turn.
 
     Raises:
         ConflictError: it names the first.
@@ -116,9 +117,15 @@ def check_prompts_of(owner: str, prompts: Iterable[Prompt], rollouts: Iterable[R
     known = dict[str, list[Int32Array]]()
     for prompt in prompts:
         known.setdefault(prompt.prompt_id, []).append(prompt.token_ids)
-    for rollout in rollouts:
-        stored, name = rollout.prompt_ids, prompt_id_of(rollout.rollout_id)
-        if not any(np.array_equal(ids[: stored.size], stored[: ids.size]) for ids in known[name]):
+
+    def fits(rollout: Rollout) -> bool:
+        stored = rollout.prompt_ids
+        return any(np.array_equal(ids[: stored.size], stored[: ids.size]) for ids in known[prompt_id_of(rollout.rollout_id)])
+
+    for rollout in filterfalse(fits, rollouts):
+        name = prompt_id_of(rollout.rollout_id)
+        first = reader.find([rollout_id(name, 0, rollout.generation)])
+        if first[0] < 0 or not fits(reader.read(first.tolist())[0].rollout):
             remedy = "pass the prompts that were sampled from, or, where others have their ids, only rows of their rounds"
             raise other_prompt(owner, rollout, name, f"{remedy} (`rows_of(store, prompts, [ROUND])`)")
 

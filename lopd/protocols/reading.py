@@ -186,8 +186,7 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
     Raises:
         ArgumentError: the store, the prompts or the rounds are something else.
-        ConflictError: rows have other prompts under these ids; of all that are found 256, evenly spaced, are looked at.  Where one prompt begins with
-            the other, they may be turns of one conversation.
+        ConflictError: rows have other prompts under these ids, and are not turns of one conversation; 256 of all, evenly spaced, are looked at.
     """
     check_noun(reader, LogprobReader)
     if generations is not None and not isinstance(generations, Iterable):
@@ -205,7 +204,7 @@ def check_same_prompts(reader: LogprobReader, prompts: Sequence[Prompt], rows: N
     Raises:
         ConflictError: two prompts have one id, or the prompt was edited.
     """
-    check_prompts_of(named(reader), prompts, (record.rollout for record in walk(reader, evenly(rows, 256))))
+    check_prompts_of(named(reader), reader, prompts, (record.rollout for record in walk(reader, evenly(rows, 256))))
 
 
 def samples_of(reader: LogprobReader, groups: Sequence[Sequence[str]], generations: Iterable[int]) -> list[NDArray[np.int64]]:
