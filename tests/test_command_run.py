@@ -440,7 +440,7 @@ def test_sample_and_score_fill_a_store_and_go_on(here, tmp_path, capsys):
     score = ["score", str(tmp_path / "run.lance"), "--teacher", "runs/tiny/teacher", "--top-k", "3", "--json"]
     assert main([*sample, "--samples-per-prompt", "2", "--seed", "7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rollouts"] == 8
-    for share, there in (("1/2", 4), ("0/2", 8)):
+    for share, there in (("9/99", 0), ("1/2", 4), ("0/2", 8)):
         assert main([*score, "--share", share]) == 0
         assert json.loads(capsys.readouterr().out)["in_column"] == there
     assert main([*sample, "--samples-per-prompt", "2", "--seed", "7"]) == 0

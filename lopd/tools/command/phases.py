@@ -171,23 +171,26 @@ def _sample(options: Namespace) -> int:
 
 def _score(options: Namespace) -> int:
     from lopd.protocols.reading import chosen, named
+    from lopd.verbs import ScoringReport
 
     bar = progress("Score", "transformers")
     store = opened(options.url, options)
     rows = chosen(store, None)  # while a model is loaded others may sample longer ones, for which vLLM has no room then
     before, rows = len(rows), rows[options.share]
-    model = model_of(options).fitted(int(store.lengths().sum(axis=1).max()))
-    with running(model.scorer(options.top_k, options.candidates, options.drawn)) as scorer:
-        report = lopd.score_rollouts(
-            store,
-            scorer,
-            column=options.column,
-            rows=rows,
-            rollouts_per_batch=options.rollouts_per_batch,
-            retry_quarantined=options.retry_quarantined,
-            progress=bar,
-        )
-        costs = getattr(getattr(scorer, "servers", None), "costs", None)
+    report, costs = ScoringReport(), None
+    if len(rows):  # a share of few rollouts may be empty, which needs no model
+        model = model_of(options).fitted(int(store.lengths().sum(axis=1).max()))
+        with running(model.scorer(options.top_k, options.candidates, options.drawn)) as scorer:
+            report = lopd.score_rollouts(
+                store,
+                scorer,
+                column=options.column,
+                rows=rows,
+                rollouts_per_batch=options.rollouts_per_batch,
+                retry_quarantined=options.retry_quarantined,
+                progress=bar,
+            )
+            costs = getattr(getattr(scorer, "servers", None), "costs", None)
     scored, quarantined = int(store.scored(options.column).sum()), len(store.quarantined(options.column))
     if options.json:
         print_json({"in_store": len(store), "in_column": scored, "in_quarantine": quarantined, **asdict(report)})
