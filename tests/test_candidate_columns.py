@@ -1,5 +1,8 @@
 """Candidates from a source through stores into a batch: as columns of the policy and of the teacher, in rounds, and where they are missing."""
 
+from threading import Event
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -268,3 +271,24 @@ def test_tools_know_what_a_support_is_made_of_and_how_fast_it_was_sampled(source
     assert dict(read.columns) == dict(store.columns)
     for row, other in zip(store.read([0, 3], top_k=("teacher",)), read.read([0, 3], top_k=("teacher",)), strict=True):
         assert_same_top_k(row.top_k["teacher"], other.top_k["teacher"])
+
+
+@pytest.mark.parametrize(("during", "at_once"), [(0, 1), (0, 2), (2, 1)], ids=["its own first batch", "the batch before", "its own"])
+def test_rollouts_whose_candidates_are_on_the_way_are_not_taken_for_those_of_a_killed_call(during, at_once, source, prompts, tmp_path):
+    """Another process is between the two appends of a batch, as this one samples it or has begun to."""
+    ours, other = ZarrStore.create(tmp_path / "run", source.manifest), ZarrStore.open(tmp_path / "run")
+    made = {prompt.prompt_id: source.sample([prompt]) for prompt in prompts}
+    at, handed = during + 2 * (at_once - 1), Event()
+
+    def sample(batch):
+        if batch[0] is prompts[during]:
+            assert at_once == 1 or handed.wait(20)
+            others = [rollout for prompt in prompts[at : at + 2] for rollout in made[prompt.prompt_id]]
+            other.append([evolve(r, response_ids=r.response_ids[::-1], behavior_logprobs=None, candidates=None) for r in others])
+        else:
+            handed.set()
+        return [rollout for prompt in batch for rollout in made[prompt.prompt_id]]
+
+    found = SimpleNamespace(manifest=source.manifest, sample=sample)
+    report = collect_rollouts(found, prompts, ours, prompts_per_batch=2, batches_at_once=at_once)
+    assert report.skipped == sum(len(made[prompt.prompt_id]) for prompt in prompts[at : at + 2])

@@ -1,6 +1,6 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -100,17 +100,19 @@ def collect_rollouts(
     check_prompt_list(prompts, unique=True)
     manifest = source.manifest
     samples = range(manifest.sampling.samples_per_prompt)
-    missing, compared = np.ones(len(prompts), np.bool_), np.full(len(prompts), -1)
+    # `halves` are rollouts that a call which was stopped has left without candidates
+    missing, compared, halves = np.ones(len(prompts), np.bool_), np.full(len(prompts), -1), set[str]()
 
     def look_again(among: NDArray[np.int64]) -> None:
         _check_same_run(store, manifest)
         asked = among[missing[among]]
         names = [rollout_id(prompts[i].prompt_id, s, manifest.generation) for i in asked.tolist() for s in samples]
         rows = store.find(names).reshape(len(asked), len(samples))
-        missing[asked] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+        without = _without_candidates(store, manifest, rows)
+        halves.update(names[i] for i in np.flatnonzero((rows >= 0) & without))
+        missing[asked] = np.any((rows < 0) | without, axis=1)
         last = rows.max(axis=1)
-        there = np.where(last == compared[asked], -1, last)
-        _check_same_prompts(store, [prompts[i] for i in asked.tolist()], there, missing[asked])
+        _check_same_prompts(store, [prompts[i] for i in asked.tolist()], np.where(last == compared[asked], -1, last), missing[asked])
         compared[asked] = last
 
     every = np.arange(len(prompts))
@@ -128,7 +130,7 @@ def collect_rollouts(
                 look_again(np.asarray(part))  # each commit sees what others have committed
             yield [prompts[i] for i in part if missing[i]]
 
-    owner = f"Source {manifest.policy}"
+    owner, whole, left = f"Source {manifest.policy}", len(prompts) * len(samples), int(missing.sum()) * len(samples)
     asked = bounded(
         owner,
         partial(isolate, owner, Rollout, source.sample, most=max_refused),
@@ -136,12 +138,11 @@ def collect_rollouts(
         at_once=batches_at_once,
         most=max_refused,
     )
-    whole, left = len(prompts) * len(samples), int(missing.sum()) * len(samples)
     with closing(asked), shown(progress, "sampling", whole, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             check_rollouts(manifest, [prompt for prompt in batch if prompt.prompt_id not in reasons], rollouts)
-            kept = _commit(store, manifest, rollouts, begin=not report.rollouts)
+            kept = _commit(store, manifest, rollouts, halves, begin=not report.rollouts)
             tokens = sum(r.response_ids.size for r in kept)
             cut = [r for r in kept if r.finish_reason == "length" and r.response_ids.size < manifest.sampling.max_new_tokens]
             if cut and not report.cut:
@@ -163,7 +164,7 @@ def collect_rollouts(
     return report
 
 
-def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], *, begin: bool) -> list[Rollout]:
+def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], halves: Container[str], *, begin: bool) -> list[Rollout]:
     """Append rollouts and candidates, and return those that added something: what another process committed under an id meanwhile goes before.
 
     Raises:
@@ -175,7 +176,9 @@ def _commit(store: LogprobStore, manifest: Manifest, rollouts: list[Rollout], *,
     if begin:
         # not before: a call that is killed while it samples would keep the round from every other policy
         store.begin_generation(manifest.generation, manifest.policy)
-    known = store.find(names) >= 0  # when this call last looked: their candidates are not just on the way
+    known = np.array(
+        [name in halves for name in names], np.bool_
+    )  # before they were sampled here: their candidates are not just on the way
     for again in (True, False):
         store.append(())  # it sees by that what others have committed
         rows = store.find(names)
