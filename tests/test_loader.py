@@ -57,6 +57,7 @@ def test_steps_made_and_looked_at_in_inference_mode_are_trained_on_later() -> No
     with torch.inference_mode():
         steps = [numbered_stream(5, 3).step(0), *numbered_stream(5, 3)[1:2]]
         assert "tokens that count" in str(steps[0].batches[0])
+        assert not steps[0].batches[0].to("meta").inputs.is_inference()
     metrics = train(steps, SFTLoss())[1]
     assert [step.step for step in metrics] == [0, 1]
 

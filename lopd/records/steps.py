@@ -121,9 +121,10 @@ class Batch(Glanced):
 
     def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
-        moved = evolve(self, **{name: move(values) for name, values in columns.items() if values is not None})
-        for name, known in (("counted", move(self.counted)), ("lengths", self.lengths), ("counts", self.counts)):
-            object.__setattr__(moved, name, known)
+        with torch.inference_mode(False):  # as `counted`
+            moved = evolve(self, **{name: move(values) for name, values in columns.items() if values is not None})
+            for name, known in (("counted", move(self.counted)), ("lengths", self.lengths), ("counts", self.counts)):
+                object.__setattr__(moved, name, known)
         return moved
 
 
