@@ -89,7 +89,7 @@ class Ranks:
 
 
 def peeled(wrapped: Any, parallel: type[Any] | tuple[type[Any], ...] = DistributedDataParallel) -> Iterator[Any]:
-    """Yield a student or a model in wrappers of torch, from the outermost in: of torch.compile, and of these kinds of data parallelism."""
+    """Yield a student or a model with each wrapper around it, the outermost first: that of torch.compile, and these of data parallelism."""
     yield wrapped
     if "_orig_mod" in getattr(wrapped, "_modules", ()):  # its attribute shows through a model of peft
         yield from peeled(wrapped._orig_mod, parallel)

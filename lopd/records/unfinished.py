@@ -1,7 +1,7 @@
 """Folders that what is written stands in until it is whole: each has one writer, however many write under one name, and goes with that writer.
 
-A writer holds its folder locked, and the system takes the lock from one that is killed.  Other machines do not see the lock, and some disks have
-none: of a folder that another machine made, or that cannot be locked, its age decides.
+A writer holds its folder locked, and the system takes the lock from one that is killed.  Other machines do not see the lock, and some disks cannot
+lock.  There the age of a folder decides.
 """
 
 import fcntl
